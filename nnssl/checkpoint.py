@@ -1,0 +1,75 @@
+"""The part of a checkpoint that nnU-Net does not know: method, random states, history, configuration, versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import nnssl
+from nnssl.randomness import rng_state
+
+if TYPE_CHECKING:
+    from nnssl.trainer import SemiTrainer
+
+
+def atomic_save(checkpoint: dict[str, Any], filename: str) -> None:
+    """torch.save to a temporary file, flushed to disk, then moved over `filename`: a crash leaves the old file whole."""
+    temporary = filename + ".tmp"
+    with open(temporary, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, filename)
+
+
+def training_state(trainer: SemiTrainer) -> dict[str, Any]:
+    """Everything beside the deployed network that an exact continuation needs. Collective under DDP."""
+    states: list[Any] = [rng_state()]
+    if trainer.is_ddp:
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, rng_state())
+    return {
+        "method": _without_deployed(trainer),
+        "rng": states,
+        "history": trainer.history.rows,
+        "config": {"general": dataclasses.asdict(trainer.general), "method": dataclasses.asdict(trainer.method_config)},
+        "versions": {"nnssl": nnssl.__version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def load_training_state(trainer: SemiTrainer, checkpoint: dict[str, Any]) -> None:
+    """Put a checkpoint back into an initialized trainer; random states are restored later, once the loaders have started."""
+    state = checkpoint["nnssl"]
+    trainer.my_init_kwargs = checkpoint["init_args"]
+    trainer.current_epoch = checkpoint["current_epoch"]
+    trainer.logger.load_checkpoint(checkpoint["logging"])
+    trainer._best_ema = checkpoint["_best_ema"]
+    trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+    trainer.network.load_state_dict(checkpoint["network_weights"])
+    missing, unexpected = trainer.method.load_state_dict(state["method"], strict=False)
+    missing = [k for k in missing if k not in _deployed_keys(trainer)]
+    if missing or unexpected:
+        raise RuntimeError(
+            f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) does not fit this configuration: "
+            f"missing {missing[:5]}, unexpected {list(unexpected)[:5]}. Continue with the plans file that the run was started with"
+        )
+    trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
+    if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+        trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+    trainer.history.rows = list(state["history"])
+
+
+def _deployed_keys(trainer: SemiTrainer) -> set[str]:
+    """Keys of the method's state that name the deployed network."""
+    prefix = next(name for name, module in trainer.method.named_children() if module is trainer.network)
+    return {f"{prefix}.{k}" for k in trainer.network.state_dict()}
+
+
+def _without_deployed(trainer: SemiTrainer) -> dict[str, Any]:
+    deployed = _deployed_keys(trainer)
+    return {k: v for k, v in trainer.method.state_dict().items() if k not in deployed}

@@ -1,0 +1,136 @@
+"""The one abstraction: what one paper adds to supervised nnU-Net training, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.batch import SemiBatch, Target
+from nnssl.labels import LabelSpace
+
+Outputs = Tensor | list[Tensor]
+F = TypeVar("F", bound=Callable)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What nnU-Net planned, as far as a method may need it.
+
+    build_network    (input channels, output channels) -> a fresh network of the planned architecture, same deep supervision
+    input_channels   C of an image
+    labels           how logits are read
+    patch_size       voxels per axis
+    spacing          mm per axis of the preprocessed volumes, same length as patch_size
+    supervised_loss  nnU-Net's own compound loss: (network outputs, target) -> scalar
+    labeled_cases    names of all labeled training cases, sorted
+    compile          whether to torch.compile networks and network walks
+    """
+
+    build_network: Callable[[int, int], nn.Module]
+    input_channels: int
+    labels: LabelSpace
+    patch_size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    supervised_loss: Callable[[Any, Target], Tensor]
+    labeled_cases: tuple[str, ...] = ()
+    compile: bool = False
+
+    def compiled(self, function: F) -> F:
+        """`torch.compile(function)` where compilation is on, else the function itself."""
+        return torch.compile(function) if self.compile else function  # type: ignore[return-value]
+
+
+class SemiMethod(nn.Module):
+    """Base of all methods. Student, teachers, second networks, heads and banks are submodules and buffers: they are saved, moved to the
+    device and wrapped for several GPUs together. A subclass writes `build`, `terms` and `weights`; everything else is optional.
+
+    name               key of the method's section in the plans file
+    config_class       its frozen dataclass
+    needs_unlabeled    whether there is an unlabeled stream at all
+    num_strong_views   strong views per unlabeled patch
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type]
+    needs_unlabeled: ClassVar[bool] = True
+    num_strong_views: ClassVar[int] = 1
+
+    def __init__(self, student: nn.Module, config: Any, planned: Planned) -> None:
+        super().__init__()
+        self.student = student
+        self.config = config
+        self.planned = planned
+        self.labels = planned.labels
+        self.build()
+
+    @classmethod
+    def adapt_network(cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> nn.Module:
+        """The deployed network, from the planned one. Called in training and in inference; default: the planned network itself."""
+        return network
+
+    def build(self) -> None:
+        """Create copies, further networks, heads and banks as attributes."""
+
+    def make_copies(self) -> None:
+        """(Re)make what is a copy of the student; called once before the first step of a fresh run, after any pretrained weights."""
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        """Unweighted scalar losses, with gradient. t: training progress in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} must define terms()")
+
+    def weights(self, t: float) -> dict[str, float]:
+        """lambda_k(t), with the same keys as `terms`."""
+        raise TypeError(f"{type(self).__name__} must define weights()")
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        """After the optimizer's step (not after a skipped one): averages, banks."""
+
+    def deployed(self, which: str) -> nn.Module:
+        """The network that becomes the model. which: `student` or `teacher` (config key `deploy`)."""
+        if which != "student":
+            raise ValueError(f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the planned shape; use "student"')
+        return self.student
+
+    def forward(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        return self.terms(batch, t)
+
+    # helpers that every method uses
+
+    def supervised_loss(self, outputs: Outputs, target: Target) -> Tensor:
+        """nnU-Net's compound loss, deep supervision included."""
+        return self.planned.supervised_loss(outputs, target)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over dim 1, or sigmoid per region; float32, with gradient."""
+        return self.labels.probabilities(logits)
+
+
+def full_resolution(outputs: Outputs) -> Tensor:
+    """The finest of the deep supervision outputs (B, K, S), or the only one."""
+    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+def split_batch(outputs: Outputs, n: int) -> tuple[Outputs, Outputs]:
+    """Outputs of the first n samples and of the rest, at every scale."""
+    if isinstance(outputs, (list, tuple)):
+        return [o[:n] for o in outputs], [o[n:] for o in outputs]
+    return outputs[:n], outputs[n:]
+
+
+@contextmanager
+def inference(*networks: nn.Module) -> Iterator[None]:
+    """No gradient and eval mode inside; the networks' modes are restored after."""
+    modes = [n.training for n in networks]
+    for network in networks:
+        network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for network, mode in zip(networks, modes, strict=True):
+            network.train(mode)

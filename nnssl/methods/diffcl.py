@@ -1,0 +1,203 @@
+"""Diff-CL: cross pseudo-supervision of a diffusion and a convolutional network (arXiv 2503.09408).
+
+    L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
+    L_sup(f) = nnU-Net's loss of f(x_l) against y_l
+    L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
+    L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g, x_w)
+    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden f(x_w),  x_tau from x_0 = 2 y_f - 1
+    L_cl     = InfoNCE, anchor c_k, positives: the unlabeled voxels called k that are most similar to c_k, negatives: the least similar
+
+f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
+g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
+x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence
+q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of class k, detached
+mu(t)       Gaussian ramp over the first 40 % of training
+
+Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views instead of
+independent augmentation; sampling with DDIM in few trailing steps from an exponential moving average of g, as diffusion models are
+sampled (Ho et al., 2020); regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at
+on a random subset of voxels per class; widths, temperature, shares and weights marked ours below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.bank import ClassBank
+from nnssl.batch import SemiBatch
+from nnssl.diffusion.gaussian import GaussianDiffusion
+from nnssl.ema import ema_update, frozen_copy
+from nnssl.losses.contrastive import info_nce
+from nnssl.losses.pseudo_label import cross_entropy_dice
+from nnssl.losses.sampling import sample_members, top_members
+from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
+from nnssl.networks.features import forward_features
+from nnssl.networks.heads import VoxelProjector
+from nnssl.networks.hf_mamba import insert_hfm
+from nnssl.networks.time_conditioned import TimeConditionedUNet
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class DiffCLConfig:
+    weight_pseudo: float = 1.0  # maximum of mu1 = mu2 (ours)
+    weight_contrast: float = 0.1  # eta (ours)
+    ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
+    diffusion_steps: int = 1000  # T
+    ddim_steps: int = 10  # S; 2 on CPU
+    ema_decay: float = 0.99  # of the copy of g that is sampled from (ours)
+    embedding: int = 64  # E, width of q (ours)
+    bank_size: int = 1024  # labeled embeddings per class (ours)
+    bank_per_step: int = 64  # of which so many are renewed in a step (ours)
+    candidates: int = 4096  # unlabeled voxels per class that similarities are looked at (ours)
+    positive_fraction: float = 0.05  # most similar share of a class's voxels (ours)
+    num_positives: int = 256  # per class, at most (ours)
+    num_negatives: int = 512  # per class, at most (ours)
+    temperature: float = 0.1  # of InfoNCE
+    hfm_stages: int = 1  # encoder stages with an HFM; 0: none
+    hfm_max_tokens: int = 32_768  # the first stage with at most so many voxels in a patch gets it
+    hfm_cutoff: float = 0.25  # of Nyquist along the finest axis: lower frequencies are removed (ours)
+    hfm_state: int = 16  # Mamba's state per channel
+
+    def __post_init__(self) -> None:
+        for name in ("diffusion_steps", "ddim_steps", "embedding", "bank_size", "bank_per_step", "candidates", "num_positives", "num_negatives"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.ddim_steps > self.diffusion_steps:
+            raise ValueError(f"ddim_steps must not exceed diffusion_steps {self.diffusion_steps}, found {self.ddim_steps}")
+        if self.bank_per_step > self.bank_size:
+            raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        for name in ("ema_decay", "positive_fraction", "hfm_cutoff"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+
+
+class DiffCL(SemiMethod):
+    name = "DiffCL"
+    config_class = DiffCLConfig
+    config: DiffCLConfig
+
+    @classmethod
+    def adapt_network(cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> nn.Module:
+        """The planned network with its HFM."""
+        if config.hfm_stages == 0:
+            return network
+        return insert_hfm(
+            network,
+            patch_size,
+            spacing,
+            max_tokens=config.hfm_max_tokens,
+            num_stages=config.hfm_stages,
+            cutoff=config.hfm_cutoff,
+            d_state=config.hfm_state,
+        )
+
+    def build(self) -> None:
+        c, k = self.config, self.labels.channels
+        self.diffusion = GaussianDiffusion(c.diffusion_steps)
+        self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
+        self.sampler = frozen_copy(self.denoiser)  # moving average of the denoiser
+        self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)  # type: ignore[union-attr, index]
+        self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
+        self.walk = self.planned.compiled(forward_features)
+        self._bank_update: tuple[Tensor, Tensor] | None = None
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        n = len(batch.labeled)
+        pseudo_f, pseudo_g = self.pseudo_labels(batch.weak)
+        onehot, labeled_mask = self.labels.encode(batch.full_target())
+        images = torch.cat([batch.labeled, batch.strong[0]])  # one pass for both streams, through f and through g
+
+        outputs, features = self.walk(self.student, images)
+        labeled_f, unlabeled_f = split_batch(outputs, n)
+
+        x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
+        if labeled_mask is not None:
+            x_0[:n] *= labeled_mask
+        tau = torch.randint(self.config.diffusion_steps, (len(x_0),), device=x_0.device)
+        noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
+        labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
+
+        logits_f = full_resolution(unlabeled_f)
+        return {
+            "supervised": self.supervised_loss(labeled_f, batch.target),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels),
+            "contrast": self.contrast(features[-1], n, onehot, labeled_mask, self.labels.harden(self.probabilities(logits_f))),
+            "diffusion": self.supervised_loss(labeled_g, batch.target),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels),
+        }
+
+    def weights(self, t: float) -> dict[str, float]:
+        mu = self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)
+        return {"supervised": 1.0, "pseudo": mu, "contrast": self.config.weight_contrast * mu, "diffusion": 1.0, "diffusion_pseudo": mu}
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.sampler, self.denoiser, self.config.ema_decay)
+        if self._bank_update is not None:
+            self.bank.push(*self._bank_update)
+            self._bank_update = None
+
+    def pseudo_labels(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y_f and y_g (U, K, S), zeros and ones, for weak views (U, C, S); noise: x_{T-1} of the sampler, drawn if None."""
+        with inference(self.student, self.sampler):
+            pseudo_f = self.labels.harden(self.probabilities(full_resolution(self.student(weak))))
+            noise = torch.randn_like(pseudo_f) if noise is None else noise
+            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), noise, self.config.ddim_steps)
+            return pseudo_f, self.labels.harden((sampled + 1) / 2)
+
+    def estimate(self, outputs: Outputs) -> Tensor:
+        """x0_hat in [-1, 1] from the denoiser's outputs."""
+        return 2 * self.probabilities(full_resolution(outputs)) - 1
+
+    def contrast(self, features: Tensor, n: int, onehot: Tensor, labeled_mask: Tensor | None, called: Tensor) -> Tensor:
+        """L_cl, and the labeled embeddings that the bank will receive after the step.
+
+        Args:
+            features: (B + U, F, S) of the last decoder stage.
+            n: B.
+            onehot: labels (B, K, S); labeled_mask (B, 1, S) or None.
+            called: what f says, (U, K, S) zeros and ones.
+        """
+        c = self.config
+        member = self.labels.classes(onehot)
+        if labeled_mask is not None:
+            member = member & labeled_mask[:, 0].bool()
+        voxels = _flatten(features)  # ((B + U) * V, F)
+        per_stream = n * features[0, 0].numel()
+        index, valid = sample_members(member.flatten(1), c.bank_per_step)
+        with torch.no_grad():
+            self._bank_update = self.projector(voxels[:per_stream].detach()[index]), valid
+
+        center, known = self.bank.mean()
+        center = F.normalize(center, dim=-1)
+        member = self.labels.classes(called).flatten(1)  # (K', U * V)
+        index, valid = sample_members(member, c.candidates)
+        q = self.projector(voxels[per_stream:][index])  # (K', N, E): candidates that f calls k
+        with torch.no_grad():
+            own = torch.einsum("kne,ke->kn", q, center)
+            share = (valid.sum(1, keepdim=True) * c.positive_fraction).ceil()
+            positive, positive_valid = top_members(own, valid & known[:, None], c.num_positives)
+            positive_valid = positive_valid & (torch.arange(positive.shape[1], device=q.device) < share)
+            everything = q.flatten(0, 1)
+            others = (center @ everything.T.to(center.dtype)).masked_fill(~known[:, None], 0.0)
+            negative, negative_valid = top_members(-others, valid.flatten().expand(len(center), -1), c.num_negatives)
+        return info_nce(
+            center,
+            torch.gather(q, 1, positive[..., None].expand(-1, -1, q.shape[-1])),
+            everything[negative],
+            positive_valid,
+            negative_valid & known[:, None],
+            c.temperature,
+        )
+
+
+def _flatten(features: Tensor) -> Tensor:
+    """(B, F, S) -> (B * V, F): voxels of all samples, a view where memory allows."""
+    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])

@@ -1,0 +1,35 @@
+"""Supervised training (Isensee et al., Nature Methods 2021): nnU-Net itself, and the lower bound of every comparison.
+
+    L = L_sup(f(x_l), y_l)
+
+f       student, the planned network; deployed
+L_sup   nnU-Net's compound loss with deep supervision
+
+Differs from stock nnU-Net in nothing but the schedule, seed and logging keys; unlabeled scans are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nnssl.batch import SemiBatch
+from nnssl.method import SemiMethod
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Nothing to set: the general keys are all."""
+
+
+class Supervised(SemiMethod):
+    name = "Supervised"
+    config_class = SupervisedConfig
+    needs_unlabeled = False
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        return {"supervised": self.supervised_loss(self.student(batch.labeled), batch.target)}
+
+    def weights(self, t: float) -> dict[str, float]:
+        return {"supervised": 1.0}

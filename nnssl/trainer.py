@@ -1,0 +1,397 @@
+"""SemiTrainer: nnU-Net's trainer with a second, unlabeled stream and a `SemiMethod` in its training step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from nnssl.batch import SemiBatch
+from nnssl.checkpoint import atomic_save, load_training_state, training_state
+from nnssl.config import resolve
+from nnssl.data.loader import TwoStreams, UnlabeledDataset, UnlabeledLoader, make_repeatable, start_stream
+from nnssl.data.split import hidden_cases
+from nnssl.data.unlabeled import ensure_unlabeled, unlabeled_folder
+from nnssl.data.views import ViewTransform, nonzero_channels
+from nnssl.history import History
+from nnssl.labels import LabelSpace
+from nnssl.method import Planned, SemiMethod
+from nnssl.methods import known_methods
+from nnssl.randomness import restore_rng, seed_everything
+
+
+class SemiTrainer(nnUNetTrainer):
+    """Base of all trainers of this library; a subclass names its method.
+
+    nnU-Net's planning, augmentation, loop, validation and inference stay in charge. This class adds: the unlabeled stream, one forward
+    pass per step through the method, one backward pass of sum_k lambda_k L_k, the method's state in the checkpoint, and its terms in
+    the logs. `self.network` is the deployed student and a submodule of `self.method`.
+    """
+
+    method_class: ClassVar[type[SemiMethod]]
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")) -> None:
+        self.general, self.method_config = self._configs(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "initial_lr"):
+            setattr(self, key, getattr(self.general, key))
+        self.method: SemiMethod = None  # type: ignore[assignment]  # -> initialize
+        self.history = History()
+        self._resumed: dict | None = None
+        self._step = 0
+        self._nonfinite_in_a_row = self._nonfinite_in_epoch = 0
+        self._bar: tqdm | None = None
+
+    # construction
+
+    @classmethod
+    def _configs(cls, plans: dict) -> tuple[Any, Any]:
+        return resolve(plans.get("nnssl", {}), cls.method_class.name, cls.method_class.config_class, known_methods())
+
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]
+        cls, plans_manager: Any, configuration_manager: Any, num_input_channels: int, num_output_channels: int, enable_deep_supervision: bool = True
+    ) -> nn.Module:
+        """The deployed network; nnU-Net calls this in training and in inference."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        config = cls._configs(plans_manager.plans)[1]
+        patch_size, spacing = _geometry(configuration_manager)
+        return cls.method_class.adapt_network(network, config, patch_size, spacing)
+
+    def initialize(self) -> None:
+        """As nnU-Net's, in an order that suits methods: network, method (copies, heads), optimizer over all, compile, DDP around all."""
+        if self.was_initialized:
+            raise RuntimeError("initialize() was called twice on the same trainer")
+        self._refuse_unsupported()
+        if self.general.seed is not None:
+            seed_everything(self.general.seed + self.local_rank)
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+        heads = self.label_manager.num_segmentation_heads
+        self.network = self.build_network_architecture(
+            self.plans_manager, self.configuration_manager, self.num_input_channels, heads, self.enable_deep_supervision
+        ).to(self.device)
+        self.loss = self._build_loss()
+        self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
+        self.network = self.method.deployed(self.general.deploy)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if self._do_i_compile():
+            for network in self.method.children():
+                if hasattr(network, "decoder") or hasattr(network, "network"):
+                    network.compile()
+        self._forward: nn.Module = self.method
+        if self.is_ddp:
+            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+            self._forward = DistributedDataParallel(self.method, device_ids=[self.local_rank], broadcast_buffers=False)
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.was_initialized = True
+        self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
+        self.logger.update_config({"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}})
+
+    def _refuse_unsupported(self) -> None:
+        if self.is_cascaded and self.method_class.needs_unlabeled:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans have no prediction of the previous "
+                "stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
+            )
+
+    def _planned(self) -> Planned:
+        labels = LabelSpace(self.label_manager.num_segmentation_heads, self.label_manager.has_regions, self.label_manager.ignore_label)
+        patch_size, spacing = _geometry(self.configuration_manager)
+        train_cases, _ = self.do_split() if self.method_class.needs_unlabeled else ([], [])
+
+        def build(input_channels: int, output_channels: int) -> nn.Module:
+            return nnUNetTrainer.build_network_architecture(
+                self.plans_manager, self.configuration_manager, input_channels, output_channels, self.enable_deep_supervision
+            )
+
+        return Planned(
+            build_network=build,
+            input_channels=self.num_input_channels,
+            labels=labels,
+            patch_size=patch_size,
+            spacing=spacing,
+            supervised_loss=self.loss,
+            labeled_cases=tuple(sorted(train_cases)),
+            compile=self._do_i_compile(),
+        )
+
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""
+        network, self.network = self.network, _Trainable(self.method)  # nnU-Net asks self.network for its parameters
+        try:
+            return super().configure_optimizers()
+        finally:
+            self.network = network
+
+    # data
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, refused where it would train on hidden labels."""
+        self._hidden()
+        return super().do_split()
+
+    def _hidden(self) -> list[str]:
+        """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
+        known = set(_identifiers(self.preprocessed_dataset_folder))
+        return hidden_cases(os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"), self.fold, known)
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders; the training one paired with the unlabeled stream."""
+        unlabeled = self._unlabeled_cases() if self.method_class.needs_unlabeled else []
+        train, val = super().get_dataloaders()
+        if self.general.seed is not None:
+            for stream in (train, val):
+                make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
+        if not self.method_class.needs_unlabeled:
+            return train, val
+        rotation, dummy_2d, initial_patch_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        views = ViewTransform(
+            self.configuration_manager.patch_size,
+            rotation,
+            mirror_axes,
+            dummy_2d,
+            self.method.num_strong_views,
+            nonzero_channels(self.configuration_manager.use_mask_for_norm),
+        )
+        loader = UnlabeledLoader(
+            UnlabeledDataset(unlabeled_folder(self.preprocessed_dataset_folder), unlabeled),
+            self._unlabeled_batch_size(),
+            initial_patch_size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            views,
+        )
+        seed = None if self.general.seed is None else self.general.seed + 1000 * (self.local_rank + 1)
+        return TwoStreams(train, start_stream(loader, get_allowed_n_proc_DA(), self.device.type == "cuda", seed)), val
+
+    def _unlabeled_cases(self) -> list[str]:
+        hidden = self._hidden()
+        cases: list[str] = []
+        for rank in range(dist.get_world_size() if self.is_ddp else 1):  # rank 0 preprocesses what is missing, the others find it done
+            if rank == self.local_rank:
+                cases = ensure_unlabeled(self.plans_manager, self.configuration_name, self.dataset_json, hidden, log=self.print_to_log_file)
+            if self.is_ddp:
+                dist.barrier()
+        if not cases:
+            raise RuntimeError(
+                f"{type(self).__name__} found no unlabeled case for {self.plans_manager.dataset_name}: put scans into its folder imagesUn in "
+                "nnUNet_raw (named like imagesTr), or hide labels with `nnssl split`; without either, use nnUNetTrainerSupervised"
+            )
+        self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(hidden)} of them with hidden labels")
+        return cases
+
+    def _unlabeled_batch_size(self) -> int:
+        """U of this rank: the plan's labeled batch unless configured, split over the ranks like nnU-Net splits the labeled one."""
+        total = self.general.unlabeled_batch_size
+        if total is None:
+            return self.batch_size
+        world = dist.get_world_size() if self.is_ddp else 1
+        if total < world:
+            raise ValueError(f"unlabeled_batch_size {total} is smaller than the number of GPUs {world}")
+        return total // world + int(self.local_rank < total % world)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._check_classes()
+        if self._resumed is None:
+            self.method.make_copies()
+        else:
+            restore_rng(self._resumed["rng"], self.local_rank)  # after the loaders drew their first batches
+            self._resumed = None
+
+    def _check_classes(self) -> None:
+        from nnssl.check import absent_classes
+
+        cases, _ = self.do_split()
+        absent = absent_classes(self.dataset_class(self.preprocessed_dataset_folder, list(cases)), list(cases), self.label_manager)
+        if absent:
+            raise RuntimeError(
+                f"no labeled training case of fold {self.fold} contains {absent}: the network could never learn it. "
+                f"Add a labeled case with it to this fold (labeled: {', '.join(sorted(cases)[:8])}{' ...' if len(cases) > 8 else ''})"
+            )
+
+    # the step
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.method.train()
+        self._step = 0
+        self._nonfinite_in_epoch = 0
+        if self.local_rank == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False)
+
+    def progress(self) -> float:
+        """t: share of all iterations done, in [0, 1]."""
+        return (self.current_epoch + self._step / self.num_iterations_per_epoch) / self.num_epochs
+
+    def train_step(self, batch: dict) -> dict:
+        """One step: sum_k lambda_k(t) L_k, one backward pass, clipping over all parameters, the method's own update."""
+        t = self.progress()
+        data = SemiBatch.from_loader(batch, self.device)
+        weights = self.method.weights(t)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            terms = self._forward(data, t)
+            if terms.keys() != weights.keys():
+                raise RuntimeError(f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the same keys")
+            loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0)
+        taken = self._update(loss)  # type: ignore[arg-type]
+        if taken:
+            self.method.after_step(data, t)
+        self._step += 1
+        if self._bar is not None:
+            self._bar.update()
+        values = torch.stack([loss.detach().float(), *(v.detach().float() for v in terms.values())]).cpu().numpy()  # type: ignore[union-attr]
+        return {"loss": values[0], **{f"loss/{k}": v for k, v in zip(terms, values[1:], strict=True)}}
+
+    def _autocast(self) -> Any:
+        """float16 only on CUDA, as nnU-Net; bfloat16 wherever it is asked for: a CPU with matrix units (AMX) trains twice as fast with it."""
+        amp = self.general.amp
+        on = (amp == "float16" and self.device.type == "cuda") or (amp == "bfloat16" and self.device.type in ("cuda", "cpu"))
+        return torch.autocast(self.device.type, dtype=getattr(torch, amp)) if on else nullcontext()
+
+    def _update(self, loss: torch.Tensor) -> bool:
+        """Backward pass and optimizer step; skipped, counted and in the end refused where the loss is not finite."""
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        scaler = self.grad_scaler if self.general.amp == "float16" else None
+        finite = torch.isfinite(loss.detach())
+        if self.is_ddp:
+            finite = finite.float()
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        loss.backward()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, 12)
+        if scaler is None:
+            finite = finite.bool() & torch.isfinite(norm)
+        if not bool(finite):
+            self.optimizer.zero_grad(set_to_none=True)
+            if scaler is not None:
+                scaler.update()
+            self._nonfinite_in_epoch += 1
+            self._nonfinite_in_a_row += 1
+            if self._nonfinite_in_a_row >= self.general.max_nonfinite_steps:
+                raise RuntimeError(
+                    f"the loss was not finite in {self._nonfinite_in_a_row} steps in a row (epoch {self.current_epoch}); no weight was changed by "
+                    f"them and the checkpoints in {self.output_folder} are the last good ones. Lower `initial_lr` or set `amp` to bfloat16 or "
+                    'float32 under "nnssl" in the plans file, check the images, then continue with --c'
+                )
+            return False
+        self._nonfinite_in_a_row = 0
+        if scaler is not None:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        return True
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        sums = {k: np.array([o[k] for o in train_outputs], dtype=np.float64) for k in train_outputs[0]}
+        finite = np.isfinite(sums["loss"])
+        means = {k: float(v[finite].mean()) if finite.any() else float("nan") for k, v in sums.items()}
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, means)
+            means = {k: float(np.mean([g[k] for g in gathered])) for k in means}
+        self.logger.log("train_losses", means.pop("loss"), self.current_epoch)
+        weights = self.method.weights((self.current_epoch + 1) / self.num_epochs)
+        self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
+        self.print_to_log_file(self.history.describe())
+        if self._nonfinite_in_epoch:
+            self.print_to_log_file(f"WARNING: {self._nonfinite_in_epoch} steps were skipped in this epoch: their loss was not finite")
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            self.history.write(self.output_folder)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if isinstance(self.dataloader_train, TwoStreams):
+            self.dataloader_train._finish()
+
+    # checkpoints and what touches the network
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        self.network.decoder.deep_supervision = enabled
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a temporary file, then moved."""
+        state = training_state(self)  # on every rank: random states are gathered
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        atomic_save(
+            {
+                "network_weights": self.network.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+                "logging": self.logger.get_checkpoint(),
+                "_best_ema": self._best_ema,
+                "current_epoch": self.current_epoch + 1,
+                "init_args": self.my_init_kwargs,
+                "trainer_name": self.__class__.__name__,
+                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+                "nnssl": state,
+            },
+            filename,
+        )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if isinstance(checkpoint, str):
+            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
+        if "nnssl" not in checkpoint:
+            raise RuntimeError(
+                f"{filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else 'the checkpoint'} was not written by {type(self).__name__}: "
+                "it has no key `nnssl`, so teachers and banks could not be continued. Start from its weights with -pretrained_weights instead"
+            )
+        load_training_state(self, checkpoint)
+        self._resumed = checkpoint["nnssl"]
+
+
+class _Trainable(nn.Module):
+    """What the optimizer should see of a method: its trainable parameters, each once."""
+
+    def __init__(self, method: nn.Module) -> None:
+        super().__init__()
+        self.list = nn.ParameterList(p for p in method.parameters() if p.requires_grad)
+
+
+def _geometry(configuration_manager: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Patch size and spacing in mm, axis by axis."""
+    patch = tuple(int(i) for i in configuration_manager.patch_size)
+    return patch, tuple(float(i) for i in configuration_manager.spacing)[-len(patch) :]
+
+
+def _identifiers(folder: str) -> list[str]:
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    if not os.path.isdir(folder):
+        raise RuntimeError(f"{folder} does not exist: run `nnssl plan-and-preprocess` or nnUNetv2_plan_and_preprocess for this configuration first")
+    return infer_dataset_class(folder).get_identifiers(folder)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+
+from nnssl.losses.sampling import sample_members, top_members
+
+
+def test_samples_are_members_and_differ_from_each_other() -> None:
+    g = torch.Generator().manual_seed(0)
+    member = torch.rand(4, 200, generator=g) > 0.7
+    index, valid = sample_members(member, 30, g)
+    for k in range(4):
+        drawn = index[k][valid[k]].tolist()
+        assert len(set(drawn)) == len(drawn) == min(30, int(member[k].sum())) and all(member[k, i] for i in drawn)
+
+
+def test_rows_with_too_few_members_are_filled_with_invalid_places() -> None:
+    member = torch.zeros(2, 10, dtype=torch.bool)
+    member[0, 3] = True
+    index, valid = sample_members(member, 4)
+    assert valid.sum(1).tolist() == [1, 0] and index[0][valid[0]].item() == 3 and index.shape == (2, 4)
+
+
+def test_asking_for_more_than_there_are_gives_all() -> None:
+    index, valid = sample_members(torch.ones(1, 3, dtype=torch.bool), 10)
+    assert sorted(index[0].tolist()) == [0, 1, 2] and valid.all()
+
+
+def test_every_member_is_equally_likely() -> None:
+    g = torch.Generator().manual_seed(1)
+    member = torch.tensor([[True, False, True, True, False]])
+    counts = torch.zeros(5)
+    for _ in range(3000):
+        counts[sample_members(member, 1, g)[0][0]] += 1
+    assert counts[[1, 4]].sum() == 0 and (counts[[0, 2, 3]] / 1000 - 1).abs().max() < 0.15
+
+
+def test_top_members_are_the_highest_of_the_members() -> None:
+    score = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    index, valid = top_members(score, torch.tensor([[False, True, False, True]]), 3)
+    assert index[0][valid[0]].tolist() == [1, 3]
+
+
+def test_the_same_generator_draws_the_same() -> None:
+    member = torch.ones(1, 50, dtype=torch.bool)
+    a, b = (sample_members(member, 5, torch.Generator().manual_seed(3))[0] for _ in range(2))
+    assert torch.equal(a, b)

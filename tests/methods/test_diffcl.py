@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnssl.methods.diffcl import DiffCL, DiffCLConfig
+from tests.building import Task
+
+SMALL = DiffCLConfig(ddim_steps=2, hfm_max_tokens=512, embedding=8, bank_size=64, bank_per_step=16, num_positives=16, num_negatives=32)
+
+
+def method(task: Task = Task(), config: DiffCLConfig = SMALL) -> DiffCL:  # noqa: B008
+    built = task.method(DiffCL, config)
+    assert isinstance(built, DiffCL)
+    return built
+
+
+def test_at_step_0_the_student_is_the_planned_network() -> None:
+    task = Task()
+    torch.manual_seed(0)
+    planned = task.network()
+    student = DiffCL.adapt_network(task.network(), SMALL, task.patch_size, (1.0,) * 3)
+    missing, unexpected = student.load_state_dict(planned.state_dict(), strict=False)
+    assert not unexpected and missing and all(".hfm." in k for k in missing)
+    x = torch.randn(1, 1, *task.patch_size)
+    for a, b in zip(student(x), planned(x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_without_hfm_the_student_is_the_planned_network_for_good() -> None:
+    student = DiffCL.adapt_network(Task().network(), replace(SMALL, hfm_stages=0), (8, 12, 16), (1.0,) * 3)
+    assert student.state_dict().keys() == Task().network().state_dict().keys()
+
+
+def test_pseudo_labels_are_one_hot_and_repeatable_from_the_same_noise() -> None:
+    m, weak = method(), Task().batch().weak
+    noise = torch.randn(2, 2, 8, 12, 16)
+    first, second = m.pseudo_labels(weak, noise), m.pseudo_labels(weak, noise)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b) and not a.requires_grad and torch.equal(a.sum(1), torch.ones(2, 8, 12, 16))
+
+
+def test_the_sampler_is_the_moving_average_of_the_denoiser() -> None:
+    m = method()
+    before = [p.clone() for p in m.sampler.parameters()]
+    with torch.no_grad():
+        for p in m.denoiser.parameters():
+            p.add_(1.0)
+    m.after_step(Task().batch(), 0.5)
+    for old, new in zip(before, m.sampler.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.01)
+
+
+def test_the_noisy_label_is_zero_where_labels_are_ignored() -> None:
+    task = Task(channels=3, ignore=True)
+    m, batch, seen = method(task), task.batch(), {}
+    forward = m.diffusion.q_sample
+
+    def spy(x_0: torch.Tensor, tau: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        seen["x_0"] = x_0
+        return forward(x_0, tau, eps)
+
+    m.diffusion.q_sample = spy  # type: ignore[method-assign]
+    m(batch, 0.5)
+    ignored = (batch.full_target() == 3).expand(-1, 3, -1, -1, -1)
+    assert not seen["x_0"][:2][ignored].any() and set(seen["x_0"][:2][~ignored].unique().tolist()) == {-1.0, 1.0}
+    assert set(seen["x_0"][2:].unique().tolist()) == {-1.0, 1.0}
+
+
+def test_the_bank_holds_labeled_embeddings_after_the_step_only() -> None:
+    m, batch = method(), Task().batch()
+    m(batch, 0.5)
+    assert m.bank.count.sum() == 0
+    m.after_step(batch, 0.5)
+    assert m.bank.count.tolist() == [16, 16]
+    torch.testing.assert_close(m.bank.rows[m.bank.filled()].norm(dim=-1), torch.ones(32))
+
+
+def test_contrast_is_zero_but_differentiable_while_the_bank_is_empty() -> None:
+    m = method()
+    term = m(Task().batch(), 0.5)["contrast"]
+    term.backward()
+    assert term.item() == 0 and all(p.grad is not None and not p.grad.any() for p in m.projector.parameters())
+
+
+def test_contrast_equals_the_loop() -> None:
+    task = Task()
+    m = method(task, replace(SMALL, candidates=10**6, num_positives=10**6, num_negatives=40, positive_fraction=0.1))
+    batch = task.batch()
+    m(batch, 0.5)
+    m.after_step(batch, 0.5)
+    features, called = torch.randn(4, 4, *task.patch_size), m.labels.harden(torch.rand(2, 2, *task.patch_size))
+    onehot, _ = m.labels.encode(batch.full_target())
+    value = m.contrast(features, 2, onehot, None, called).item()
+
+    center = torch.nn.functional.normalize(m.bank.mean()[0], dim=-1)
+    q = m.projector(features[2:].movedim(1, -1).reshape(-1, 4)).detach()
+    says = called.movedim(1, -1).reshape(-1, 2).argmax(1)
+    losses = []
+    for k in range(2):
+        similarity = q @ center[k]
+        own = similarity[says == k].sort(descending=True).values
+        positives = own[: -(-len(own) // 10)]
+        negatives = similarity.sort().values[:40]
+        losses += [-torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives]
+    assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", [Task(), Task(channels=2, regions=True)])
+def test_hidden_noise_does_not_reach_the_deployed_student(task: Task) -> None:
+    """What f predicts depends on its weights and the image alone: the diffusion branch is not part of it."""
+    m = method(task)
+    names = {n.split(".")[0] for n, _ in m.student.named_parameters()}
+    assert names == {"encoder", "decoder"}

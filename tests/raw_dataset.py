@@ -1,0 +1,121 @@
+"""Tiny nnU-Net raw datasets: two channels (one normalised by z-score, one like CT), anisotropic spacing, a zero border that is cropped."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+SPACING = (0.8, 0.9, 2.0)  # x, y, z
+SHAPE = (10, 28, 26)  # z, y, x
+
+
+def write_image(path: Path, array: np.ndarray, spacing: tuple[float, ...] = SPACING) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path))
+
+
+def write_case(
+    folder: Path,
+    name: str,
+    seed: int,
+    label_folder: Path | None = None,
+    classes: int = 2,
+    num_channels: int = 2,
+    spacing: tuple[float, ...] = SPACING,
+) -> None:
+    """A blob per class on noise."""
+    generator = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij"))
+    label = np.zeros(SHAPE, np.uint8)
+    for index in range(classes):
+        center = np.array([4 + index, 9 + 9 * index, 12]) + generator.uniform(-1, 1, 3)
+        distance = ((grid - center[:, None, None, None]) / np.array([2.5, 5, 5])[:, None, None, None]) ** 2
+        label[distance.sum(0) < 1] = index + 1
+    for channel in range(num_channels):
+        image = (100 + 60 * label + generator.normal(0, 10, SHAPE)).astype(np.float32) * (channel + 1)
+        image[:, :2] = image[:, :, -3:] = 0
+        write_image(folder / f"{name}_{channel:04d}.nii.gz", image, spacing)
+    if label_folder is not None:
+        write_image(label_folder / f"{name}.nii.gz", label, spacing)
+
+
+def write_dataset(root: Path, name: str = "Dataset777_Tiny", labeled: int = 6, unlabeled: int = 3) -> Path:
+    """`root`/`name` with imagesTr, labelsTr, imagesUn: cases lab_00..., scan_00...; returns its path."""
+    folder = root / name
+    for part in ("imagesTr", "labelsTr", "imagesUn"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for index in range(labeled):
+        write_case(folder / "imagesTr", f"lab_{index:02d}", index, folder / "labelsTr")
+    for index in range(unlabeled):
+        write_case(folder / "imagesUn", f"scan_{index:02d}", 100 + index, spacing=(1.1, 0.7, 1.5) if index == 1 else SPACING)
+    content = {
+        "channel_names": {"0": "MR", "1": "CT"},
+        "labels": {"background": 0, "a": 1, "b": 2},
+        "numTraining": labeled,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A planned dataset of one test, nothing preprocessed yet; the nnUNet_* variables point at it."""
+
+    raw: Path
+    preprocessed: Path
+
+    dataset_id = 777
+
+    @property
+    def plans_file(self) -> Path:
+        return self.preprocessed / "nnUNetPlans.json"
+
+    @property
+    def labeled(self) -> Path:
+        return self.preprocessed / "nnUNetPlans_3d_fullres"
+
+    @property
+    def unlabeled(self) -> Path:
+        return self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        return json.loads((self.preprocessed / "dataset.json").read_text())
+
+    def edit_plan(self, configuration: str | None = None, **changes: Any) -> None:
+        plans = json.loads(self.plans_file.read_text())
+        (plans if configuration is None else plans["configurations"][configuration]).update(changes)
+        self.plans_file.write_text(json.dumps(plans, indent=4))
+
+
+@functools.cache
+def _template(folder: Path) -> Path:
+    """Planned once per session (fingerprint extraction starts a process that imports everything)."""
+    from nnssl.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            (folder / name).mkdir(parents=True)
+            patch.setenv(f"nnUNet_{name}", str(folder / name))
+        write_dataset(folder / "raw")
+        assert main(["plan-and-preprocess", "-d", "777", "--no_pp", "-npfp", "1", "--no_pbar"]) == 0
+    return folder
+
+
+def planned_copy(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A fresh copy of the planned dataset for one test."""
+    template = _template(tmp_path_factory.getbasetemp() / "tiny_template")
+    for name in ("raw", "preprocessed", "results"):
+        shutil.copytree(template / name, tmp_path / name)
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return Tiny(tmp_path / "raw" / "Dataset777_Tiny", tmp_path / "preprocessed" / "Dataset777_Tiny")

@@ -1,0 +1,249 @@
+"""What every method must do: one row per method, the same battery for all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from nnssl.method import SemiMethod, full_resolution, inference
+from nnssl.methods import known_methods
+from nnssl.methods.diffcl import DiffCL, DiffCLConfig
+from nnssl.methods.supervised import Supervised, SupervisedConfig
+from tests.building import Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, a small configuration, and the facts that the battery checks.
+
+    reaches    term -> the method's children that must get gradient from it, all others must not
+    weights    t -> lambda_k(t), closed form
+    warm_up    steps before all terms are alive (banks fill)
+    """
+
+    method: type[SemiMethod]
+    config: Any
+    reaches: dict[str, set[str]]
+    weights: Callable[[float], dict[str, float]]
+    warm_up: int = 0
+    frozen: set[str] = field(default_factory=set)
+
+
+def _diffcl_weights(t: float) -> dict[str, float]:
+    mu = math.exp(-5 * (1 - min(t / 0.4, 1)) ** 2)
+    return {"supervised": 1, "pseudo": mu, "contrast": 0.1 * mu, "diffusion": 1, "diffusion_pseudo": mu}
+
+
+ROWS = {
+    "Supervised": Row(Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}),
+    "DiffCL": Row(
+        DiffCL,
+        DiffCLConfig(ddim_steps=2, hfm_max_tokens=512, embedding=8, bank_size=64, bank_per_step=16, num_positives=16, num_negatives=32),
+        {
+            "supervised": {"student"},
+            "pseudo": {"student"},
+            "contrast": {"student", "projector"},
+            "diffusion": {"denoiser"},
+            "diffusion_pseudo": {"denoiser"},
+        },
+        _diffcl_weights,
+        warm_up=1,
+        frozen={"sampler"},
+    ),
+}
+
+TASKS = {
+    "3d": Task(),
+    "2d": Task(dim=2),
+    "four_classes": Task(channels=5),
+    "two_modalities": Task(images=2),
+    "residual_encoder": Task(residual=True),
+    "no_deep_supervision": Task(deep_supervision=False),
+    "regions": Task(channels=2, regions=True),
+    "ignore_label": Task(channels=3, ignore=True),
+    "regions_with_ignore": Task(channels=2, regions=True, ignore=True),
+}
+
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+tasks = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
+
+
+def started(row: Row, task: Task, steps: int | None = None) -> SemiMethod:
+    """A method after its warm-up steps."""
+    method = task.method(row.method, row.config)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
+    for i in range(row.warm_up if steps is None else steps):
+        step(method, optimizer, task, i)
+    return method
+
+
+def step(method: SemiMethod, optimizer: torch.optim.Optimizer, task: Task, i: int, t: float = 0.5) -> dict[str, float]:
+    batch = task.batch(seed=i)
+    terms, weights = method(batch, t), method.weights(t)
+    optimizer.zero_grad()
+    sum(weights[k] * v for k, v in terms.items()).backward()
+    optimizer.step()
+    method.after_step(batch, t)
+    return {k: v.item() for k, v in terms.items()}
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(ROWS) == known_methods()
+
+
+@rows
+@tasks
+def test_terms_are_finite_scalars_with_the_keys_of_the_weights(row: Row, task: Task) -> None:
+    method = started(row, task)
+    terms = method(task.batch(), 0.5)
+    assert terms.keys() == method.weights(0.5).keys() == row.reaches.keys()
+    for name, value in terms.items():
+        assert value.ndim == 0 and torch.isfinite(value), name
+
+
+@rows
+@tasks
+def test_every_term_is_alive_and_reaches_exactly_its_networks(row: Row, task: Task) -> None:
+    method = started(row, task)
+    for name in row.reaches:
+        method.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        term = method(task.batch(), 0.5)[name]
+        assert term.item() != 0, f"{name} is zero"
+        term.backward()
+        reached = {
+            child for child, module in method.named_children() if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+        }
+        assert reached == row.reaches[name], name
+
+
+@rows
+def test_weights_follow_their_closed_form(row: Row) -> None:
+    method = TASKS["2d"].method(row.method, row.config)
+    for t in (0.0, 0.25, 0.5, 1.0):
+        assert method.weights(t) == pytest.approx(row.weights(t))
+
+
+@rows
+def test_same_seed_gives_the_same_losses(row: Row) -> None:
+    def run() -> list[dict[str, float]]:
+        task = TASKS["3d"]
+        method = task.method(row.method, row.config, seed=5)
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
+        return [step(method, optimizer, task, i) for i in range(3)]
+
+    assert run() == run()
+
+
+@rows
+def test_a_restored_state_gives_the_next_loss_bit_for_bit(row: Row) -> None:
+    task = TASKS["3d"]
+    method = started(row, task, steps=2)
+    other = task.method(row.method, row.config, seed=99)
+    other.load_state_dict(method.state_dict())
+    values = []
+    for m in (method, other):
+        torch.manual_seed(7)
+        values.append({k: v.item() for k, v in m(task.batch(seed=8), 0.5).items()})
+    assert values[0] == values[1]
+
+
+@rows
+def test_probabilities_are_differentiable_and_normalised(row: Row) -> None:
+    method = TASKS["four_classes"].method(row.method, row.config)
+    logits = torch.randn(2, 5, 4, 4, 4, requires_grad=True)
+    p = method.probabilities(logits)
+    torch.testing.assert_close(p.sum(1), torch.ones(2, 4, 4, 4))
+    p[:, 0].sum().backward()
+    assert logits.grad is not None and bool(logits.grad.any())
+
+
+@rows
+def test_frozen_networks_have_no_gradient_and_keep_their_weights_in_the_step(row: Row) -> None:
+    method = started(row, TASKS["3d"])
+    for name in row.frozen:
+        network = method.get_submodule(name)
+        assert not any(p.requires_grad for p in network.parameters())
+    before = {n: [p.clone() for p in method.get_submodule(n).parameters()] for n in row.frozen}
+    sum(method(TASKS["3d"].batch(), 0.5).values()).backward()
+    for name, old in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(old, method.get_submodule(name).parameters(), strict=True))
+
+
+@rows
+def test_networks_keep_their_modes_through_a_step(row: Row) -> None:
+    method = started(row, TASKS["3d"])
+    method(TASKS["3d"].batch(), 0.5)
+    assert all(m.training for m in method.modules())
+
+
+@rows
+def test_bfloat16_autocast_stays_near_float32(row: Row) -> None:
+    task = TASKS["3d"]
+    values = []
+    for bf16 in (False, True):
+        method = started(row, task)
+        torch.manual_seed(11)
+        with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+            terms = method(task.batch(), 0.5)
+        sum(terms.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+        values.append({k: v.item() for k, v in terms.items()})
+    assert values[1] == pytest.approx(values[0], rel=0.15, abs=0.05)
+
+
+@rows
+def test_a_batch_without_foreground_gives_finite_losses_and_gradients(row: Row) -> None:
+    task = TASKS["four_classes"]
+    method = task.method(row.method, row.config)
+    batch = task.batch()
+    empty = replace(batch, target=[torch.zeros_like(t) for t in batch.target])
+    terms = method(empty, 0.5)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(v) for v in terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
+@rows
+def test_large_logits_stay_finite(row: Row) -> None:
+    task = TASKS["3d"]
+    method = started(row, task)
+    with torch.no_grad():
+        for layer in method.student.decoder.seg_layers:
+            layer.weight *= 1e3
+    terms = method(task.batch(), 0.5)
+    assert all(torch.isfinite(v) for v in terms.values()), terms
+
+
+@rows
+@pytest.mark.parametrize("unlabeled", [1, 3])
+def test_the_unlabeled_batch_may_have_another_size(row: Row, unlabeled: int) -> None:
+    task = TASKS["3d"]
+    batch = task.batch(unlabeled=2)
+    views = tuple(torch.cat([s, s])[:unlabeled] for s in batch.strong)
+    method = started(row, task)
+    terms = method(replace(batch, weak=torch.cat([batch.weak, batch.weak])[:unlabeled], strong=views), 0.5)
+    assert all(torch.isfinite(v) for v in terms.values())
+
+
+@rows
+def test_the_deployed_network_predicts_any_tile_size(row: Row) -> None:
+    task = Task(deep_supervision=False)
+    method = task.method(row.method, row.config)
+    with inference(method.student):
+        assert full_resolution(method.student(torch.randn(1, 1, 12, 20, 8))).shape == (1, 2, 12, 20, 8)
+
+
+@rows
+def test_deploying_what_does_not_exist_is_refused(row: Row) -> None:
+    method = TASKS["2d"].method(row.method, row.config)
+    assert method.deployed("student") is method.student
+    if "teacher" not in dict(method.named_children()):
+        with pytest.raises(ValueError, match=row.method.name):
+            method.deployed("teacher")
