@@ -47,7 +47,9 @@ class GeneralConfig:
             raise ValueError(f"deploy must be student or teacher, found {self.deploy!r}")
 
 
-def resolve(overrides: Mapping[str, Any], method: str | None, method_config: type[T] | None, known_methods: set[str]) -> tuple[GeneralConfig, T | None]:
+def resolve(
+    overrides: Mapping[str, Any], method: str | None, method_config: type[T] | None, known_methods: set[str]
+) -> tuple[GeneralConfig, T | None]:
     """General and method configuration from the `nnssl` section of a plans file.
 
     Args:
@@ -92,7 +94,9 @@ def _convert(value: Any, hint: Any, where: str, valid: str) -> Any:
             item = typing.get_args(hint)[0]
             return tuple(float(v) if item is float else v for v in value)
         return value
-    raise ValueError(f'"{where}" of the plans file must be {_type_name(hint)}, found {value!r} ({type(value).__name__}); valid keys are {valid}')
+    raise ValueError(
+        f'"{where}" of the plans file must be {_type_name(hint)}, found {value!r} ({type(value).__name__}); valid keys are {valid}'
+    )
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -109,4 +113,8 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if typing.get_origin(hint) is None and hasattr(hint, "__name__") else str(hint).replace("NoneType", "null")  # type: ignore[return-value]
+    return (
+        getattr(hint, "__name__", None)
+        if typing.get_origin(hint) is None and hasattr(hint, "__name__")
+        else str(hint).replace("NoneType", "null")
+    )  # type: ignore[return-value]

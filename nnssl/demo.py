@@ -39,12 +39,16 @@ STATE = "demo.json"  # marks a demo's folder: settings and finished stages
 OWN = (STATE, "raw", "preprocessed", "results", "predictions", "logs", "overlay.png", "curve.png")
 
 
+# as nnU-Net's command, with this many threads: `-device cpu` asks for one per core of the machine, whatever a container may use
+LAUNCH = "import multiprocessing, runpy, sys; multiprocessing.cpu_count = lambda: {}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
 def usable_cpus() -> int:
-    """Cores that this process may use: affinity and the container's quota, which nnU-Net's `-device cpu` does not look at."""
+    """Cores that this process may use, by affinity and the container's quota; 8 at most, more do not help small patches."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     limit, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
-    return count if limit == "max" else max(1, min(count, int(limit) // int(period)))
+    return min(8, count if limit == "max" else max(1, min(count, int(limit) // int(period))))
 
 
 class Demo:
@@ -109,11 +113,15 @@ class Demo:
         self.command("plan", "nnssl", "plan-and-preprocess", "-d", "900", "-c", CONFIGURATION, "-np", "1", "-npfp", "1")
 
     def shorten(self) -> None:
-        """Write a short schedule and a small network into the plans file"""
+        """Write a short schedule, a small network and a small patch into the plans file"""
         plans = json.loads(self.plans.read_text())
-        network = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+        configuration = plans["configurations"][CONFIGURATION]
+        network = configuration["architecture"]["arch_kwargs"]
         network["features_per_stage"] = [FEATURES * 2**i for i in range(network["n_stages"])]
-        plans["nnssl"] = {"num_epochs": self.settings["epochs"], **SCHEDULE, "seed": self.settings["seed"], "DiffCL": {"ddim_steps": 2}}
+        strides = np.prod(network["strides"], axis=0)
+        configuration["patch_size"] = [min(planned, 4 * int(s)) for planned, s in zip(configuration["patch_size"], strides, strict=True)]
+        method = {"DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096}}
+        plans["nnssl"] = {"num_epochs": self.settings["epochs"], **SCHEDULE, "seed": self.settings["seed"], **method}
         partial = self.plans.with_suffix(".tmp")
         partial.write_text(json.dumps(plans, indent=4))
         os.replace(partial, self.plans)
@@ -195,7 +203,9 @@ class Demo:
             "nnUNet_extTrainer": str(Path(trainers.origin).parent),
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
-            "OMP_THREAD_LIMIT": str(min(8, usable_cpus())),  # nnU-Net asks for one thread per core of the machine
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are 50 times slower where another process wants a core
+            "MALLOC_MMAP_MAX_": "0",  # keep freed memory: page faults cost a fifth of a step
+            "MALLOC_TRIM_THRESHOLD_": "1000000000000",
             "MPLBACKEND": "Agg",
             "PYTHONUNBUFFERED": "1",
         }
@@ -222,7 +232,7 @@ class Demo:
                 total=total, unit=unit, desc=f"      {stage}", disable=bar is None, mininterval=0.1 if sys.stderr.isatty() else 20
             ) as shown,
             subprocess.Popen(
-                [program, *command[1:]],
+                [sys.executable, "-c", LAUNCH.format(usable_cpus()), program, *command[1:]],
                 env=environment,
                 cwd=self.folder,
                 text=True,

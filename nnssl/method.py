@@ -93,7 +93,9 @@ class SemiMethod(nn.Module):
     def deployed(self, which: str) -> nn.Module:
         """The network that becomes the model. which: `student` or `teacher` (config key `deploy`)."""
         if which != "student":
-            raise ValueError(f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the planned shape; use "student"')
+            raise ValueError(
+                f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the planned shape; use "student"'
+            )
         return self.student
 
     def forward(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:

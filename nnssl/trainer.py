@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,15 +19,17 @@ from tqdm import tqdm
 from nnssl.batch import SemiBatch
 from nnssl.checkpoint import atomic_save, load_training_state, training_state
 from nnssl.config import resolve
-from nnssl.data.loader import TwoStreams, UnlabeledDataset, UnlabeledLoader, make_repeatable, start_stream
-from nnssl.data.split import hidden_cases
-from nnssl.data.unlabeled import ensure_unlabeled, unlabeled_folder
-from nnssl.data.views import ViewTransform, nonzero_channels
+from nnssl.data.loader import TwoStreams, make_repeatable
+from nnssl.data.split import absent_classes, hidden_cases
+from nnssl.data.streams import prepare_unlabeled, share_of_batch, unlabeled_stream
+from nnssl.data.unlabeled import unlabeled_folder
+from nnssl.ema import copy_weights
 from nnssl.history import History
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
 from nnssl.methods import known_methods
 from nnssl.randomness import restore_rng, seed_everything
+from nnssl.step import OptimizationStep
 
 
 class SemiTrainer(nnUNetTrainer):
@@ -49,8 +50,8 @@ class SemiTrainer(nnUNetTrainer):
         self.method: SemiMethod = None  # type: ignore[assignment]  # -> initialize
         self.history = History()
         self._resumed: dict | None = None
-        self._step = 0
-        self._nonfinite_in_a_row = self._nonfinite_in_epoch = 0
+        self.step: OptimizationStep = None  # type: ignore[assignment]  # -> initialize
+        self._iteration = 0
         self._bar: tqdm | None = None
 
     # construction
@@ -61,7 +62,12 @@ class SemiTrainer(nnUNetTrainer):
 
     @classmethod
     def build_network_architecture(  # type: ignore[override]
-        cls, plans_manager: Any, configuration_manager: Any, num_input_channels: int, num_output_channels: int, enable_deep_supervision: bool = True
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The deployed network; nnU-Net calls this in training and in inference."""
         network = nnUNetTrainer.build_network_architecture(
@@ -88,6 +94,7 @@ class SemiTrainer(nnUNetTrainer):
         self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
         self.network = self.method.deployed(self.general.deploy)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.step = OptimizationStep(self.optimizer, self.grad_scaler, self.general.amp, self.device, self.general.max_nonfinite_steps)
         if self._do_i_compile():
             for network in self.method.children():
                 if hasattr(network, "decoder") or hasattr(network, "network"):
@@ -96,8 +103,6 @@ class SemiTrainer(nnUNetTrainer):
         if self.is_ddp:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
             self._forward = DistributedDataParallel(self.method, device_ids=[self.local_rank], broadcast_buffers=False)
-        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
         self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
@@ -153,71 +158,41 @@ class SemiTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
-        unlabeled = self._unlabeled_cases() if self.method_class.needs_unlabeled else []
+        if self.method_class.needs_unlabeled:
+            unlabeled = prepare_unlabeled(
+                self.plans_manager, self.configuration_name, self.dataset_json, self._hidden(), log=self.print_to_log_file
+            )
         train, val = super().get_dataloaders()
         if self.general.seed is not None:
             for stream in (train, val):
                 make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
         if not self.method_class.needs_unlabeled:
             return train, val
-        rotation, dummy_2d, initial_patch_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        views = ViewTransform(
-            self.configuration_manager.patch_size,
-            rotation,
-            mirror_axes,
-            dummy_2d,
-            self.method.num_strong_views,
-            nonzero_channels(self.configuration_manager.use_mask_for_norm),
-        )
-        loader = UnlabeledLoader(
-            UnlabeledDataset(unlabeled_folder(self.preprocessed_dataset_folder), unlabeled),
-            self._unlabeled_batch_size(),
-            initial_patch_size,
-            self.configuration_manager.patch_size,
+        stream = unlabeled_stream(
+            unlabeled_folder(self.preprocessed_dataset_folder),
+            unlabeled,
+            share_of_batch(self.general.unlabeled_batch_size, self.batch_size),
+            self.configuration_manager,
             self.label_manager,
-            views,
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size(),
+            self.method.num_strong_views,
+            self.device.type == "cuda",
+            None if self.general.seed is None else self.general.seed + 1000 * (self.local_rank + 1),
         )
-        seed = None if self.general.seed is None else self.general.seed + 1000 * (self.local_rank + 1)
-        return TwoStreams(train, start_stream(loader, get_allowed_n_proc_DA(), self.device.type == "cuda", seed)), val
-
-    def _unlabeled_cases(self) -> list[str]:
-        hidden = self._hidden()
-        cases: list[str] = []
-        for rank in range(dist.get_world_size() if self.is_ddp else 1):  # rank 0 preprocesses what is missing, the others find it done
-            if rank == self.local_rank:
-                cases = ensure_unlabeled(self.plans_manager, self.configuration_name, self.dataset_json, hidden, log=self.print_to_log_file)
-            if self.is_ddp:
-                dist.barrier()
-        if not cases:
-            raise RuntimeError(
-                f"{type(self).__name__} found no unlabeled case for {self.plans_manager.dataset_name}: put scans into its folder imagesUn in "
-                "nnUNet_raw (named like imagesTr), or hide labels with `nnssl split`; without either, use nnUNetTrainerSupervised"
-            )
-        self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(hidden)} of them with hidden labels")
-        return cases
-
-    def _unlabeled_batch_size(self) -> int:
-        """U of this rank: the plan's labeled batch unless configured, split over the ranks like nnU-Net splits the labeled one."""
-        total = self.general.unlabeled_batch_size
-        if total is None:
-            return self.batch_size
-        world = dist.get_world_size() if self.is_ddp else 1
-        if total < world:
-            raise ValueError(f"unlabeled_batch_size {total} is smaller than the number of GPUs {world}")
-        return total // world + int(self.local_rank < total % world)
+        return TwoStreams(train, stream), val
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self._check_classes()
-        if self._resumed is None:
+        if self._resumed is None:  # pretrained weights, if any, are in self.network by now
+            if self.network is not self.method.student:
+                copy_weights(self.method.student, self.network)
             self.method.make_copies()
         else:
             restore_rng(self._resumed["rng"], self.local_rank)  # after the loaders drew their first batches
             self._resumed = None
 
     def _check_classes(self) -> None:
-        from nnssl.check import absent_classes
-
         cases, _ = self.do_split()
         absent = absent_classes(self.dataset_class(self.preprocessed_dataset_folder, list(cases)), list(cases), self.label_manager)
         if absent:
@@ -231,14 +206,13 @@ class SemiTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.method.train()
-        self._step = 0
-        self._nonfinite_in_epoch = 0
+        self._iteration = self.step.skipped = 0
         if self.local_rank == 0 and sys.stderr.isatty():
             self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False)
 
     def progress(self) -> float:
         """t: share of all iterations done, in [0, 1]."""
-        return (self.current_epoch + self._step / self.num_iterations_per_epoch) / self.num_epochs
+        return (self.current_epoch + self._iteration / self.num_iterations_per_epoch) / self.num_epochs
 
     def train_step(self, batch: dict) -> dict:
         """One step: sum_k lambda_k(t) L_k, one backward pass, clipping over all parameters, the method's own update."""
@@ -246,62 +220,18 @@ class SemiTrainer(nnUNetTrainer):
         data = SemiBatch.from_loader(batch, self.device)
         weights = self.method.weights(t)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.step.autocast():
             terms = self._forward(data, t)
             if terms.keys() != weights.keys():
                 raise RuntimeError(f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the same keys")
             loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0)
-        taken = self._update(loss)  # type: ignore[arg-type]
-        if taken:
+        if self.step.take(loss):  # type: ignore[arg-type]
             self.method.after_step(data, t)
-        self._step += 1
+        self._iteration += 1
         if self._bar is not None:
             self._bar.update()
         values = torch.stack([loss.detach().float(), *(v.detach().float() for v in terms.values())]).cpu().numpy()  # type: ignore[union-attr]
         return {"loss": values[0], **{f"loss/{k}": v for k, v in zip(terms, values[1:], strict=True)}}
-
-    def _autocast(self) -> Any:
-        """float16 only on CUDA, as nnU-Net; bfloat16 wherever it is asked for: a CPU with matrix units (AMX) trains twice as fast with it."""
-        amp = self.general.amp
-        on = (amp == "float16" and self.device.type == "cuda") or (amp == "bfloat16" and self.device.type in ("cuda", "cpu"))
-        return torch.autocast(self.device.type, dtype=getattr(torch, amp)) if on else nullcontext()
-
-    def _update(self, loss: torch.Tensor) -> bool:
-        """Backward pass and optimizer step; skipped, counted and in the end refused where the loss is not finite."""
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        scaler = self.grad_scaler if self.general.amp == "float16" else None
-        finite = torch.isfinite(loss.detach())
-        if self.is_ddp:
-            finite = finite.float()
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if scaler is not None:
-            loss = scaler.scale(loss)
-        loss.backward()
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, 12)
-        if scaler is None:
-            finite = finite.bool() & torch.isfinite(norm)
-        if not bool(finite):
-            self.optimizer.zero_grad(set_to_none=True)
-            if scaler is not None:
-                scaler.update()
-            self._nonfinite_in_epoch += 1
-            self._nonfinite_in_a_row += 1
-            if self._nonfinite_in_a_row >= self.general.max_nonfinite_steps:
-                raise RuntimeError(
-                    f"the loss was not finite in {self._nonfinite_in_a_row} steps in a row (epoch {self.current_epoch}); no weight was changed by "
-                    f"them and the checkpoints in {self.output_folder} are the last good ones. Lower `initial_lr` or set `amp` to bfloat16 or "
-                    'float32 under "nnssl" in the plans file, check the images, then continue with --c'
-                )
-            return False
-        self._nonfinite_in_a_row = 0
-        if scaler is not None:
-            scaler.step(self.optimizer)
-            scaler.update()
-        else:
-            self.optimizer.step()
-        return True
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         if self._bar is not None:
@@ -318,8 +248,8 @@ class SemiTrainer(nnUNetTrainer):
         weights = self.method.weights((self.current_epoch + 1) / self.num_epochs)
         self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
         self.print_to_log_file(self.history.describe())
-        if self._nonfinite_in_epoch:
-            self.print_to_log_file(f"WARNING: {self._nonfinite_in_epoch} steps were skipped in this epoch: their loss was not finite")
+        if self.step.skipped:
+            self.print_to_log_file(f"WARNING: {self.step.skipped} steps of this epoch were skipped: their loss was not finite")
 
     def on_epoch_end(self) -> None:
         super().on_epoch_end()
@@ -390,8 +320,8 @@ def _geometry(configuration_manager: Any) -> tuple[tuple[int, ...], tuple[float,
 
 
 def _identifiers(folder: str) -> list[str]:
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
     if not os.path.isdir(folder):
-        raise RuntimeError(f"{folder} does not exist: run `nnssl plan-and-preprocess` or nnUNetv2_plan_and_preprocess for this configuration first")
+        raise RuntimeError(
+            f"{folder} does not exist: run `nnssl plan-and-preprocess` or nnUNetv2_plan_and_preprocess for this configuration first"
+        )
     return infer_dataset_class(folder).get_identifiers(folder)

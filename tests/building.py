@@ -67,7 +67,9 @@ class Task:
 
     def loss(self) -> Any:
         if self.regions:
-            loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}, use_ignore_label=self.ignore)
+            loss: nn.Module = DC_and_BCE_loss(
+                {}, {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}, use_ignore_label=self.ignore
+            )
         else:
             soft_dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
             loss = DC_and_CE_loss(soft_dice, {}, ignore_label=self.labels.ignore_label)

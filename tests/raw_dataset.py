@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -67,6 +67,17 @@ def write_dataset(root: Path, name: str = "Dataset777_Tiny", labeled: int = 6, u
     return folder
 
 
+def stored(path: Path) -> tuple[Any, ...]:
+    """What a .b2nd file holds and how; the bytes on disk may differ in the order in which blosc2's threads wrote the blocks."""
+    array = blosc2.open(str(path), mode="r")
+    return array[:].tobytes(), array.dtype, array.shape, array.chunks, array.blocks, array.cparams.filters, array.cparams.codec
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything in a folder of preprocessed cases."""
+    return {file.name: stored(file) if file.suffix == ".b2nd" else file.read_bytes() for file in folder.iterdir()}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A planned dataset of one test, nothing preprocessed yet; the nnUNet_* variables point at it."""
@@ -98,24 +109,46 @@ class Tiny:
         self.plans_file.write_text(json.dumps(plans, indent=4))
 
 
-@functools.cache
-def _template(folder: Path) -> Path:
-    """Planned once per session (fingerprint extraction starts a process that imports everything)."""
-    from nnssl.cli import main
+def plans(spacing: tuple[float, float, float] = (2.0, 0.9, 0.8)) -> dict[str, Any]:
+    """A plans file like nnU-Net's, with the keys that preprocessing reads."""
+    resampling: dict[str, Any] = {}
+    for which, is_seg, order in (("data", False, 3), ("seg", True, 1), ("probabilities", False, 1)):
+        resampling[f"resampling_fn_{which}"] = "resample_data_or_seg_to_shape"
+        resampling[f"resampling_fn_{which}_kwargs"] = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
+    configurations = {}
+    for name, dimensions in (("2d", 2), ("3d_fullres", 3)):
+        configurations[name] = {
+            "data_identifier": f"nnUNetPlans_{name}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2,
+            "patch_size": [10, 28, 24][-dimensions:],
+            "spacing": list(spacing[-dimensions:]),
+            "normalization_schemes": ["ZScoreNormalization", "CTNormalization"],
+            "use_mask_for_norm": [False, False],
+            **resampling,
+            "architecture": {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"},
+            "batch_dice": False,
+        }
+    intensities = {"mean": 380.0, "std": 60.0, "percentile_00_5": 270.0, "percentile_99_5": 480.0}
+    return {
+        "dataset_name": "Dataset777_Tiny",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": intensities, "1": intensities},
+        "configurations": configurations,
+    }
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            (folder / name).mkdir(parents=True)
-            patch.setenv(f"nnUNet_{name}", str(folder / name))
-        write_dataset(folder / "raw")
-        assert main(["plan-and-preprocess", "-d", "777", "--no_pp", "-npfp", "1", "--no_pbar"]) == 0
-    return folder
 
-
-def planned_copy(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """A fresh copy of the planned dataset for one test."""
-    template = _template(tmp_path_factory.getbasetemp() / "tiny_template")
+def planned_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A dataset with a plan, nothing preprocessed, and the environment that points at it."""
     for name in ("raw", "preprocessed", "results"):
-        shutil.copytree(template / name, tmp_path / name)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    return Tiny(tmp_path / "raw" / "Dataset777_Tiny", tmp_path / "preprocessed" / "Dataset777_Tiny")
+        (folder / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(folder / name))
+    tiny = Tiny(write_dataset(folder / "raw"), folder / "preprocessed" / "Dataset777_Tiny")
+    tiny.preprocessed.mkdir()
+    tiny.plans_file.write_text(json.dumps(plans(), indent=4))
+    shutil.copy(tiny.raw / "dataset.json", tiny.preprocessed)
+    return tiny

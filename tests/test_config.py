@@ -21,7 +21,12 @@ class Example:
 
 def test_defaults_are_nnunets() -> None:
     general, _ = resolve({}, "DiffCL", DiffCLConfig, KNOWN)
-    assert (general.num_epochs, general.num_iterations_per_epoch, general.num_val_iterations_per_epoch, general.initial_lr) == (1000, 250, 50, 0.01)
+    assert (general.num_epochs, general.num_iterations_per_epoch, general.num_val_iterations_per_epoch, general.initial_lr) == (
+        1000,
+        250,
+        50,
+        0.01,
+    )
 
 
 def test_overrides_reach_trainer_and_method() -> None:
@@ -57,14 +62,17 @@ def test_right_types_are_converted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_epochs", 0), ("initial_lr", 0.0), ("amp", "half"), ("deploy", "both"), ("unlabeled_batch_size", 0), ("save_every", -1)]
+    ("key", "value"),
+    [("num_epochs", 0), ("initial_lr", 0.0), ("amp", "half"), ("deploy", "both"), ("unlabeled_batch_size", 0), ("save_every", -1)],
 )
 def test_impossible_values_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf'"nnssl" of the plans file: {key} must be'):
         resolve({key: value}, "DiffCL", DiffCLConfig, KNOWN)
 
 
-@pytest.mark.parametrize(("key", "value"), [("ddim_steps", 2000), ("bank_per_step", 5000), ("temperature", 0.0), ("ema_decay", 1.5), ("embedding", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("ddim_steps", 2000), ("bank_per_step", 5000), ("temperature", 0.0), ("ema_decay", 1.5), ("embedding", 0)]
+)
 def test_impossible_values_of_the_method_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf'"nnssl.DiffCL" of the plans file: {key} must'):
         resolve({"DiffCL": {key: value}}, "DiffCL", DiffCLConfig, KNOWN)

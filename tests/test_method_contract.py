@@ -118,7 +118,9 @@ def test_every_term_is_alive_and_reaches_exactly_its_networks(row: Row, task: Ta
         assert term.item() != 0, f"{name} is zero"
         term.backward()
         reached = {
-            child for child, module in method.named_children() if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+            child
+            for child, module in method.named_children()
+            if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
         }
         assert reached == row.reaches[name], name
 

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor, positive_valid: Tensor, negative_valid: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    anchor: Tensor, positive: Tensor, negative: Tensor, positive_valid: Tensor, negative_valid: Tensor, temperature: float
+) -> Tensor:
     """Mean InfoNCE (van den Oord et al., 2018, eq. 4) of every valid positive against the valid negatives of its class.
 
         L = mean_{k, i} -log  exp(a_k . p_ki / T) / ( exp(a_k . p_ki / T) + sum_j exp(a_k . n_kj / T) )

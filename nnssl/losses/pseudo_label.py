@@ -30,7 +30,9 @@ def cross_entropy(logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tens
     return (per_voxel * mask).sum() / mask.sum().clamp_min(1.0)
 
 
-def soft_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5, skip_first: bool = True) -> Tensor:
+def soft_dice_loss(
+    probabilities: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5, skip_first: bool = True
+) -> Tensor:
     """1 - mean over channels of 2 <p, y> / (|p| + |y|), sums over the batch and all unmasked voxels (nnU-Net's "batch dice").
 
     Args:

@@ -26,4 +26,3 @@ def top_members(score: Tensor, member: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Per row, the n members with the highest score. score: (K, N); member: (K, N) bool. Returns as `sample_members`."""
     values, indices = score.masked_fill(~member, -torch.inf).topk(min(n, member.shape[1]), dim=1)
     return indices, values > -torch.inf
-

@@ -6,6 +6,7 @@
     L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g, x_w)
     L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden f(x_w),  x_tau from x_0 = 2 y_f - 1
     L_cl     = InfoNCE, anchor c_k, positives: the unlabeled voxels called k that are most similar to c_k, negatives: the least similar
+               ones among those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
@@ -16,7 +17,8 @@ mu(t)       Gaussian ramp over the first 40 % of training
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views instead of
 independent augmentation; sampling with DDIM in few trailing steps from an exponential moving average of g, as diffusion models are
 sampled (Ho et al., 2020); regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at
-on a random subset of voxels per class; widths, temperature, shares and weights marked ours below.
+on a random subset of voxels per class; negatives of class k are not called k (least similar voxels of any class would be the same for
+every class: nothing would hold the classes apart, and the embedding collapses); widths, temperature, shares and weights marked ours below.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from torch import Tensor, nn
 
 from nnssl.bank import ClassBank
 from nnssl.batch import SemiBatch
+from nnssl.data.cutmix import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.ema import ema_update, frozen_copy
 from nnssl.losses.contrastive import info_nce
-from nnssl.losses.pseudo_label import cross_entropy_dice
+from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.losses.sampling import sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.features import forward_features
@@ -47,6 +50,8 @@ from nnssl.schedules import gaussian_ramp
 class DiffCLConfig:
     weight_pseudo: float = 1.0  # maximum of mu1 = mu2 (ours)
     weight_contrast: float = 0.1  # eta (ours)
+    threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
+    cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 10  # S; 2 on CPU
@@ -65,7 +70,16 @@ class DiffCLConfig:
     hfm_state: int = 16  # Mamba's state per channel
 
     def __post_init__(self) -> None:
-        for name in ("diffusion_steps", "ddim_steps", "embedding", "bank_size", "bank_per_step", "candidates", "num_positives", "num_negatives"):
+        for name in (
+            "diffusion_steps",
+            "ddim_steps",
+            "embedding",
+            "bank_size",
+            "bank_per_step",
+            "candidates",
+            "num_positives",
+            "num_negatives",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.ddim_steps > self.diffusion_steps:
@@ -74,7 +88,7 @@ class DiffCLConfig:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
-        for name in ("ema_decay", "positive_fraction", "hfm_cutoff"):
+        for name in ("threshold", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
@@ -111,9 +125,13 @@ class DiffCL(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        pseudo_f, pseudo_g = self.pseudo_labels(batch.weak)
+        probabilities_f, probabilities_g = self.pseudo_probabilities(batch.weak)
+        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+        probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
+        pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
+        certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g))
         onehot, labeled_mask = self.labels.encode(batch.full_target())
-        images = torch.cat([batch.labeled, batch.strong[0]])  # one pass for both streams, through f and through g
+        images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
         outputs, features = self.walk(self.student, images)
         labeled_f, unlabeled_f = split_batch(outputs, n)
@@ -128,10 +146,10 @@ class DiffCL(SemiMethod):
         logits_f = full_resolution(unlabeled_f)
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain_g),
             "contrast": self.contrast(features[-1], n, onehot, labeled_mask, self.labels.harden(self.probabilities(logits_f))),
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -144,13 +162,13 @@ class DiffCL(SemiMethod):
             self.bank.push(*self._bank_update)
             self._bank_update = None
 
-    def pseudo_labels(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y_f and y_g (U, K, S), zeros and ones, for weak views (U, C, S); noise: x_{T-1} of the sampler, drawn if None."""
+    def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: x_{T-1} of the sampler, drawn if None."""
         with inference(self.student, self.sampler):
-            pseudo_f = self.labels.harden(self.probabilities(full_resolution(self.student(weak))))
-            noise = torch.randn_like(pseudo_f) if noise is None else noise
+            probabilities_f = self.probabilities(full_resolution(self.student(weak)))
+            noise = torch.randn_like(probabilities_f) if noise is None else noise
             sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), noise, self.config.ddim_steps)
-            return pseudo_f, self.labels.harden((sampled + 1) / 2)
+            return probabilities_f, (sampled + 1) / 2
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-1, 1] from the denoiser's outputs."""
@@ -186,8 +204,10 @@ class DiffCL(SemiMethod):
             positive, positive_valid = top_members(own, valid & known[:, None], c.num_positives)
             positive_valid = positive_valid & (torch.arange(positive.shape[1], device=q.device) < share)
             everything = q.flatten(0, 1)
-            others = (center @ everything.T.to(center.dtype)).masked_fill(~known[:, None], 0.0)
-            negative, negative_valid = top_members(-others, valid.flatten().expand(len(center), -1), c.num_negatives)
+            called_other = ~torch.eye(len(q), dtype=torch.bool, device=q.device).repeat_interleave(q.shape[1], dim=1)
+            negative, negative_valid = top_members(
+                -(center @ everything.T.to(center.dtype)), valid.flatten() & called_other, c.num_negatives
+            )
         return info_nce(
             center,
             torch.gather(q, 1, positive[..., None].expand(-1, -1, q.shape[-1])),

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 def check_planned(network: nn.Module) -> nn.Module:
     """The network itself if it is a planned U-Net (encoder stages, decoder stages, transposed convolutions), else ValueError."""
     decoder = getattr(network, "decoder", None)
-    if not all(hasattr(decoder, a) for a in ("stages", "transpconvs", "seg_layers")) or not hasattr(getattr(network, "encoder", None), "stages"):
+    if not all(hasattr(decoder, a) for a in ("stages", "transpconvs", "seg_layers")) or not hasattr(
+        getattr(network, "encoder", None), "stages"
+    ):
         raise ValueError(
             f"{type(network).__name__} is not a planned U-Net with encoder.stages and decoder.stages; "
             "plan the dataset with PlainConvUNet or ResidualEncoderUNet (nnU-Net's default or ResEnc planners)"

@@ -1,18 +1,22 @@
-"""High-frequency Mamba (HFM) of Diff-CL (arXiv 2503.09408), as a residual behind one encoder stage of a planned network.
+"""High-frequency Mamba (HFM), Diff-CL's block inside the encoder (arXiv 2503.09408), on any planned network.
 
-    out = x + gate * out_proj(norm(sum over orders and directions of scan(high(x) / rms(high(x)))))
+    h   = x - low-pass(x)                              box of low frequencies removed, in physical units
+    u   = h / rms(h)                                   per image and channel, over the voxels (h has mean 0)
+    m   = Mamba2Mixer(u)                               voxels along every axis, forward and backward, results summed
+    out = x + gate * m
 
-high    x minus its low-pass: the frequencies inside a box of the discrete Fourier transform (`high_pass`)
-scan    selective state-space scan of one shared Mamba-2 mixer over the voxels, along every axis, forward and backward
-gate    (C,), starts at zero: at step 0 the network is the planned network; its gradient is not zero there, so it opens at once,
-        and from then on everything behind it learns
+gate (C,) starts at zero: at step 0 the network is the planned network. The gate itself has a gradient there, opens with the first step, and
+from then on everything behind it learns. The 1x1 convolution that maps the mixed tokens back to features is the mixer's `out_proj`: a second
+one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm are computed once instead of six
+times, convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual (not attention), Mamba-2 form.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,65 +25,95 @@ from nnssl.ssm import Mamba2Mixer
 
 
 def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> tuple[int, ...]:
-    """Highest DFT index inside the low-pass box, per axis: index k is inside where min(k, n - k) <= radius.
+    """Highest DFT index inside the low-pass box, per axis: of n indices k is inside where min(k, n - k) <= radius.
 
-    `cutoff` in (0, 1) is the fraction of the finest axis' Nyquist frequency; a coarser axis keeps the same cycles/mm, capped at its own Nyquist.
+    cutoff in (0, 1): fraction of the finest axis' Nyquist frequency 1 / (2 spacing). Coarser axes keep the same cycles per mm, at most their
+    own Nyquist frequency, that is radius = n // 2: then the box does not restrict this axis.
     """
     finest = min(spacing)
-    return tuple(math.floor(min(1.0, cutoff * s / finest) * n / 2 + 1e-6) for n, s in zip(grid, spacing, strict=True))
+    return tuple(math.floor(min(1.0, cutoff * mm / finest) * n / 2 + 1e-6) for n, mm in zip(grid, spacing, strict=True))
 
 
 @functools.lru_cache(maxsize=256)
 def _fourier_basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """Orthonormal real Fourier vectors of indices 0..radius, (size, rank); None where they span everything."""
+    """Real Fourier vectors of the indices up to `radius`, orthonormal columns (size, 2 radius + 1); None where they span everything."""
     if 2 * radius + 1 >= size:
         return None
-    position = torch.arange(size, dtype=torch.float64) * (2 * math.pi / size)
-    index = torch.arange(1, radius + 1, dtype=torch.float64)
-    phase = position[:, None] * index
-    waves = torch.cat([torch.full((size, 1), 0.5**0.5, dtype=torch.float64), phase.cos(), phase.sin()], dim=1)
-    return (waves * (2 / size) ** 0.5).to(device, dtype)
+    phase = torch.arange(size, dtype=torch.float64).outer(torch.arange(1, radius + 1, dtype=torch.float64)) * (2 * math.pi / size)
+    constant = torch.full((size, 1), math.sqrt(0.5), dtype=torch.float64)
+    return (torch.cat([constant, phase.cos(), phase.sin()], dim=1) * math.sqrt(2 / size)).to(device, dtype)
 
 
-def _remove_box(x: Tensor, radii: tuple[int, ...]) -> Tensor:
-    low = x
-    for axis, radius in enumerate(radii, start=2):
-        basis = _fourier_basis(x.shape[axis], radius, x.device, x.dtype)
-        if basis is not None:
-            low = ((low.movedim(axis, -1) @ basis) @ basis.T).movedim(-1, axis)
-    return x - low
+def _along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
+    """matrix (m, n) times the axis of length n."""
+    if axis == x.ndim - 1:
+        return x @ matrix.T
+    return (matrix @ x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])
+
+
+def _without_box(x: Tensor, radii: Sequence[int]) -> Tensor:
+    bases = [(axis, _fourier_basis(x.shape[axis], radius, x.device, x.dtype)) for axis, radius in enumerate(radii, start=2)]
+    narrow = [(axis, basis) for axis, basis in bases if basis is not None]
+    if not narrow:
+        return torch.zeros_like(x)
+    x = x.contiguous()
+    low, (last, last_basis) = x, narrow[-1]
+    for axis, basis in reversed(narrow):
+        low = _along(basis.T, low, axis)
+    for axis, basis in narrow[:-1]:
+        low = _along(basis, low, axis)
+    if last == x.ndim - 1:  # the only product of full size subtracts in place
+        return torch.addmm(x.flatten(0, -2), low.flatten(0, -2), last_basis.T, alpha=-1).view_as(x)
+    return x - _along(last_basis, low, last)
 
 
 class _HighPass(torch.autograd.Function):
-    """The projection is its own adjoint: the gradient is the high-pass of the gradient and nothing has to be kept."""
+    """Orthogonal projection, its own adjoint: the backward is the same operation and nothing is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, radii: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, radii: tuple[int, ...]) -> Tensor:
         ctx.radii = radii
-        return _remove_box(x, radii)
+        with torch.autocast(x.device.type, enabled=False):
+            return _without_box(x, radii)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _remove_box(grad, ctx.radii), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _without_box(grad, ctx.radii), None
 
 
 def high_pass(x: Tensor, spacing: Sequence[float], cutoff: float) -> Tensor:
-    """x (B, C, *grid) minus its low-pass, same shape and dtype."""
+    """x (B, C, *grid) without its low frequencies, same shape and dtype; equal to zeroing the box of `box_radii` in fftn(x).
+
+    Separable: the box is the product of one projection Q Q^T per axis, Q (n, rank) a real Fourier basis, so three thin matrix products down,
+    three up and no complex numbers. Any grid, also odd sizes and axes of one voxel (constant along it, hence inside the box there).
+    """
     return _HighPass.apply(x, box_radii(x.shape[2:], spacing, cutoff))
 
 
 class HighFrequencyMamba(nn.Module):
-    """HFM, (B, C, *grid) -> same, for any grid with as many axes as `spacing` (mm per voxel of the feature map)."""
+    """HFM on features (B, channels, *grid) -> same shape and dtype, any grid of len(spacing) axes.
+
+    spacing: mm between the voxels of the features; cutoff: see `box_radii`; d_state, expand, backend: see `Mamba2Mixer`.
+    Raises ValueError for a cutoff outside (0, 1).
+    """
 
     def __init__(
-        self, channels: int, spacing: Sequence[float], cutoff: float = 0.25, d_state: int = 16, expand: int = 2, backend: str = "auto"
+        self,
+        channels: int,
+        spacing: Sequence[float],
+        cutoff: float = 0.25,
+        d_state: int = 16,
+        expand: int = 2,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if not 0 < cutoff < 1:
-            raise ValueError(f"cutoff is {cutoff}, must lie between 0 and 1 (fraction of the Nyquist frequency)")
-        self.spacing, self.cutoff = tuple(float(s) for s in spacing), cutoff
+            raise ValueError(f"cutoff is {cutoff}, expected a fraction of the Nyquist frequency between 0 and 1 (both excluded)")
+        self.spacing, self.cutoff = tuple(float(mm) for mm in spacing), cutoff
         axes = range(len(self.spacing))
-        self.orders = tuple((*(a for a in axes if a != fastest), fastest) for fastest in reversed(axes))
+        self.orders = tuple((*(axis for axis in axes if axis != fastest), fastest) for fastest in reversed(axes))
+        # heads of at most 32 channels: each has a decay of its own, and so a reach of its own
         self.mixer = Mamba2Mixer(channels, d_state, expand=expand, headdim=math.gcd(expand * channels, 32), backend=backend)
         self.gate = nn.Parameter(torch.zeros(channels))
 
@@ -87,18 +121,35 @@ class HighFrequencyMamba(nn.Module):
         high = high_pass(x, self.spacing, self.cutoff)
         power = high.float().square().mean(tuple(range(2, x.ndim)), keepdim=True)
         tokens = (high * torch.rsqrt(power + 1e-5)).to(x.dtype).movedim(1, -1)
-        out = self.mixer.forward_orders(tokens, self.orders) * self.gate
-        return x + out.movedim(-1, 1).to(x.dtype)
+        mixed = self.mixer.forward_orders(tokens, self.orders) * self.gate
+        return x + mixed.movedim(-1, 1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"spacing={self.spacing}, cutoff={self.cutoff}, orders={self.orders}"
+
+
+def stage_grids(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Size of every encoder stage's features for a patch."""
+    grid = tuple(patch_size)
+    for stride in strides:
+        grid = tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))
+        yield grid
 
 
 def hfm_stage(patch_size: Sequence[int], strides: Sequence[Sequence[int]], max_tokens: int) -> int:
-    """Index of the highest-resolution encoder stage with at most `max_tokens` voxels for the planned patch."""
-    grid = list(patch_size)
-    for stage, stride in enumerate(strides):
-        grid = [-(-n // s) for n, s in zip(grid, stride, strict=True)]
-        if math.prod(grid) <= max_tokens:
+    """Index of the encoder stage with the highest resolution that has at most `max_tokens` voxels for the planned patch.
+
+    From the plan alone (patch size, strides per stage), hence the same for any tile at inference. Raises ValueError where no stage is small
+    enough.
+    """
+    voxels = [math.prod(grid) for grid in stage_grids(patch_size, strides)]
+    for stage, count in enumerate(voxels):
+        if count <= max_tokens:
             return stage
-    raise ValueError(f"every encoder stage has more than max_tokens = {max_tokens} voxels, the last one {math.prod(grid)}: raise max_tokens")
+    raise ValueError(
+        f"no encoder stage has at most max_tokens = {max_tokens} voxels for the patch {tuple(patch_size)}: "
+        f"the stages have {voxels}; set max_tokens to at least {voxels[-1]}"
+    )
 
 
 def insert_hfm(
@@ -113,17 +164,38 @@ def insert_hfm(
     expand: int = 2,
     backend: str = "auto",
 ) -> nn.Module:
-    """Put an HFM behind `num_stages` encoder stages of a planned network, in place; returns the network."""
+    """Put an HFM behind `hfm_stage` and, for num_stages > 1, the stages after it; in place, returns the network.
+
+    network: PlainConvUNet or ResidualEncoderUNet as planned; patch_size, spacing (mm): the plan's. The blocks become the children `hfm` of
+    the stages' nn.Sequential, so all planned parameters keep their names. Raises ValueError for other networks, a network that has an HFM,
+    too few stages, and numbers of axes that differ.
+    """
     encoder = getattr(network, "encoder", None)
-    strides = getattr(encoder, "strides", None)
-    stages = getattr(encoder, "stages", None)
-    if strides is None or stages is None:
-        raise ValueError(f"HFM needs a PlainConvUNet or ResidualEncoderUNet, got {type(network).__name__}")
+    stages, strides = getattr(encoder, "stages", None), getattr(encoder, "strides", None)
+    bodies = [getattr(stage, "blocks", stage) for stage in stages] if isinstance(stages, nn.Sequential) else []
+    if not bodies or not all(isinstance(body, nn.Sequential) for body in bodies) or strides is None:
+        raise ValueError(f"HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a {type(network).__name__}")
+    if not len(patch_size) == len(spacing) == len(strides[0]):
+        raise ValueError(f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in their number of axes")
+    if any(hasattr(body, "hfm") for body in bodies):
+        raise ValueError("this network has an HFM already: insert_hfm wants the planned network")
     first = hfm_stage(patch_size, strides, max_tokens)
-    scale = [math.prod(s[a] for s in strides[:first]) for a in range(len(spacing))]
-    for stage in range(first, min(first + num_stages, len(stages))):
-        scale = [c * s for c, s in zip(scale, strides[stage], strict=True)]
-        here = [float(mm) * c for mm, c in zip(spacing, scale, strict=True)]
-        body = getattr(stages[stage], "blocks", stages[stage])
-        body.add_module("hfm", HighFrequencyMamba(encoder.output_channels[stage], here, cutoff, d_state, expand, backend))
+    if not 1 <= num_stages <= len(bodies) - first:
+        raise ValueError(f"num_stages is {num_stages}, expected 1 to {len(bodies) - first}: HFM starts at stage {first} of {len(bodies)}")
+    for stage in range(first, first + num_stages):
+        here = [mm * math.prod(stride[axis] for stride in strides[: stage + 1]) for axis, mm in enumerate(spacing)]
+        hfm = HighFrequencyMamba(encoder.output_channels[stage], here, cutoff, d_state, expand, backend)
+        bodies[stage].add_module("hfm", hfm.to(next(bodies[stage].parameters()).device))
     return network
+
+
+def describe_hfm(network: nn.Module, patch_size: Sequence[int]) -> str:
+    """One line for the log: where `insert_hfm` put its blocks and what they see of the planned patch."""
+    lines = []
+    for stage, grid in enumerate(stage_grids(patch_size, network.encoder.strides)):
+        hfm = next((child for name, child in network.encoder.stages[stage].named_modules() if name.endswith("hfm")), None)
+        if isinstance(hfm, HighFrequencyMamba):
+            box = ", ".join(f"+-{radius}" for radius in box_radii(grid, hfm.spacing, hfm.cutoff))
+            size, mm = " x ".join(map(str, grid)), " x ".join(f"{value:g}" for value in hfm.spacing)
+            lines.append(f"encoder stage {stage} ({len(hfm.gate)} channels, {size} = {math.prod(grid)} voxels of {mm} mm, without DFT indices {box})")
+    return "HFM behind " + " and ".join(lines) if lines else "no HFM"

@@ -1,14 +1,19 @@
-"""Mamba-2 mixer in plain PyTorch, with mamba-ssm's kernels where they can be imported.
+"""The Mamba-2 mixer in plain PyTorch, with mamba-ssm's scan on CUDA where it can be had.
 
-Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7; parameters named, shaped and initialised as `mamba_ssm.Mamba2`.
+    z, x, B, C, dt = split(in_proj(u))                    one projection, widths d_inner, d_inner, G N, G N, H
+    x, B, C        = silu(conv1d(x, B, C))                depthwise, causal
+    y              = scan(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
+    out            = out_proj(RMSNorm(y * silu(z)))
+
+Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7. Parameters are named, shaped and initialised as in mamba-ssm's `Mamba2`
+(norm after the gate, no projection biases), so state_dicts pass both ways. mamba-ssm is imported inside functions only.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,49 +25,71 @@ from nnssl.ssm.ssd import ssd_scan
 BACKENDS = ("auto", "torch", "mamba_ssm")
 
 
-class BackendStatus(NamedTuple):
+class Backend(NamedTuple):
     name: str
     usable: bool
     reason: str  # why not; empty where usable
 
 
+def available_backends() -> list[Backend]:
+    """What can compute the scan here and, where something cannot, why. Never raises."""
+    reason = _why_no_mamba_ssm()
+    return [Backend("torch", True, ""), Backend("mamba_ssm", not reason, reason)]
+
+
 @functools.lru_cache(maxsize=1)
-def _mamba_ssm_kernel() -> tuple[Callable[..., Tensor] | None, str]:
-    """(chunk scan of mamba-ssm, "") or (None, why it cannot be used). A broken installation is a reason, never an exception."""
+def _why_no_mamba_ssm() -> str:
+    """Empty where mamba-ssm's scan runs and is right here: what imports may still fail to compile for the device at hand."""
     if not torch.cuda.is_available():
-        return None, "needs a CUDA device, none is available"
+        return "needs a CUDA device, none is available"
     try:
-        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-        return module.mamba_chunk_scan_combined, ""
-    except ModuleNotFoundError as error:
-        return None, f"{error} (pip install mamba-ssm)"
-    except Exception as error:  # compiled packages fail in many ways: OSError, RuntimeError, AttributeError ...
-        return None, f"installed but broken: {type(error).__name__}: {error}"
+        generator = torch.Generator().manual_seed(0)
+        x, dt, B, C = (torch.rand(1, 40, 2, *width, generator=generator).cuda() for width in ((16,), (), (16,), (16,)))
+        A, D = -torch.ones(2, device="cuda"), torch.ones(2, device="cuda")
+        x.requires_grad_()
+        outputs = [scan(x, dt, A, B, C, D, 16, True) for scan in (_mamba_ssm_scan, ssd_scan)]
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in (outputs, gradients))
+        return "" if error < 0.02 else f"installed but wrong: its scan differs by {error:.1%} (relative)"
+    except ModuleNotFoundError as missing:
+        return f"{missing}; pip install mamba-ssm"
+    except Exception as broken:  # compiled packages fail in many ways: ImportError, OSError, RuntimeError, the compiler's own
+        return f"installed but broken: {type(broken).__name__}: {broken}"
 
 
-def available_backends() -> list[BackendStatus]:
-    """Every back end with whether it can run here and, if not, why; for `nnssl check`."""
-    kernel, reason = _mamba_ssm_kernel()
-    return [BackendStatus("torch", True, ""), BackendStatus("mamba_ssm", kernel is not None, reason)]
+def _mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int, reverse: bool = False
+) -> Tensor:
+    """`ssd_scan` by mamba-ssm's kernels, which know one direction only."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    if not reverse:
+        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=D)
+    return mamba_chunk_scan_combined(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), chunk_size, D=D).flip(1)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * silu(z)) over groups of the last axis: y, z (..., d) -> (..., d)."""
+    """weight * v / sqrt(mean v^2 + eps) with v = y * silu(z), the mean over each of `groups` equal parts of the last axis."""
 
-    def __init__(self, width: int, group_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width))
-        self.group_size, self.eps = group_size, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gated = (y.float() if y.dtype != torch.float64 else y) * F.silu(z)
-        groups = gated.unflatten(-1, (-1, self.group_size))
-        normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        """y, z (..., width) -> (..., width) in the dtype of y, computed in float32 at least."""
+        gated = (y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z)).unflatten(-1, (self.groups, -1))
+        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return (normed.flatten(-2) * self.weight).to(y.dtype)
 
 
 class Mamba2Mixer(nn.Module):
-    """Mamba-2 token mixer, (B, L, d_model) -> (B, L, d_model)."""
+    """Mixes tokens along a sequence in linear time: (B, L, d_model) -> (B, L, d_model), any L, float32, float64, bf16 or autocast.
+
+    `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one decay. `chunk_size` changes the
+    cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA only; "auto" the kernels where they run, else "torch".
+    Raises ValueError for sizes that do not divide and unknown back ends, RuntimeError where a demanded back end cannot run.
+    """
 
     def __init__(
         self,
@@ -76,75 +103,83 @@ class Mamba2Mixer(nn.Module):
         backend: str = "auto",
         *,
         A_init_range: tuple[float, float] = (1.0, 16.0),
-        dt_range: tuple[float, float] = (0.001, 0.1),
+        dt_init_range: tuple[float, float] = (0.001, 0.1),
         dt_init_floor: float = 1e-4,
     ) -> None:
         super().__init__()
-        self.d_inner = expand * d_model
-        headdim = math.gcd(self.d_inner, 64) if headdim is None else headdim
-        if self.d_inner % headdim or self.d_inner // headdim % ngroups:
-            raise ValueError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {headdim} and the heads of ngroups = {ngroups}")
+        d_inner = expand * d_model
+        headdim = math.gcd(d_inner, 64) if headdim is None else headdim
+        if d_inner % headdim or (d_inner // headdim) % ngroups:
+            raise ValueError(
+                f"expand * d_model = {d_inner} must be a multiple of headdim = {headdim}, and its heads one of ngroups = {ngroups}"
+            )
         if backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}, must be one of {BACKENDS}")
-        kernel, reason = _mamba_ssm_kernel()
-        if backend == "mamba_ssm" and kernel is None:
-            raise RuntimeError(f"backend 'mamba_ssm' cannot be used: {reason}; use 'auto' or 'torch'")
-        self.heads, self.headdim, self.groups, self.d_state = self.d_inner // headdim, headdim, ngroups, d_state
-        self.chunk_size, self.backend = chunk_size, backend
-        conv_width = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + conv_width + self.heads, bias=False)
+            raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+        reason = "" if backend == "torch" else _why_no_mamba_ssm()
+        if backend == "mamba_ssm" and reason:
+            raise RuntimeError(f"backend 'mamba_ssm' cannot be used here: {reason}; choose 'auto' or 'torch'")
+        self.backend = "torch" if reason else backend
+        self.heads, self.groups, self.chunk_size = d_inner // headdim, ngroups, chunk_size
+        self.widths = (d_inner, ngroups * d_state, ngroups * d_state)
+        conv_width = sum(self.widths)
+        self.in_proj = nn.Linear(d_model, d_inner + conv_width + self.heads, bias=False)
         self.conv1d = nn.Conv1d(conv_width, conv_width, d_conv, groups=conv_width, padding=d_conv - 1)
-        low, high = (math.log(v) for v in dt_range)
-        dt = torch.exp(low + (high - low) * torch.rand(self.heads)).clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log())
+        low, high = (math.log(step) for step in dt_init_range)
+        step = torch.empty(self.heads).uniform_(low, high).exp_().clamp_(min=dt_init_floor)
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log_())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(self.d_inner, self.d_inner // ngroups)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.norm = GatedRMSNorm(d_inner, ngroups)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """x (B, L, d_model) -> (B, L, d_model); `reverse` runs from the last token to the first."""
-        z, xbcdt = self.in_proj(x).split([self.d_inner, self.in_proj.out_features - self.d_inner], dim=-1)
-        return self.out_proj(self.norm(self._convolve_and_scan(xbcdt, reverse), z))
+        """x (B, L, d_model) -> (B, L, d_model); `reverse`: convolution and scan run from the last token to the first."""
+        z, xbcdt = self._project(x)
+        return self.out_proj(self.norm(self._mix(xbcdt, reverse), z))
 
     def forward_orders(self, x: Tensor, orders: Sequence[Sequence[int]], bidirectional: bool = True) -> Tensor:
-        """x (B, *grid, d_model) -> same shape; the scan runs over the voxels in several orders and the results are summed before norm.
+        """x (B, *grid, d_model) -> same shape: voxels mixed along several orders, each forward and, if `bidirectional`, backward.
 
-        `orders`: permutations of the grid axes, the last one runs fastest.
+        An order is a permutation of the grid's axes, slowest first. What does not depend on the order (projections, gate, norm) is done
+        once, all orders go through convolution and scan as one batch, and their y are summed before the norm; so for one order in one
+        direction this is `forward` on the voxels in that order.
         """
-        batch, grid = x.shape[0], x.shape[1:-1]
-        z, xbcdt = self.in_proj(x).split([self.d_inner, self.in_proj.out_features - self.d_inner], dim=-1)
-        axes = [[1 + a for a in order] for order in orders]
+        batch, axes = len(x), [tuple(1 + axis for axis in order) for order in orders]
+        if any(sorted(a) != list(range(1, x.ndim - 1)) for a in axes):
+            raise ValueError(f"orders are {list(orders)}, expected permutations of the {x.ndim - 2} axes of x {tuple(x.shape)}")
+        z, xbcdt = self._project(x)
         tokens = torch.cat([xbcdt.permute(0, *a, -1).flatten(1, -2) for a in axes])
-        y = self._convolve_and_scan(tokens, reverse=False)
+        y = self._mix(tokens, reverse=False)
         if bidirectional:
-            y = y + self._convolve_and_scan(tokens, reverse=True)
-        merged = torch.zeros_like(z)
-        for part, a in zip(y.split(batch), axes, strict=True):
-            back = [1 + a.index(k) for k in range(1, 1 + len(grid))]
-            merged = merged + part.unflatten(1, [grid[k - 1] for k in a]).permute(0, *back, -1)
-        return self.out_proj(self.norm(merged, z))
+            y = y + self._mix(tokens, reverse=True)
+        on_grid = [part.unflatten(1, [x.shape[i] for i in a]) for part, a in zip(y.split(batch), axes, strict=True)]
+        back = [part.permute(0, *(1 + a.index(i) for i in range(1, x.ndim - 1)), -1) for part, a in zip(on_grid, axes, strict=True)]
+        return self.out_proj(self.norm(functools.reduce(torch.add, back), z))
 
-    def _convolve_and_scan(self, xbcdt: Tensor, reverse: bool) -> Tensor:
-        """(B, L, conv width + heads) -> (B, L, d_inner)."""
-        length, taps = xbcdt.shape[1], self.conv1d.kernel_size[0]
-        xbc, dt = xbcdt.split([self.conv1d.in_channels, self.heads], dim=-1)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., d_model) -> the gate z (..., d_inner), and x, B, C, dt side by side."""
+        z, xbcdt = self.in_proj(x).split([self.widths[0], self.in_proj.out_features - self.widths[0]], dim=-1)
+        return z, xbcdt
+
+    def _mix(self, xbcdt: Tensor, reverse: bool) -> Tensor:
+        """Convolution and scan, (B, L, conv width + heads) -> y (B, L, d_inner)."""
+        xbc, dt = xbcdt.split([sum(self.widths), self.heads], dim=-1)
+        x, B, C = F.silu(self._convolve(xbc, reverse)).split(self.widths, dim=-1)
+        x, B, C = (v.unflatten(-1, (parts, -1)) for v, parts in ((x, self.heads), (B, self.groups), (C, self.groups)))
+        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+        scan = ssd_scan if self._on_torch(x) else _mamba_ssm_scan
+        return scan(x, dt, -torch.exp(self.A_log), B, C, self.D, self.chunk_size, reverse).flatten(-2)
+
+    def _convolve(self, xbc: Tensor, reverse: bool) -> Tensor:
+        """Depthwise convolution over the d_conv tokens up to each one (`reverse`: from each one on): (B, L, W) -> (B, L, W)."""
+        past = self.conv1d.kernel_size[0] - 1
         weight = self.conv1d.weight.flip(-1) if reverse else self.conv1d.weight
-        xbc = F.conv1d(xbc.transpose(1, 2), weight, self.conv1d.bias, padding=taps - 1, groups=self.conv1d.groups)
-        xbc = F.silu(xbc[..., taps - 1 :] if reverse else xbc[..., :length]).transpose(1, 2)
-        x, B, C = xbc.split([self.d_inner, self.groups * self.d_state, self.groups * self.d_state], dim=-1)
-        x, B, C = x.unflatten(-1, (self.heads, self.headdim)), *(v.unflatten(-1, (self.groups, self.d_state)) for v in (B, C))
-        dt = F.softplus(dt.to(torch.promote_types(torch.float32, self.dt_bias.dtype)) + self.dt_bias)
-        return self._scan(x, dt, -torch.exp(self.A_log), B, C, reverse).flatten(-2)
+        padded = F.pad(xbc, (0, 0, 0, past) if reverse else (0, 0, past, 0))
+        # as a 2D convolution the tokens' own layout is "channels last", which is spared two transposed copies
+        image = padded.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image, weight.unsqueeze(2), self.conv1d.bias, groups=self.conv1d.groups).squeeze(2).transpose(1, 2)
 
-    def _scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
-        if self.backend == "torch" or (self.backend == "auto" and not x.is_cuda):
-            return ssd_scan(x, dt, A, B, C, self.D, self.chunk_size, reverse)
-        if not x.is_cuda:
-            raise RuntimeError(f"backend 'mamba_ssm' needs CUDA tensors, got {x.device}; use 'auto' or 'torch'")
-        kernel, _ = _mamba_ssm_kernel()
-        if kernel is None:
-            return ssd_scan(x, dt, A, B, C, self.D, self.chunk_size, reverse)
-        if not reverse:
-            return kernel(x, dt, A, B, C, self.chunk_size, D=self.D)
-        return kernel(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), self.chunk_size, D=self.D).flip(1)
+    def _on_torch(self, x: Tensor) -> bool:
+        if self.backend == "mamba_ssm" and not x.is_cuda:
+            raise RuntimeError(f"backend 'mamba_ssm' needs tensors on a CUDA device, found {x.device}; choose 'auto' or 'torch'")
+        return self.backend == "torch" or not x.is_cuda or x.dtype == torch.float64

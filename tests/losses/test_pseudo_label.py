@@ -37,9 +37,13 @@ def loop_cross_entropy(logits: torch.Tensor, target: torch.Tensor, mask: torch.T
 @pytest.mark.parametrize("labels", [CLASSES, REGIONS])
 def test_cross_entropy_equals_the_loop(labels: LabelSpace) -> None:
     logits, target, mask = example(labels)
-    assert cross_entropy(logits, target, labels, mask).item() == pytest.approx(loop_cross_entropy(logits, target, mask, labels.has_regions), rel=1e-5)
+    assert cross_entropy(logits, target, labels, mask).item() == pytest.approx(
+        loop_cross_entropy(logits, target, mask, labels.has_regions), rel=1e-5
+    )
     everywhere = torch.ones_like(mask)
-    assert cross_entropy(logits, target, labels).item() == pytest.approx(loop_cross_entropy(logits, target, everywhere, labels.has_regions), rel=1e-5)
+    assert cross_entropy(logits, target, labels).item() == pytest.approx(
+        loop_cross_entropy(logits, target, everywhere, labels.has_regions), rel=1e-5
+    )
 
 
 def test_soft_dice_equals_the_formula_per_channel() -> None:

@@ -34,12 +34,36 @@ def test_without_hfm_the_student_is_the_planned_network_for_good() -> None:
     assert student.state_dict().keys() == Task().network().state_dict().keys()
 
 
-def test_pseudo_labels_are_one_hot_and_repeatable_from_the_same_noise() -> None:
+def test_pseudo_probabilities_are_normalised_and_repeatable_from_the_same_noise() -> None:
     m, weak = method(), Task().batch().weak
     noise = torch.randn(2, 2, 8, 12, 16)
-    first, second = m.pseudo_labels(weak, noise), m.pseudo_labels(weak, noise)
+    first, second = m.pseudo_probabilities(weak, noise), m.pseudo_probabilities(weak, noise)
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b) and not a.requires_grad and torch.equal(a.sum(1), torch.ones(2, 8, 12, 16))
+        assert torch.equal(a, b) and not a.requires_grad
+        torch.testing.assert_close(a.sum(1), torch.ones(2, 8, 12, 16))
+
+
+def test_uncertain_pseudo_labels_carry_no_loss() -> None:
+    m = method(config=replace(SMALL, threshold=1.0))
+    terms = m(Task().batch(), 0.5)
+    assert terms["pseudo"].item() == terms["diffusion_pseudo"].item() == 0
+    assert all(m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)])
+
+
+def test_boxes_mix_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a box over everything, sample 0 shows sample 1 in the image and in its pseudo-label: swapping the batch changes nothing."""
+    everything = lambda n, size, *a, **k: torch.ones(n, 1, *size, dtype=torch.bool)  # noqa: E731
+    values = []
+    for swap in (False, True):
+        m, batch = method(config=replace(SMALL, threshold=0.0)), Task().batch()
+        order = [1, 0] if swap else [0, 1]
+        monkeypatch.setattr("nnssl.methods.diffcl.cutmix_mask", everything)
+        torch.manual_seed(0)
+        noise = torch.randn(2, 2, 8, 12, 16)
+        original = m.pseudo_probabilities
+        m.pseudo_probabilities = lambda weak, f=original, n=noise[order]: f(weak, n)  # type: ignore[method-assign]
+        values.append(m(replace(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong)), 0.5)["pseudo"].item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_the_sampler_is_the_moving_average_of_the_denoiser() -> None:
@@ -103,7 +127,7 @@ def test_contrast_equals_the_loop() -> None:
         similarity = q @ center[k]
         own = similarity[says == k].sort(descending=True).values
         positives = own[: -(-len(own) // 10)]
-        negatives = similarity.sort().values[:40]
+        negatives = similarity[says != k].sort().values[:40]
         losses += [-torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives]
     assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 

@@ -1,0 +1,88 @@
+"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps) against the labels that the split hid.
+
+    python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint checkpoint_final.pth
+
+Looks at one central patch of every hidden case; nothing here feeds back into a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.run.run_training import get_trainer_from_args
+from tqdm import tqdm
+
+from nnssl.method import inference
+from nnssl.randomness import seed_everything
+
+STEPS = (1, 2, 4, 10)
+
+
+def central_patch(array: np.ndarray, size: list[int], fill: float) -> np.ndarray:
+    box = [[(n - p) // 2, (n - p) // 2 + p] for n, p in zip(array.shape[1:], size, strict=True)]
+    return crop_and_pad_nd(array, box, fill)
+
+
+def foreground_dice(hard: torch.Tensor, label: np.ndarray) -> float:
+    """Mean Dice of the foreground classes that are present; hard (1, K, S)."""
+    predicted = hard[0].argmax(0).numpy()
+    scores = []
+    for k in range(1, hard.shape[1]):
+        a, b = predicted == k, label[0] == k
+        if b.any():
+            scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+    return float(np.mean(scores))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset")
+    parser.add_argument("configuration")
+    parser.add_argument("fold", type=int)
+    parser.add_argument("-p", default="nnUNetPlans")
+    parser.add_argument("--checkpoint", default="checkpoint_final.pth")
+    parser.add_argument("--output", help="JSON file for the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, "nnUNetTrainerDiffCL", args.p, device=torch.device("cpu"))
+    trainer.load_checkpoint(os.path.join(trainer.output_folder, args.checkpoint))
+    method, patch = trainer.method, list(trainer.configuration_manager.patch_size)
+    hidden = trainer._hidden()
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hidden)
+    scores: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    seed_everything(0)
+    for case in tqdm(hidden):
+        data, seg, _, _ = dataset.load_case(case)
+        image = torch.from_numpy(central_patch(data, patch, 0)).float()[None]
+        label = central_patch(seg, patch, 0)
+        with inference(method.student, method.sampler, method.denoiser):
+            start = time.perf_counter()
+            logits = method.student(image)
+            logits = logits[0] if isinstance(logits, list) else logits
+            seconds["y_f"] = seconds.get("y_f", 0) + time.perf_counter() - start
+            scores.setdefault("y_f", []).append(foreground_dice(method.labels.harden(method.probabilities(logits)), label))
+            noise = torch.randn_like(logits)
+            for name, network in (("y_g", method.sampler), ("y_g without averaging", method.denoiser)):
+                for steps in STEPS:
+                    start = time.perf_counter()
+                    x = method.diffusion.ddim_sample(lambda x, tau, n=network: method.estimate(n(x, tau, image)), noise, steps)
+                    key = f"{name}, S = {steps}"
+                    seconds[key] = seconds.get(key, 0) + time.perf_counter() - start
+                    scores.setdefault(key, []).append(foreground_dice(method.labels.harden((x + 1) / 2), label))
+    print("| pseudo-label | mean Dice | sd | s per patch |\n|---|---|---|---|")
+    for key, values in scores.items():
+        print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} | {seconds[key] / len(hidden):.3f} |")
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump({"cases": len(hidden), "dice": {k: float(np.mean(v)) for k, v in scores.items()}}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""CutMix between the samples of a batch (Yun et al., ICCV 2019): boxes drawn on the device, applied alike to images and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cutmix_mask(
+    batch: int,
+    size: Sequence[int],
+    device: torch.device,
+    probability: float = 0.5,
+    volume: tuple[float, float] = (0.02, 0.4),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, 1, S) bool: the box of every sample in which it shows its neighbour; empty with probability 1 - `probability`.
+
+    Args:
+        volume: smallest and largest share of the patch that a box takes (UniMatch's range).
+    """
+    dim = len(size)
+    draw = torch.rand((batch, 2 + 2 * dim), device=device, generator=generator)
+    share = volume[0] + (volume[1] - volume[0]) * draw[:, 0]
+    stretch = draw[:, 2 : 2 + dim] - 0.5  # log aspect per axis, made to cancel: the volume stays
+    edge = (share[:, None] ** (1 / dim) * torch.exp(stretch - stretch.mean(1, keepdim=True))).clamp_max(1.0)
+    start = draw[:, 2 + dim :] * (1 - edge)
+    mask = (draw[:, 1] < probability).view(batch, 1, *[1] * dim)
+    for axis, n in enumerate(size):
+        position = (torch.arange(n, device=device) + 0.5) / n
+        inside = (position >= start[:, axis, None]) & (position < (start + edge)[:, axis, None])
+        mask = mask & inside.view(batch, 1, *[n if a == axis else 1 for a in range(dim)])
+    return mask
+
+
+def cutmix(x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, C, S) with the next sample of the batch inside each box; mask (B, 1, S) from `cutmix_mask`."""
+    return torch.where(mask, x.roll(1, 0), x)
