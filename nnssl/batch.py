@@ -27,7 +27,7 @@ class SemiBatch:
     labeled: Tensor
     target: Target
     labeled_cases: Sequence[str]
-    weak: Tensor | None = None
+    weak: Tensor = None  # type: ignore[assignment]
     strong: tuple[Tensor, ...] = ()
     unlabeled_cases: Sequence[str] = ()
 

@@ -15,6 +15,7 @@ from nnunetv2.paths import nnUNet_extTrainer
 
 import nnssl
 from nnssl.cli import list_trainers, trainers_folder
+from nnssl.data.reading import num_channels, plans_in, read_json, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
 
 __all__ = ["absent_classes", "run_checks"]
@@ -115,7 +116,6 @@ def _devices() -> Iterator[Finding]:
 
 
 def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Iterator[Finding]:
-    from batchgenerators.utilities.file_and_folder_operations import load_json
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -128,9 +128,12 @@ def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Ite
     yield from _raw(name, raw)
     plans_file = join(preprocessed, plans_name + ".json")
     if not (isfile(plans_file) and isfile(join(preprocessed, "dataset.json"))):
-        yield "FAIL", f"no plan {plans_file}: nnssl plan-and-preprocess -d {dataset_id}"
+        yield (
+            "FAIL",
+            f"no plan {plans_file} (there: {plans_in(preprocessed)}): nnssl plan-and-preprocess -d {dataset_id}, or name one with -p",
+        )
         return
-    plans_manager, dataset_json = PlansManager(plans_file), load_json(join(preprocessed, "dataset.json"))
+    plans_manager, dataset_json = PlansManager(plans_file), read_json(join(preprocessed, "dataset.json"))
     available = plans_manager.available_configurations
     if configuration is not None and configuration not in available:
         yield "FAIL", f"-c {configuration} is not in {plans_file}, which has {', '.join(available)}"
@@ -149,16 +152,13 @@ def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Ite
 
 
 def _raw(name: str, raw: str) -> Iterator[Finding]:
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
-    from nnssl.data.reading import num_channels, training_files
     from nnssl.data.unlabeled import find_unlabeled_images
 
     if not isfile(join(raw, "dataset.json")):
         yield "warn", f"{name}: no raw dataset at {raw}; training needs complete preprocessed data then"
         return
     try:
-        dataset_json = load_json(join(raw, "dataset.json"))
+        dataset_json = read_json(join(raw, "dataset.json"))
         training, scans = training_files(raw, dataset_json), find_unlabeled_images(raw, dataset_json)
     except KeyError as error:
         yield "FAIL", f"{join(raw, 'dataset.json')}: key {error} is absent"

@@ -154,6 +154,8 @@ def _split(args: argparse.Namespace) -> None:
     print(f"{splits_file}:")
     for index, fold in enumerate(splits):
         print(f"  fold {index}: {len(fold['train'])} labeled, {len(fold['unlabeled'])} unlabeled, {len(fold['val'])} validation")
+    if any(fold["unlabeled"] for fold in splits):
+        print("A training preprocesses the unlabeled images at its start; `nnssl plan-and-preprocess` does it now.")
 
 
 def _read_cases(values: list[str]) -> list[str]:

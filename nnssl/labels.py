@@ -46,14 +46,14 @@ class LabelSpace:
                 return target.float(), None
             mask = ~target[:, -1:].bool()
             return target[:, :-1].float() * mask, mask
-        label = target.long()
+        label: Tensor = target.long()
         if label.shape[1] != 1:
             raise ValueError(f"a label map of shape (B, 1, ...) was expected, found {tuple(target.shape)}")
-        mask = None if self.ignore_label is None else label != self.ignore_label
-        if mask is not None:
-            label = torch.where(mask, label, 0)
+        labeled = None if self.ignore_label is None else label != self.ignore_label
+        if labeled is not None:
+            label = torch.where(labeled, label, 0)
         channels = torch.zeros(label.shape[0], self.channels, *label.shape[2:], device=label.device).scatter_(1, label, 1.0)
-        return (channels if mask is None else channels * mask), mask
+        return (channels if labeled is None else channels * labeled), labeled
 
     def classes(self, channels: Tensor) -> Tensor:
         """Membership (K', B, S) bool of every class that owns prototypes, from zeros and ones (B, K, S).

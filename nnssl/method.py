@@ -60,6 +60,8 @@ class SemiMethod(nn.Module):
     needs_unlabeled: ClassVar[bool] = True
     num_strong_views: ClassVar[int] = 1
 
+    student: Any  # a planned network: nn.Module with encoder and decoder
+
     def __init__(self, student: nn.Module, config: Any, planned: Planned) -> None:
         super().__init__()
         self.student = student
@@ -89,6 +91,10 @@ class SemiMethod(nn.Module):
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
         """After the optimizer's step (not after a skipped one): averages, banks."""
+
+    def describe(self) -> str:
+        """One line for the log about what was decided from the plan; default: nothing to say."""
+        return ""
 
     def deployed(self, which: str) -> nn.Module:
         """The network that becomes the model. which: `student` or `teacher` (config key `deploy`)."""

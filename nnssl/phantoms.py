@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
+from scipy.interpolate import CubicSpline
 from tqdm import tqdm
 
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
@@ -36,9 +37,11 @@ class Phantom:
 
 def smooth_field(rng: np.random.Generator, shape: Sequence[int], knots: int) -> np.ndarray:
     """Random field (D, H, W) float32 of standard deviation about 1, cubic between `knots` normal values per axis."""
-    coarse = rng.standard_normal((knots,) * len(shape))
-    where = np.meshgrid(*(np.linspace(0, knots - 1, n) for n in shape), indexing="ij", sparse=True)
-    field = ndimage.map_coordinates(coarse, np.broadcast_arrays(*where), order=3, mode="nearest").astype(np.float32)
+    field = rng.standard_normal((knots,) * len(shape))
+    for n in shape:  # the first axis is interpolated and goes last, so that after all of them the order is the old one
+        weights = CubicSpline(np.arange(knots), np.eye(knots))(np.linspace(0, knots - 1, n))  # (n, knots)
+        field = np.tensordot(field, weights, axes=(0, 1))
+    field = field.astype(np.float32)
     return field / max(float(field.std()), 1e-6)
 
 

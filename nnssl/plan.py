@@ -10,11 +10,10 @@ import argparse
 import inspect
 import os
 import shutil
-from os.path import isdir, isfile, join
+from os.path import isfile, join
 from typing import Any
 
 import nnunetv2
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
@@ -24,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.preprocess import usable_cores
-from nnssl.data.reading import training_files
+from nnssl.data.reading import plans_in, read_json, training_files
 from nnssl.data.split import backup, load_splits, write_json
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
 
@@ -41,7 +40,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
         if not isfile(join(raw, "dataset.json")):
             raise ValueError(f"{join(raw, 'dataset.json')} is absent. Set nnUNet_raw to where the raw dataset is.")
-        scans = find_unlabeled_images(raw, load_json(join(raw, "dataset.json")))  # bad names are refused before hours of work
+        scans = find_unlabeled_images(raw, read_json(join(raw, "dataset.json")))  # bad names are refused before hours of work
         plans_file = _plan(args, dataset_id, name, raw, preprocessed)
         if not args.no_pp:
             _preprocess(args, PlansManager(plans_file), raw, preprocessed)
@@ -55,10 +54,7 @@ def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, prepro
     default_name = inspect.signature(_find_class(args.pl, "-pl")).parameters["plans_name"].default
     plans_file = join(preprocessed, (args.p or args.overwrite_plans_name or default_name) + ".json")
     if args.p and not isfile(plans_file):
-        known = [file[:-5] for file in os.listdir(preprocessed) if "lans" in file and file.endswith(".json")] if isdir(preprocessed) else []
-        raise ValueError(
-            f"-p {args.p}: {plans_file} is absent. Plans here: {', '.join(sorted(known)) or 'none'}; without -p a plan is made."
-        )
+        raise ValueError(f"-p {args.p}: {plans_file} is absent. Plans here: {plans_in(preprocessed)}; without -p a plan is made.")
     processes = args.npfp or min(8, usable_cores())
     if isfile(plans_file) and not args.replan:
         unused = [f"-{option}" for option in PLANNING_OPTIONS if getattr(args, option)] + ["--clean"] * args.clean
@@ -70,19 +66,20 @@ def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, prepro
         return plans_file
 
     _find_class(args.fpe, "-fpe")
+    _check_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
     print("Fingerprint extraction ...")
     extract_fingerprints(
         [dataset_id], args.fpe, processes, args.verify_dataset_integrity, args.clean, args.verbose, show_progress_bar=not args.no_pbar
     )
     kept: dict[str, Any] = {}
     if isfile(plans_file):
-        kept = {key: value for key, value in load_json(plans_file).items() if key == "nnssl"}
+        kept = {key: value for key, value in read_json(plans_file).items() if key == "nnssl"}
         print(f"The old plan is kept as {backup(plans_file)}.")
     print("Experiment planning ...")
     preprocessor = args.preprocessor_name or "DefaultPreprocessor"
     plan_experiments([dataset_id], args.pl, args.gpu_memory_target, preprocessor, args.overwrite_target_spacing, args.overwrite_plans_name)
     if kept:
-        write_json({**load_json(plans_file), **kept}, plans_file)
+        write_json({**read_json(plans_file), **kept}, plans_file)
     return plans_file
 
 
@@ -96,14 +93,14 @@ def _find_class(name: str, option: str) -> type:
 
 def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None:
     """Refuse a plan that is not for this dataset; bring nnU-Net's copy of dataset.json up to date, as planning would."""
-    planned_for = load_json(plans_file).get("dataset_name")
+    planned_for = read_json(plans_file).get("dataset_name")
     if planned_for != name:
         raise ValueError(
             f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. nnUNetv2_move_plans_between_datasets moves a plan."
         )
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
-    new = load_json(source)
-    old = load_json(copy) if isfile(copy) else new
+    new = read_json(source)
+    old = read_json(copy) if isfile(copy) else new
     for key in ("channel_names", "file_ending"):
         if old.get(key) != new.get(key):
             raise ValueError(f"{source}: {key} is {new.get(key)}, but was {old.get(key)} when the plan was made. Use --replan --clean.")
@@ -112,9 +109,18 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
         os.replace(copy + ".tmp", copy)
 
 
+def _check_split(source: str, copy: str) -> None:
+    """nnU-Net's planner stops without a word where the raw dataset brings a split that differs from the one in use."""
+    if not (isfile(source) and isfile(copy)):
+        return
+    theirs, ours = ([(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy))
+    if ours[: len(theirs)] != theirs:
+        raise ValueError(f"{source} and {copy} differ. Planning needs one truth: remove the former (or the latter to get it back).")
+
+
 def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str, preprocessed: str) -> None:
     """Every configuration of ``args.c`` that the plan has; those that share data (a cascade with full resolution) once."""
-    dataset_json = load_json(join(preprocessed, "dataset.json"))
+    dataset_json = read_json(join(preprocessed, "dataset.json"))
     processes = args.np or [min(NNUNET_PROCESSES.get(configuration, 4), usable_cores()) for configuration in args.c]
     splits_file = join(preprocessed, "splits_final.json")
     listed = {case for fold in load_splits(splits_file) for case in fold.get("unlabeled", [])} if isfile(splits_file) else set()

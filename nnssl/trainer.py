@@ -31,6 +31,8 @@ from nnssl.methods import known_methods
 from nnssl.randomness import restore_rng, seed_everything
 from nnssl.step import OptimizationStep
 
+CUDA = torch.device("cuda")
+
 
 class SemiTrainer(nnUNetTrainer):
     """Base of all trainers of this library; a subclass names its method.
@@ -42,7 +44,7 @@ class SemiTrainer(nnUNetTrainer):
 
     method_class: ClassVar[type[SemiMethod]]
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")) -> None:
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA) -> None:
         self.general, self.method_config = self._configs(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "initial_lr"):
@@ -79,7 +81,7 @@ class SemiTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         """As nnU-Net's, in an order that suits methods: network, method (copies, heads), optimizer over all, compile, DDP around all."""
-        if self.was_initialized:
+        if self.was_initialized:  # type: ignore[has-type]
             raise RuntimeError("initialize() was called twice on the same trainer")
         self._refuse_unsupported()
         if self.general.seed is not None:
@@ -106,13 +108,15 @@ class SemiTrainer(nnUNetTrainer):
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
         self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
+        if line := self.method.describe():
+            self.print_to_log_file(line)
         self.logger.update_config({"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}})
 
     def _refuse_unsupported(self) -> None:
         if self.is_cascaded and self.method_class.needs_unlabeled:
             raise RuntimeError(
-                f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans have no prediction of the previous "
-                "stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
+                f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans have no prediction of the "
+                "previous stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
             )
 
     def _planned(self) -> Planned:
@@ -264,7 +268,7 @@ class SemiTrainer(nnUNetTrainer):
     # checkpoints and what touches the network
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        self.network.decoder.deep_supervision = enabled
+        self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a temporary file, then moved."""
@@ -293,13 +297,14 @@ class SemiTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if not self.was_initialized:
             self.initialize()
-        checkpoint = filename_or_checkpoint
+        checkpoint, source = filename_or_checkpoint, "the checkpoint"
         if isinstance(checkpoint, str):
+            source = checkpoint
             checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
         if "nnssl" not in checkpoint:
             raise RuntimeError(
-                f"{filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else 'the checkpoint'} was not written by {type(self).__name__}: "
-                "it has no key `nnssl`, so teachers and banks could not be continued. Start from its weights with -pretrained_weights instead"
+                f"{source} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and banks could not be "
+                "continued. Start from its weights with -pretrained_weights instead"
             )
         load_training_state(self, checkpoint)
         self._resumed = checkpoint["nnssl"]

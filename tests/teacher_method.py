@@ -31,7 +31,10 @@ class Averaging(SemiMethod):
         with inference(self.teacher):
             wanted = self.probabilities(full_resolution(self.teacher(batch.weak)))
         found = self.probabilities(full_resolution(self.student(batch.strong[0])))
-        return {"supervised": self.supervised_loss(self.student(batch.labeled), batch.target), "consistency": (found - wanted).square().mean()}
+        return {
+            "supervised": self.supervised_loss(self.student(batch.labeled), batch.target),
+            "consistency": (found - wanted).square().mean(),
+        }
 
     def weights(self, t: float) -> dict[str, float]:
         return {"supervised": 1.0, "consistency": t}

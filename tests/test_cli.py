@@ -172,6 +172,23 @@ def test_changed_dataset_json_is_taken_over_unless_it_needs_a_new_plan(tiny: Tin
     assert tiny.dataset_json["channel_names"] == content["channel_names"]
 
 
+def test_damaged_plan_or_dataset_json_is_named_and_kept(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (tiny.plans_file, tiny.raw / "dataset.json"):
+        file.write_text("{half")
+        assert preprocess() == 1
+        assert f"{file}: no valid JSON" in error(capsys)
+        assert file.read_text() == "{half"
+
+
+def test_replanning_against_a_differing_split_of_the_raw_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", "-d", "777", "--labeled", "1", "--first"]) == 0
+    (tiny.raw / "splits_final.json").write_text('[{"train": ["lab_03"], "val": ["lab_04"]}]')
+    before = stamps(tiny.preprocessed)
+    assert preprocess("--replan") == 1
+    assert "splits_final.json differ" in error(capsys)
+    assert stamps(tiny.preprocessed) == before
+
+
 def test_bad_names_in_imagesun_are_refused_before_the_labeled_part_is_touched(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     write_case(tiny.raw / "imagesUn", "lab_01", 1)
     assert preprocess() == 1

@@ -81,7 +81,7 @@ def test_impossible_values_of_the_method_are_refused(key: str, value: object) ->
 def test_sections_must_be_objects() -> None:
     with pytest.raises(ValueError, match="JSON object, found list"):
         resolve([], "DiffCL", DiffCLConfig, KNOWN)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="nnssl.DiffCL.*JSON object, found int"):
+    with pytest.raises(ValueError, match=r"nnssl.DiffCL.*JSON object, found int"):
         resolve({"DiffCL": 3}, "DiffCL", DiffCLConfig, KNOWN)
 
 

@@ -30,7 +30,10 @@ def _worker(rank: int, folder: str, name: str) -> None:
         sum(weights[k] * terms[k] for k in terms).backward()
         optimizer.step()
         method.after_step(batch, 0.5)
-    torch.save({"parameters": [p.detach() for p in method.parameters()], "buffers": copy.deepcopy(dict(method.named_buffers()))}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"parameters": [p.detach() for p in method.parameters()], "buffers": copy.deepcopy(dict(method.named_buffers()))},
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 

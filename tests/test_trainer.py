@@ -48,7 +48,12 @@ class Place:
         (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))
 
     def trainer(
-        self, trainer: str | type = "nnUNetTrainerDiffCL", plans: str = "nnUNetPlans", fold: Any = 0, resume: bool = False, config: str = "3d_fullres"
+        self,
+        trainer: str | type = "nnUNetTrainerDiffCL",
+        plans: str = "nnUNetPlans",
+        fold: Any = 0,
+        resume: bool = False,
+        config: str = "3d_fullres",
     ) -> Any:
         if isinstance(trainer, str):
             return get_trainer_from_args("777", config, fold, trainer, plans, resume, torch.device("cpu"))
@@ -227,7 +232,7 @@ def test_continuing_from_a_foreign_checkpoint_is_refused(place: Place) -> None:
     content = torch.load(path, weights_only=False)
     del content["nnssl"]
     torch.save(content, path)
-    with pytest.raises(RuntimeError, match="no key `nnssl`.*-pretrained_weights"):
+    with pytest.raises(RuntimeError, match=r"no key `nnssl`.*-pretrained_weights"):
         place.trainer().load_checkpoint(path)
 
 
@@ -301,13 +306,13 @@ def test_without_any_unlabeled_case_the_run_is_refused(place: Place) -> None:
     shutil.rmtree(place.raw / "imagesUn")
     shutil.rmtree(place.preprocessed / "nnUNetPlans_3d_fullres_unlabeled")  # else they serve without the raw scans
     (place.preprocessed / "splits_final.json").unlink()
-    with pytest.raises(RuntimeError, match="no unlabeled case.*imagesUn.*nnssl split.*nnUNetTrainerSupervised"):
+    with pytest.raises(RuntimeError, match=r"no unlabeled case.*imagesUn.*nnssl split.*nnUNetTrainerSupervised"):
         place.trainer().run_training()
 
 
 def test_fold_all_and_unlisted_folds_are_refused_where_labels_are_hidden(place: Place) -> None:
     for fold in ("all", 3):
-        with pytest.raises(ValueError, match="splits_final.json hides labels"):
+        with pytest.raises(ValueError, match=r"splits_final.json hides labels"):
             place.trainer(fold=fold).initialize()
 
 
@@ -330,7 +335,7 @@ def test_a_class_without_any_labeled_voxel_is_refused(place: Place) -> None:
 
 def test_training_without_preprocessing_says_what_to_run(place: Place) -> None:
     shutil.rmtree(place.preprocessed / "nnUNetPlans_3d_fullres")
-    with pytest.raises(RuntimeError, match="nnUNetPlans_3d_fullres does not exist.*plan-and-preprocess"):
+    with pytest.raises(RuntimeError, match=r"nnUNetPlans_3d_fullres does not exist.*plan-and-preprocess"):
         place.trainer().initialize()
 
 

@@ -72,7 +72,7 @@ def main() -> None:
             for name, network in (("y_g", method.sampler), ("y_g without averaging", method.denoiser)):
                 for steps in STEPS:
                     start = time.perf_counter()
-                    x = method.diffusion.ddim_sample(lambda x, tau, n=network: method.estimate(n(x, tau, image)), noise, steps)
+                    x = method.diffusion.ddim_sample(lambda x, tau, n=network, i=image: method.estimate(n(x, tau, i)), noise, steps)
                     key = f"{name}, S = {steps}"
                     seconds[key] = seconds.get(key, 0) + time.perf_counter() - start
                     scores.setdefault(key, []).append(foreground_dice(method.labels.harden((x + 1) / 2), label))

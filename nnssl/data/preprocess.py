@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from os.path import basename, dirname, getsize, isdir, isfile, join
 from typing import Any
 
+import blosc2
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
@@ -156,8 +157,6 @@ def _contradiction(case: Case, target: Target, properties: dict[str, Any]) -> st
         return "source changed"
     if "class_locations" not in properties:
         return "incomplete"
-    import blosc2
-
     try:
         shapes = [tuple(blosc2.open(file, mode="r").shape) for file in files[:2]]
     except Exception:  # blosc2 has no error class of its own

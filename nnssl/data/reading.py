@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
 import os
 import re
@@ -61,6 +62,21 @@ def training_files(raw_dataset_folder: str, dataset_json: Mapping[str, Any]) -> 
     cases, _ = channel_files(join(raw_dataset_folder, "imagesTr"), ending)
     labels = join(raw_dataset_folder, "labelsTr")
     return {case: ([files[channel] for channel in sorted(files)], join(labels, case + ending)) for case, files in cases.items()}
+
+
+def read_json(path: str) -> Any:
+    """Content of a JSON file; ValueError naming the file if it is damaged."""
+    with open(path, encoding="utf-8") as stream:
+        try:
+            return json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{path}: no valid JSON ({error}). Repair or remove it.") from error
+
+
+def plans_in(preprocessed_dataset_folder: str) -> str:
+    """Names of the plans of a dataset, for messages."""
+    names = os.listdir(preprocessed_dataset_folder) if isdir(preprocessed_dataset_folder) else []
+    return ", ".join(sorted(name[:-5] for name in names if "lans" in name and name.endswith(".json"))) or "none"
 
 
 def digest(file: str) -> str:

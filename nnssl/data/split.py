@@ -10,12 +10,11 @@ from os.path import dirname, isdir, isfile, join
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnssl.data.preprocess import read_properties
-from nnssl.data.reading import training_files
+from nnssl.data.reading import read_json, training_files
 
 NNUNET_SEED, NNUNET_FOLDS = 12345, 5  # nnUNetTrainer.do_split
 Fold = dict[str, list[str]]
@@ -24,7 +23,7 @@ Fold = dict[str, list[str]]
 def load_splits(splits_file: str) -> list[Fold]:
     """The folds; ValueError naming the file if it is not a list of {train: [...], val: [...], unlabeled: [...] (optional)}."""
     try:
-        splits = load_json(splits_file)
+        splits = read_json(splits_file)
         keys = [(fold["train"], fold["val"], fold.get("unlabeled", [])) for fold in splits]
         fine = isinstance(splits, list) and all(isinstance(cases, list) for fold in keys for cases in fold)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -105,20 +104,15 @@ def write_splits(splits: list[Fold], splits_file: str) -> str | None:
     """Write whole or not at all; an existing file of other content is kept as ``.bak``, ``.bak1``, ...: returns that path."""
     saved = None
     if isfile(splits_file):
-        if open_json(splits_file) == splits:
-            return None
+        try:
+            if read_json(splits_file) == splits:
+                return None
+        except ValueError:
+            pass  # damaged, and kept all the same
         saved = backup(splits_file)
     os.makedirs(dirname(splits_file), exist_ok=True)
     write_json(splits, splits_file)
     return saved
-
-
-def open_json(path: str) -> Any:
-    """Content of a JSON file; None if it is damaged."""
-    try:
-        return load_json(path)
-    except ValueError:
-        return None
 
 
 def write_json(content: Any, path: str) -> None:
@@ -142,7 +136,7 @@ def training_cases(dataset_name: str) -> list[str]:
     """Sorted names of the dataset's cases with label, from nnUNet_raw or else from what was preprocessed."""
     raw = join(nnUNet_raw, dataset_name) if nnUNet_raw.is_set() else ""
     if raw and isfile(join(raw, "dataset.json")):
-        cases = sorted(training_files(raw, load_json(join(raw, "dataset.json"))))
+        cases = sorted(training_files(raw, read_json(join(raw, "dataset.json"))))
         if cases:
             return cases
     folder = join(nnUNet_preprocessed, dataset_name, "gt_segmentations")
@@ -150,7 +144,7 @@ def training_cases(dataset_name: str) -> list[str]:
     if not (isdir(folder) and isfile(dataset_json)):
         raw_folder = join(raw, "imagesTr") if raw else "nnUNet_raw (not set)"
         raise ValueError(f"{dataset_name}: no cases in {raw_folder}, nor preprocessed ones in {dirname(folder)}.")
-    ending = load_json(dataset_json)["file_ending"]
+    ending = read_json(dataset_json)["file_ending"]
     return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
 
 

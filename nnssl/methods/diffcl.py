@@ -17,8 +17,7 @@ mu(t)       Gaussian ramp over the first 40 % of training
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views instead of
 independent augmentation; sampling with DDIM in few trailing steps from an exponential moving average of g, as diffusion models are
 sampled (Ho et al., 2020); regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at
-on a random subset of voxels per class; negatives of class k are not called k (least similar voxels of any class would be the same for
-every class: nothing would hold the classes apart, and the embedding collapses); widths, temperature, shares and weights marked ours below.
+on a random subset of voxels per class, negatives of class k among those not called k; widths, temperature, shares and weights marked ours below.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from nnssl.losses.sampling import sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.features import forward_features
 from nnssl.networks.heads import VoxelProjector
-from nnssl.networks.hf_mamba import insert_hfm
+from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
 from nnssl.networks.time_conditioned import TimeConditionedUNet
 from nnssl.schedules import gaussian_ramp
 
@@ -118,7 +117,7 @@ class DiffCL(SemiMethod):
         self.diffusion = GaussianDiffusion(c.diffusion_steps)
         self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
         self.sampler = frozen_copy(self.denoiser)  # moving average of the denoiser
-        self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)  # type: ignore[union-attr, index]
+        self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_features)
         self._bank_update: tuple[Tensor, Tensor] | None = None
@@ -162,6 +161,9 @@ class DiffCL(SemiMethod):
             self.bank.push(*self._bank_update)
             self._bank_update = None
 
+    def describe(self) -> str:
+        return describe_hfm(self.student, self.planned.patch_size)
+
     def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: x_{T-1} of the sampler, drawn if None."""
         with inference(self.student, self.sampler):
@@ -198,12 +200,12 @@ class DiffCL(SemiMethod):
         member = self.labels.classes(called).flatten(1)  # (K', U * V)
         index, valid = sample_members(member, c.candidates)
         q = self.projector(voxels[per_stream:][index])  # (K', N, E): candidates that f calls k
+        everything = q.flatten(0, 1)
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
             share = (valid.sum(1, keepdim=True) * c.positive_fraction).ceil()
             positive, positive_valid = top_members(own, valid & known[:, None], c.num_positives)
             positive_valid = positive_valid & (torch.arange(positive.shape[1], device=q.device) < share)
-            everything = q.flatten(0, 1)
             called_other = ~torch.eye(len(q), dtype=torch.bool, device=q.device).repeat_interleave(q.shape[1], dim=1)
             negative, negative_valid = top_members(
                 -(center @ everything.T.to(center.dtype)), valid.flatten() & called_other, c.num_negatives

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def check_planned(network: nn.Module) -> nn.Module:
+def check_planned(network: nn.Module) -> Any:
     """The network itself if it is a planned U-Net (encoder stages, decoder stages, transposed convolutions), else ValueError."""
     decoder = getattr(network, "decoder", None)
     if not all(hasattr(decoder, a) for a in ("stages", "transpconvs", "seg_layers")) or not hasattr(
@@ -21,7 +22,7 @@ def check_planned(network: nn.Module) -> nn.Module:
     return network
 
 
-def encode(network: nn.Module, x: Tensor, modulate: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+def encode(network: Any, x: Tensor, modulate: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
     """Skip features of every encoder stage, finest first: (B, F_s, S_s).
 
     Args:
@@ -42,7 +43,7 @@ def encode(network: nn.Module, x: Tensor, modulate: Callable[[int, Tensor], Tens
     return skips
 
 
-def decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+def decode(network: Any, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     """Outputs as the network's own forward gives them, and the features of every decoder stage, coarsest first: (B, F_s, S_s)."""
     decoder = network.decoder
     x, features = skips[-1], []
@@ -54,6 +55,6 @@ def decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tenso
     return [layer(f) for layer, f in zip(decoder.seg_layers, features, strict=True)][::-1], features
 
 
-def forward_features(network: nn.Module, x: Tensor) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+def forward_features(network: Any, x: Tensor) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     """`network(x)` and its decoder features, coarsest first."""
     return decode(network, encode(network, x))

@@ -170,13 +170,15 @@ def insert_hfm(
     the stages' nn.Sequential, so all planned parameters keep their names. Raises ValueError for other networks, a network that has an HFM,
     too few stages, and numbers of axes that differ.
     """
-    encoder = getattr(network, "encoder", None)
+    encoder: Any = getattr(network, "encoder", None)
     stages, strides = getattr(encoder, "stages", None), getattr(encoder, "strides", None)
     bodies = [getattr(stage, "blocks", stage) for stage in stages] if isinstance(stages, nn.Sequential) else []
     if not bodies or not all(isinstance(body, nn.Sequential) for body in bodies) or strides is None:
         raise ValueError(f"HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a {type(network).__name__}")
     if not len(patch_size) == len(spacing) == len(strides[0]):
-        raise ValueError(f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in their number of axes")
+        raise ValueError(
+            f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in their number of axes"
+        )
     if any(hasattr(body, "hfm") for body in bodies):
         raise ValueError("this network has an HFM already: insert_hfm wants the planned network")
     first = hfm_stage(patch_size, strides, max_tokens)
@@ -189,7 +191,7 @@ def insert_hfm(
     return network
 
 
-def describe_hfm(network: nn.Module, patch_size: Sequence[int]) -> str:
+def describe_hfm(network: Any, patch_size: Sequence[int]) -> str:
     """One line for the log: where `insert_hfm` put its blocks and what they see of the planned patch."""
     lines = []
     for stage, grid in enumerate(stage_grids(patch_size, network.encoder.strides)):
@@ -197,5 +199,7 @@ def describe_hfm(network: nn.Module, patch_size: Sequence[int]) -> str:
         if isinstance(hfm, HighFrequencyMamba):
             box = ", ".join(f"+-{radius}" for radius in box_radii(grid, hfm.spacing, hfm.cutoff))
             size, mm = " x ".join(map(str, grid)), " x ".join(f"{value:g}" for value in hfm.spacing)
-            lines.append(f"encoder stage {stage} ({len(hfm.gate)} channels, {size} = {math.prod(grid)} voxels of {mm} mm, without DFT indices {box})")
+            lines.append(
+                f"encoder stage {stage} ({len(hfm.gate)} channels, {size} = {math.prod(grid)} voxels of {mm} mm, without DFT indices {box})"
+            )
     return "HFM behind " + " and ".join(lines) if lines else "no HFM"

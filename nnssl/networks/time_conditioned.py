@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,12 @@ class TimeConditionedUNet(nn.Module):
 
     def __init__(self, network: nn.Module, width: int = 128) -> None:
         super().__init__()
-        self.network = check_planned(network)
+        self.network: Any = check_planned(network)
         self.width = width
         self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.modulations = nn.ModuleList(nn.Linear(width, 2 * f) for f in network.encoder.output_channels)
-        for layer in self.modulations:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulations = nn.ModuleList(nn.Linear(width, 2 * f) for f in self.network.encoder.output_channels)
+        for parameter in self.modulations.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_tau: Tensor, tau: Tensor, image: Tensor) -> Tensor | list[Tensor]:
         """Logits as the planned network gives them. x_tau: (B, K, S); tau: (B,); image: (B, C, S)."""

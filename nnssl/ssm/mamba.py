@@ -58,11 +58,12 @@ def _why_no_mamba_ssm() -> str:
 
 
 def _mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int, reverse: bool = False
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None, reverse: bool = False
 ) -> Tensor:
     """`ssd_scan` by mamba-ssm's kernels, which know one direction only."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+    chunk_size = chunk_size or 64
     if not reverse:
         return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=D)
     return mamba_chunk_scan_combined(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), chunk_size, D=D).flip(1)
@@ -99,7 +100,7 @@ class Mamba2Mixer(nn.Module):
         expand: int = 2,
         headdim: int | None = None,
         ngroups: int = 1,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         backend: str = "auto",
         *,
         A_init_range: tuple[float, float] = (1.0, 16.0),

@@ -35,7 +35,7 @@ def ssd_scan(
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     reverse: bool = False,
 ) -> Tensor:
     """Selective state-space scan, equal to the recurrence
@@ -46,9 +46,11 @@ def ssd_scan(
     x (batch, L, H, P): inputs of H heads, any L >= 1; dt (batch, L, H): steps >= 0, after softplus; A (H,): negative;
     B, C (batch, L, G, N): shared by the H / G heads of a group; D (H,): skip, optional.
     Returns y (batch, L, H, P) in the dtype of x. Computed in float32 (float64 for float64 x), also under autocast; the decays come from
-    float64 sums. `chunk_size` changes the cost only; `reverse` runs from the last token to the first. Differentiable once, in all tensors.
-    Raises ValueError where shapes disagree.
+    float64 sums. `chunk_size` changes the cost only (default: 32 on CPUs, 64 elsewhere); `reverse` runs from the last token to the first.
+    Differentiable once, in all tensors. Raises ValueError where shapes disagree.
     """
+    if chunk_size is None:
+        chunk_size = 32 if x.device.type == "cpu" else 64
     _check_shapes(x, dt, A, B, C, D, chunk_size)
     y: Tensor = _Scan.apply(x, dt, A, B, C, D, chunk_size, reverse)
     return y
@@ -84,13 +86,16 @@ def _cumsum(values: Tensor, reverse: bool) -> Tensor:
     return values.flip(-1).cumsum(-1).flip(-1) if reverse else values.cumsum(-1)
 
 
-def _exp(logs: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.threshold(logs.to(dtype), SMALLEST_LOG, -torch.inf).exp_()
+def _exp(logs: Tensor) -> Tensor:
+    return F.threshold(logs, SMALLEST_LOG, -torch.inf).exp_()
 
 
 def _decays(sums: Tensor, dtype: torch.dtype, reverse: bool) -> Tensor:
-    """exp(s_i - s_j) where token j is not after i in scan order, else 0: (..., Q) -> (..., Q, Q)."""
-    factors = _exp(sums.unsqueeze(-1) - sums.unsqueeze(-2), dtype)
+    """exp(s_i - s_j) where token j is not after i in scan order, else 0: (..., Q) -> (..., Q, Q) in `dtype`."""
+    high = sums.to(dtype)
+    low = (sums - high).to(dtype)  # the difference in twice the precision of dtype, without a float64 tensor of this size
+    logs = (high.unsqueeze(-1) - high.unsqueeze(-2)).add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    factors = _exp(logs)
     return factors.triu_() if reverse else factors.tril_()
 
 
@@ -101,26 +106,35 @@ def _crossing(pairs: Tensor, reverse: bool) -> Tensor:
     return (from_before.triu_() if reverse else from_before.tril_()).sum(-2)
 
 
-def _by_chunk(tensor: Tensor, chunks: int) -> Tensor:
-    """(batch, tokens, H, ...) -> (batch, chunks, H, Q, ...), contiguous as batched products want it."""
-    return tensor.unflatten(1, (chunks, -1)).transpose(2, 3).contiguous()
+def _by_chunk(tensor: Tensor, chunks: int, groups: int) -> Tensor:
+    """(batch, tokens, heads, ...) -> (batch, chunks, groups, heads per group, Q, ...), contiguous as batched products want it."""
+    return tensor.unflatten(1, (chunks, -1)).transpose(2, 3).contiguous().unflatten(2, (groups, -1))
 
 
 def _by_token(tensor: Tensor) -> Tensor:
-    return tensor.transpose(2, 3).flatten(1, 2)
+    return tensor.flatten(2, 3).transpose(2, 3).flatten(1, 2)
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """What the chunks have to say about states: (batch, chunks, groups, heads per group, N, P) -> (batch, H, chunks, N P)."""
+    return tensor.flatten(4).flatten(2, 3).transpose(1, 2)
+
+
+def _over_heads(tensor: Tensor) -> Tensor:
+    return tensor.sum(3, keepdim=True) if tensor.shape[3] > 1 else tensor
 
 
 class _Segment(NamedTuple):
-    """What both passes need of a segment; leading axes (batch, chunks, H) unless said otherwise."""
+    """What both passes need of a segment. Leading axes (batch, chunks, groups, heads per group or 1) unless said otherwise."""
 
     x: Tensor  # (..., Q, P)
     dt: Tensor  # (..., Q)
-    B: Tensor  # (..., Q, N)
-    C: Tensor  # (..., Q, N)
+    B: Tensor  # (..., Q, N), 1 per group
+    C: Tensor  # (..., Q, N), 1 per group
     decay: Tensor  # (..., Q, Q)
-    score: Tensor  # (..., Q, Q)
-    from_start: Tensor  # (..., Q) exp(s_i)
-    to_end: Tensor  # (..., Q) exp(s_Q - s_j)
+    score: Tensor  # (..., Q, Q), 1 per group
+    from_start: Tensor  # (..., Q, 1) exp(s_i)
+    to_end: Tensor  # (..., Q, 1) exp(s_Q - s_j)
     chunk_decay: Tensor  # (batch, H, chunks + 1, chunks + 1)
     added: Tensor  # (batch, H, chunks + 1, N P): the state before the segment and what each chunk adds, in the order of the tokens
     states: Tensor  # (batch, H, chunks + 1, N P): the states before the chunks and the state after the segment, likewise
@@ -129,28 +143,30 @@ class _Segment(NamedTuple):
         """(..., Q, Q): decay_ij score_ij dt_j + [i = j] D; overwrites decay."""
         mix = self.decay.mul_(self.score).mul_(self.dt.unsqueeze(-2))
         if D is not None:
-            mix.diagonal(dim1=-2, dim2=-1).add_(D.to(mix.dtype).unsqueeze(-1))
+            mix.diagonal(dim1=-2, dim2=-1).add_(D.to(mix.dtype).view(*mix.shape[2:4], 1))
         return mix
+
+    def by_chunk(self, states: Tensor) -> Tensor:
+        """(batch, H, chunks, N P) -> (..., N, P)."""
+        return states.transpose(1, 2).reshape(*self.x.shape[:4], -1, self.x.shape[-1])
 
 
 def _segment(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunks: int, reverse: bool) -> _Segment:
     """x, dt, B, C are the segment's part (batch, tokens, ...) of the scan's; state (batch, H, N P) is the one before it."""
-    dtype, heads = state.dtype, x.shape[2]
-    x, B, C, dt = (_by_chunk(tensor, chunks) for tensor in (x.to(dtype), B.to(dtype), C.to(dtype), dt))
-    score = C @ B.mT
-    if B.shape[2] != heads:
-        B, C, score = (tensor.repeat_interleave(heads // B.shape[2], 2) for tensor in (B, C, score))
+    dtype, groups = state.dtype, B.shape[2]
+    x, B, C, dt = (_by_chunk(tensor, chunks, groups) for tensor in (x.to(dtype), B.to(dtype), C.to(dtype), dt))
     # float64: a large step early in a chunk must not blur the differences of the small ones after it
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    sums = _cumsum(dt.to(wide) * A.to(wide).unsqueeze(-1), reverse)
-    total = sums[..., 0] if reverse else sums[..., -1]
-    dt, to_end = dt.to(dtype), _exp(total.unsqueeze(-1) - sums, dtype)
-    adds = ((B * (to_end * dt).unsqueeze(-1)).mT @ x).transpose(1, 2).flatten(3)
+    sums = _cumsum(dt.to(wide) * A.to(wide).view(groups, -1, 1), reverse)
+    total = sums[..., :1] if reverse else sums[..., -1:]
+    dt, from_start, to_end = dt.to(dtype), _exp(sums.to(dtype)).unsqueeze(-1), _exp((total - sums).to(dtype)).unsqueeze(-1)
+    adds = _by_head((B * (to_end * dt.unsqueeze(-1))).mT @ x)
     added = torch.cat([adds, state.unsqueeze(2)] if reverse else [state.unsqueeze(2), adds], dim=2)
-    chunk_sums = F.pad(_cumsum(total.transpose(1, 2), reverse), (0, 1) if reverse else (1, 0))
+    chunk_sums = F.pad(_cumsum(total.flatten(2).transpose(1, 2), reverse), (0, 1) if reverse else (1, 0))
     chunk_decay = _decays(chunk_sums, dtype, reverse)
-    states = chunk_decay @ added
-    return _Segment(x, dt, B, C, _decays(sums, dtype, reverse), score, _exp(sums, dtype), to_end, chunk_decay, added, states)
+    return _Segment(
+        x, dt, B, C, _decays(sums, dtype, reverse), C @ B.mT, from_start, to_end, chunk_decay, added, states=chunk_decay @ added
+    )
 
 
 class _Scan(torch.autograd.Function):
@@ -168,7 +184,7 @@ class _Scan(torch.autograd.Function):
                 part = _segment(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], state, chunks, reverse)
                 before = part.states[:, :, 1:] if reverse else part.states[:, :, :-1]
                 out = part.mix(D) @ part.x
-                out += (part.C * part.from_start.unsqueeze(-1)) @ before.transpose(1, 2).unflatten(-1, (-1, width))
+                out += (part.C * part.from_start) @ part.by_chunk(before)
                 y[:, tokens] = _by_token(out)
                 state = part.states[:, :, 0 if reverse else -1]
         ctx.save_for_backward(x, dt, A, B, C, D, torch.stack(befores))
@@ -186,50 +202,50 @@ class _Scan(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for (tokens, chunks), state in zip(reversed(segments), reversed(befores.unbind()), strict=True):
                 part = _segment(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], state, chunks, ctx.reverse)
-                grads = _segment_backward(part, A, D, _by_chunk(grad_y[:, tokens].to(state.dtype), chunks), grad_state, ctx.reverse)
+                grads = _segment_backward(
+                    part, A, D, _by_chunk(grad_y[:, tokens].to(state.dtype), chunks, B.shape[2]), grad_state, ctx.reverse
+                )
                 part_x, part_dt, part_A, part_B, part_C, part_D, grad_state = grads
-                grad_x[:, tokens], grad_dt[:, tokens] = _by_token(part_x), _by_token(part_dt)
-                for target, value in ((grad_B, part_B), (grad_C, part_C)):
-                    target[:, tokens] = _by_token(value.unflatten(2, (B.shape[2], -1)).sum(3))
+                for target, value in ((grad_x, part_x), (grad_dt, part_dt), (grad_B, part_B), (grad_C, part_C)):
+                    target[:, tokens] = _by_token(value)
                 grad_A += part_A
                 grad_D += part_D
         return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, None if D is None else grad_D.to(D.dtype), None, None
 
 
 def _segment_backward(part: _Segment, A: Tensor, D: Tensor | None, grad_y: Tensor, grad_state: Tensor, reverse: bool) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C (both per head), D and the state before the segment.
+    """Gradients of x, dt, A, B, C, D and the state before the segment.
 
-    grad_y (batch, chunks, H, Q, P); grad_state (batch, H, N P): gradient of the state after the segment.
+    grad_y (batch, chunks, groups, heads per group, Q, P); grad_state (batch, H, N P): gradient of the state after the segment.
     """
-    rows, columns = part.from_start.unsqueeze(-1), part.to_end.unsqueeze(-1)
-    shape = (part.B.shape[-1], part.x.shape[-1])
+    chunk, before = (slice(0, -1), slice(1, None)) if reverse else (slice(1, None), slice(0, -1))
+    dt_column = part.dt.unsqueeze(-1)
     # states: `asked` is the gradient of the states, `grad_added` that of what they are sums of
-    C_start, B_end = part.C * rows, part.B * columns
-    asked = (C_start.mT @ grad_y).transpose(1, 2).flatten(3)
+    C_start, B_end = part.C * part.from_start, part.B * part.to_end
+    asked = _by_head(C_start.mT @ grad_y)
     asked = torch.cat([grad_state.unsqueeze(2), asked] if reverse else [asked, grad_state.unsqueeze(2)], dim=2)
     grad_added = part.chunk_decay.mT @ asked
-    flow = _crossing((asked @ part.added.mT).mul_(part.chunk_decay), reverse)
-    chunk, before = (slice(0, -1), slice(1, None)) if reverse else (slice(1, None), slice(0, -1))
-    grad_total = flow[:, :, chunk].transpose(1, 2)
-    grad_adds = grad_added[:, :, chunk].transpose(1, 2).unflatten(-1, shape).contiguous()
-    grad_C_start = grad_y @ part.states[:, :, before].transpose(1, 2).unflatten(-1, shape).mT
+    flow = _crossing((asked @ part.added.mT).mul_(part.chunk_decay), reverse)[:, :, chunk]
+    grad_adds = part.by_chunk(grad_added[:, :, chunk])
+    grad_C_start = grad_y @ part.by_chunk(part.states[:, :, before]).mT
     grad_B_end = part.x @ grad_adds.mT  # per unit of dt
     sent, got = (grad_B_end * B_end).sum(-1), (grad_C_start * C_start).sum(-1)
     # pairs of tokens within a chunk
     pairs = grad_y @ part.x.mT
-    grad_D = pairs.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+    grad_D = pairs.diagonal(dim1=-2, dim2=-1).sum((0, 1, 4)).flatten()
     pairs *= part.decay
     weighted = pairs * part.score
     grad_dt = weighted.sum(-2) + sent
     weighted *= part.dt.unsqueeze(-2)
-    pairs *= part.dt.unsqueeze(-2)
-    grad_C = pairs @ part.B + grad_C_start.mul_(rows)
-    grad_B = pairs.mT @ part.C + grad_B_end.mul_(columns * part.dt.unsqueeze(-1))
+    grad_score = _over_heads(pairs.mul_(part.dt.unsqueeze(-2)))
+    grad_C = grad_score @ part.B + _over_heads(grad_C_start.mul_(part.from_start))
+    grad_B = grad_score.mT @ part.C + _over_heads(grad_B_end.mul_(part.to_end * dt_column))
     grad_x = part.mix(D).mT @ grad_y
-    grad_x += (B_end * part.dt.unsqueeze(-1)) @ grad_adds
-    # steps: what decays over t is what crosses it, within the chunk, out of earlier chunks, into later ones, and across the chunk
+    grad_x += (B_end * dt_column) @ grad_adds
+    # steps: what decays over t is what crosses it, within the chunk, out of earlier chunks, into later ones, and past the chunk
     sent = sent * part.dt
-    grad_log = _crossing(weighted, reverse) + _cumsum(got, not reverse) + (_cumsum(sent, reverse) - sent) + grad_total.unsqueeze(-1)
-    grad_dt += grad_log * A.to(grad_log.dtype).unsqueeze(-1)
-    grad_A = (grad_log * part.dt).sum((0, 1, 3))
+    past = flow.transpose(1, 2).reshape(*part.dt.shape[:4], 1)
+    grad_log = _crossing(weighted, reverse) + _cumsum(got, not reverse) + (_cumsum(sent, reverse) - sent) + past
+    grad_dt += grad_log * A.to(grad_log.dtype).view(*part.dt.shape[2:4], 1)
+    grad_A = (grad_log * part.dt).sum((0, 1, 4)).flatten()
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_added[:, :, -1 if reverse else 0]

@@ -90,7 +90,6 @@ def test_work_of_nnunet_for_another_spacing_is_redone(tiny: Tiny) -> None:
 @pytest.mark.parametrize("spoil", ["newer label", "truncated", "half a pickle", "no segmentation"])
 def test_only_the_stale_case_of_nnunets_work_is_redone(tiny: Tiny, spoil: str) -> None:
     by_nnunet(tiny, tiny.labeled)
-    before = stamps(tiny.labeled)
     if spoil == "newer label":
         os.utime(tiny.raw / "labelsTr" / "lab_02.nii.gz", (2e9, 2e9))
     elif spoil == "no segmentation":
@@ -98,7 +97,7 @@ def test_only_the_stale_case_of_nnunets_work_is_redone(tiny: Tiny, spoil: str) -
     else:
         file = tiny.labeled / ("lab_02.b2nd" if spoil == "truncated" else "lab_02.pkl")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    before.update({name: 0 for name in before if name.startswith("lab_02")})
+    before = stamps(tiny.labeled)
     ensure(tiny)
     after = stamps(tiny.labeled)
     assert redone(before, after) == {"lab_02"}

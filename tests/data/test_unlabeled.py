@@ -99,8 +99,9 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("file", ["scan_01.b2nd", "scan_01_seg.b2nd", "scan_01.pkl"])
 def test_only_a_half_written_case_is_redone(tiny: Tiny, file: str, how: str) -> None:
     ensure(tiny)
-    expected, before = stored(tiny.unlabeled / "scan_01.b2nd"), stamps(tiny.unlabeled)
+    expected = stored(tiny.unlabeled / "scan_01.b2nd")
     damage(tiny.unlabeled / file, how)
+    before = stamps(tiny.unlabeled)
     ensure(tiny)
     assert redone(before, stamps(tiny.unlabeled)) == {"scan_01"}
     assert stored(tiny.unlabeled / "scan_01.b2nd") == expected
@@ -210,6 +211,15 @@ def test_cases_of_other_folds_stay_but_are_not_returned(tiny: Tiny) -> None:
     assert ensure(tiny, hidden=("lab_00",)) == ["lab_00", *SCANS]
     assert ensure(tiny, hidden=("lab_01",)) == ["lab_01", *SCANS]
     assert (tiny.unlabeled / "lab_00.pkl").exists()
+
+
+def test_case_that_moves_from_imagestr_to_imagesun_is_known_as_a_scan_from_then_on(tiny: Tiny) -> None:
+    ensure(tiny, hidden=("lab_02",))
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_02_000{channel}.nii.gz").rename(tiny.raw / "imagesUn" / f"lab_02_000{channel}.nii.gz")
+    assert ensure(tiny) == ["lab_02", *SCANS]
+    shutil.rmtree(tiny.raw)
+    assert ensure(tiny) == ["lab_02", *SCANS]
 
 
 def test_without_any_unlabeled_case_the_list_is_empty_and_nothing_is_written(tiny: Tiny) -> None:

@@ -132,6 +132,40 @@ def test_contrast_equals_the_loop() -> None:
     assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
+def test_descending_the_contrast_pulls_positives_pushes_negatives_and_keeps_classes_apart() -> None:
+    """The gradient is that of the value (positives *and* negatives), and training the projector alone lowers it without collapse."""
+    torch.manual_seed(0)
+    task = Task()
+    m = method(task, replace(SMALL, candidates=512, positive_fraction=0.5, embedding=16))
+    means = 2 * torch.randn(2, 4)
+    label = (torch.rand(4, *task.patch_size) > 0.6).long()
+    features = (means[label] + torch.randn(*label.shape, 4)).movedim(-1, 1)
+    onehot = torch.nn.functional.one_hot(label, 2).movedim(-1, 1).float()
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(1)
+        return m.contrast(features, 2, onehot[:2], None, onehot[2:])
+
+    loss()
+    m.after_step(task.batch(), 0.5)
+    before, parameters = loss(), list(m.projector.parameters())
+    gradient = torch.autograd.grad(before, parameters)
+    with torch.no_grad():
+        for p, g in zip(parameters, gradient, strict=True):
+            p.sub_(1e-3 * g)
+    expected = -1e-3 * sum(g.square().sum() for g in gradient)
+    assert (loss() - before).item() == pytest.approx(expected.item(), rel=0.1)
+
+    optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        m.after_step(task.batch(), 0.5)
+    center = torch.nn.functional.normalize(m.bank.mean()[0], dim=-1)
+    assert loss() < 0.5 * before and (center[0] @ center[1]).item() < 0.5
+
+
 @pytest.mark.parametrize("task", [Task(), Task(channels=2, regions=True)])
 def test_hidden_noise_does_not_reach_the_deployed_student(task: Task) -> None:
     """What f predicts depends on its weights and the image alone: the diffusion branch is not part of it."""

@@ -55,5 +55,5 @@ def test_sinusoidal_embedding_has_its_closed_form() -> None:
 
 
 def test_other_networks_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match="Linear is not a planned U-Net.*PlainConvUNet or ResidualEncoderUNet"):
+    with pytest.raises(ValueError, match=r"Linear is not a planned U-Net.*PlainConvUNet or ResidualEncoderUNet"):
         check_planned(nn.Linear(1, 1))

@@ -1,0 +1,20 @@
+"""Settings of every test run: one thread, no display, nothing of the user's nnU-Net in sight."""
+
+from __future__ import annotations
+
+import os
+
+for name in [name for name in os.environ if name.startswith("nnUNet_")]:
+    del os.environ[name]
+os.environ.update(
+    nnUNet_compile="f",
+    nnUNet_def_n_proc="1",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",  # threads of commands that the tests start: spinning ones crawl where several processes share the cores
+)
+
+import torch  # noqa: E402  # reads the environment when loaded
+
+torch.set_num_threads(1)

@@ -1,0 +1,155 @@
+"""The real commands on real scans: plan, preprocess, train, kill -9, --c, predict, export and import of the model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+
+ROOT = Path(__file__).resolve().parents[1]
+SCANS = Path(os.environ.get("NNSSL_TEST_DATA", ROOT.parent / "shared" / "data"))
+DATASET = "Dataset501_LeftAtrium"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (SCANS / DATASET).is_dir(), reason=f"no {DATASET} below {SCANS} (set NNSSL_TEST_DATA)"),
+]
+
+
+class Shell:
+    """Runs commands of this environment with nnU-Net's variables pointing below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("raw", "preprocessed", "results"):
+            (folder / name).mkdir()
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")} | {
+            **{f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")},
+            "nnUNet_extTrainer": str(ROOT / "nnssl_trainers"),
+            "nnUNet_def_n_proc": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        if arguments[0] == "nnssl":
+            return [sys.executable, "-m", "nnssl.cli", *arguments[1:]]
+        return [sys.executable, os.path.join(sysconfig.get_path("scripts"), arguments[0]), *arguments[1:]]
+
+    def __call__(self, *arguments: str, **extra: str) -> str:
+        done = subprocess.run(
+            self.command(*arguments),
+            env={**self.environment, **extra},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=800,
+        )
+        assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-4000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Seven labeled scans (one of them to be hidden), two in imagesUn, planned and preprocessed coarsely, small networks."""
+    shell = Shell(tmp_path_factory.mktemp("commands"))
+    raw = shell.folder / "raw" / DATASET
+    for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs"):
+        (raw / name).mkdir(parents=True)
+    for i in range(1, 8):
+        shutil.copy(SCANS / DATASET / "imagesTr" / f"LA_{i:03d}_0000.nii.gz", raw / "imagesTr")
+        shutil.copy(SCANS / DATASET / "labelsTr" / f"LA_{i:03d}.nii.gz", raw / "labelsTr")
+    for i, folder in ((8, "imagesUn"), (9, "imagesUn"), (10, "imagesTs")):
+        shutil.copy(SCANS / DATASET / "imagesTr" / f"LA_{i:03d}_0000.nii.gz", raw / folder)
+    content = json.loads((SCANS / DATASET / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 7}))
+    spacing = ("-overwrite_target_spacing", "3.5", "3.5", "3.5")
+    shell("nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres", *spacing, "-np", "2", "-npfp", "2")
+    plans = shell.folder / "preprocessed" / DATASET / "nnUNetPlans.json"
+    edited = json.loads(plans.read_text())
+    configuration = edited["configurations"]["3d_fullres"]
+    configuration["batch_size"] = 2
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs["features_per_stage"] = [8, 16, 32, 32, 32, 32][: kwargs["n_stages"]]
+    edited["nnssl"] = {
+        "num_epochs": 4,
+        "num_iterations_per_epoch": 4,
+        "num_val_iterations_per_epoch": 1,
+        "save_every": 1,
+        "seed": 0,
+        "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
+    }
+    plans.write_text(json.dumps(edited))
+    return shell
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "losses.csv") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
+    """The journey of the README; a run killed with SIGKILL and continued gives the losses of an uninterrupted one to 1e-6."""
+    assert "Going on with the existing plan" in shell("nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres")
+    shell("nnssl", "split", "-d", "501", "--labeled", "4", "--val", "LA_006", "LA_007", "--first")
+    folds = json.loads((shell.folder / "preprocessed" / DATASET / "splits_final.json").read_text())
+    assert folds == [{"train": ["LA_001", "LA_002", "LA_003", "LA_004"], "val": ["LA_006", "LA_007"], "unlabeled": ["LA_005"]}]
+    assert "nnUNetTrainerDiffCL" in shell("nnssl", "trainers")
+    assert "FAIL" not in shell("nnssl", "check", "-d", "501", "-c", "3d_fullres")
+
+    train = ("nnUNetv2_train", "501", "3d_fullres", "0", "-tr", "nnUNetTrainerDiffCL", "-device", "cpu")
+    fold = shell.folder / "results" / DATASET / "nnUNetTrainerDiffCL__nnUNetPlans__3d_fullres" / "fold_0"
+    with subprocess.Popen(
+        shell.command(*train), env={**shell.environment, "nnUNet_n_proc_DA": "0"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 400
+        while not (fold / "losses.csv").exists() or len(rows(fold)) < 2:
+            assert process.poll() is None, "the training ended before it could be killed"
+            assert time.monotonic() < deadline, "no second epoch within 400 s"
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    assert len(rows(fold)) < 4
+    shell(*train, "--c", nnUNet_n_proc_DA="0")
+    continued = rows(fold)
+    assert [r["epoch"] for r in continued] == [0, 1, 2, 3]
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+
+    images = shell.folder / "raw" / DATASET / "imagesTs"
+    common = ("-d", "501", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDiffCL", "-device", "cpu", "-npp", "1", "-nps", "1")
+    shell("nnUNetv2_predict", "-i", str(images), "-o", str(shell.folder / "out"), *common)
+    predicted = sitk.ReadImage(str(shell.folder / "out" / "LA_010.nii.gz"))
+    assert predicted.GetSize() == sitk.ReadImage(str(images / "LA_010_0000.nii.gz")).GetSize()
+
+    archive = str(shell.folder / "model.zip")
+    shell("nnUNetv2_export_model_to_zip", "-d", "501", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDiffCL", "-o", archive)
+    shutil.move(fold.parents[1], shell.folder / "uninstalled")
+    shell("nnUNetv2_install_pretrained_model_from_zip", archive)
+    shell("nnUNetv2_predict", "-i", str(images), "-o", str(shell.folder / "again"), *common)
+    again = sitk.ReadImage(str(shell.folder / "again" / "LA_010.nii.gz"))
+    assert (sitk.GetArrayFromImage(again) == sitk.GetArrayFromImage(predicted)).all()
+
+    shutil.rmtree(shell.folder / "results" / DATASET)
+    shell(*train, nnUNet_n_proc_DA="0")
+    whole = rows(fold)
+    for one, other in zip(continued, whole, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+    shell(*train, "--val")
+
+
+def test_find_best_configuration_accepts_our_trainers(shell: Shell) -> None:
+    (shell.folder / "preprocessed" / DATASET / "splits_final.json").unlink(missing_ok=True)
+    name = "nnUNetTrainerSupervised"
+    shell("nnUNetv2_train", "501", "3d_fullres", "0", "-tr", name, "-device", "cpu", "--npz", nnUNet_n_proc_DA="0")
+    said = shell("nnUNetv2_find_best_configuration", "501", "-c", "3d_fullres", "-f", "0", "-tr", name, "-np", "1")
+    assert "3d_fullres" in said
