@@ -113,8 +113,6 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return (
-        getattr(hint, "__name__", None)
-        if typing.get_origin(hint) is None and hasattr(hint, "__name__")
-        else str(hint).replace("NoneType", "null")
-    )  # type: ignore[return-value]
+    if typing.get_origin(hint) is None and isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("NoneType", "null").replace("None", "null")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,21 +25,26 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnssl.cli import trainers_folder
 from nnssl.figures import draw_curve, draw_overlay
 from nnssl.phantoms import LABELS, write_dataset
 
 DATASET = "Dataset900_Phantoms"
 STRUCTURES = [name for name, value in LABELS.items() if value]
 CONFIGURATION = "3d_fullres"
-EPOCHS = 16
+SCANS = {"labeled": 6, "unlabeled": 24, "test": 6}
+EPOCHS = 24
 SCHEDULE = {"num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 4, "save_every": 1}
 FEATURES = 8  # of the first stage, doubled per stage: a quarter of nnU-Net's
 STATE = "demo.json"  # marks a demo's folder: settings and finished stages
 OWN = (STATE, "raw", "preprocessed", "results", "predictions", "logs", "overlay.png", "curve.png")
 
-
-# as nnU-Net's command, with this many threads: `-device cpu` asks for one per core of the machine, whatever a container may use
-LAUNCH = "import multiprocessing, runpy, sys; multiprocessing.cpu_count = lambda: {}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+# a console script with this many threads: nnU-Net's `-device cpu` asks for one per core of the machine, whatever a container may use
+LAUNCH = """import importlib, multiprocessing, sys
+module, _, function = sys.argv[2].partition(":")
+multiprocessing.cpu_count = lambda cores=int(sys.argv[1]): cores
+sys.argv = sys.argv[3:]
+sys.exit(getattr(importlib.import_module(module), function)())"""
 
 
 def usable_cpus() -> int:
@@ -106,7 +110,9 @@ class Demo:
     def generate(self) -> None:
         """Draw the scans: 6 labeled, 24 unlabeled, 6 to test on"""
         if not self.raw.exists():
-            write_dataset(self.raw, seed=self.settings["seed"], progress=sys.stderr.isatty())
+            write_dataset(
+                self.raw, SCANS["labeled"], SCANS["unlabeled"], SCANS["test"], seed=self.settings["seed"], progress=sys.stderr.isatty()
+            )
 
     def plan(self) -> None:
         """Plan and preprocess, labeled and unlabeled"""
@@ -200,7 +206,7 @@ class Demo:
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")},
             **folders,
-            "nnUNet_extTrainer": str(Path(trainers.origin).parent),
+            "nnUNet_extTrainer": trainers_folder(),
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
             "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are 50 times slower where another process wants a core
@@ -220,10 +226,11 @@ class Demo:
         print(f"      $ {shlex.join([*(f'{k}={v}' for k, v in (environment or {}).items()), *command])}", flush=True)
         pattern, total, unit = bar or (r"(?!)", None, "line")
         log = self.folder / "logs" / f"{stage}.log"
-        scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-        program = shutil.which(command[0], path=os.pathsep.join(scripts))
-        if program is None:
-            raise RuntimeError(f"the command {command[0]} is not installed beside {sys.executable}: install this project with pip there")
+        entries = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="console_scripts")} | {
+            "nnssl": "nnssl.cli:main"
+        }
+        if command[0] not in entries:
+            raise RuntimeError(f"the command {command[0]} is not installed for {sys.executable}: install this project with pip there")
         environment = {**self.environment(), **(environment or {})}
         lines: list[str] = []
         with (
@@ -232,9 +239,8 @@ class Demo:
                 total=total, unit=unit, desc=f"      {stage}", disable=bar is None, mininterval=0.1 if sys.stderr.isatty() else 20
             ) as shown,
             subprocess.Popen(
-                [sys.executable, "-c", LAUNCH.format(usable_cpus()), program, *command[1:]],
+                [sys.executable, "-c", LAUNCH, str(usable_cpus()), entries[command[0]], *command],
                 env=environment,
-                cwd=self.folder,
                 text=True,
                 errors="replace",
                 stdin=subprocess.DEVNULL,

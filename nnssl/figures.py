@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 ERROR = "#e0263c"
 PALETTE = ["#1fb4c4", "#f5a623", "#8bc34a", "#ba68c8", "#fff176", "#f48fb1"]  # structures, in turn
@@ -50,6 +51,7 @@ def draw_curve(rows: Sequence[Mapping[str, float]], dice: Sequence[Sequence[floa
     for k, name in enumerate(structures):
         scores.plot(range(len(dice)), [row[k] for row in dice], marker=".", label=name)
     scores.set(ylabel="pseudo Dice, labeled patches", xlabel="epoch", ylim=(0, 1))
+    scores.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (losses, scores):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -22,7 +22,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
-from nnssl.data.preprocess import usable_cores
+from nnssl.data.parallel import usable_cores
 from nnssl.data.reading import plans_in, read_json, training_files
 from nnssl.data.split import backup, load_splits, write_json
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images

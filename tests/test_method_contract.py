@@ -36,7 +36,7 @@ class Row:
 
 
 def _diffcl_weights(t: float) -> dict[str, float]:
-    mu = math.exp(-5 * (1 - min(t / 0.4, 1)) ** 2)
+    mu = 0.5 * math.exp(-5 * (1 - min(t / 0.4, 1)) ** 2)
     return {"supervised": 1, "pseudo": mu, "contrast": 0.1 * mu, "diffusion": 1, "diffusion_pseudo": mu}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -23,9 +22,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import basename, dirname, getsize, isdir, isfile, join
 from typing import Any
@@ -37,6 +34,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.reading import CheckedPlans, SourceError, digest, num_channels
 
 RECORD_FORMAT = 1
@@ -249,7 +247,7 @@ def bring_up_to_date(
     _remove_leftovers(target.folder)
     scratch = tempfile.mkdtemp(prefix=f".{basename(target.folder)}.tmp-", dir=dirname(target.folder))
     try:
-        results = _results(todo, target, scratch, verbose, workers)
+        results = unordered(_produce, [(case, target, scratch, verbose) for case in todo], workers)
         errors = [error for error in tqdm(results, "preprocessing", len(todo), disable=not show_progress, mininterval=0.5) if error]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -260,28 +258,6 @@ def bring_up_to_date(
             "Repair, replace or remove these files and start again: only what is missing is redone."
         )
     return len(todo)
-
-
-def _results(todo: Sequence[Case], target: Target, scratch: str, verbose: bool, workers: int) -> Iterator[str]:
-    if workers <= 1:
-        yield from (_produce(case, target, scratch, verbose) for case in todo)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(_produce, case, target, scratch, verbose) for case in todo]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A preprocessing process was killed, most likely because memory ran out. Finished cases stay; start again with fewer "
-            "processes (-np 1, or nnUNet_def_n_proc=1)."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use (a batch system often grants fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _remove_leftovers(folder: str) -> None:

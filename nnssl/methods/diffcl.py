@@ -5,8 +5,8 @@
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
     L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g, x_w)
     L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden f(x_w),  x_tau from x_0 = 2 y_f - 1
-    L_cl     = InfoNCE, anchor c_k, positives: the unlabeled voxels called k that are most similar to c_k, negatives: the least similar
-               ones among those called otherwise
+    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most similar to c_k, negatives
+               from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
@@ -14,10 +14,13 @@ x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspo
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of class k, detached
 mu(t)       Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views instead of
-independent augmentation; sampling with DDIM in few trailing steps from an exponential moving average of g, as diffusion models are
-sampled (Ho et al., 2020); regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at
-on a random subset of voxels per class, negatives of class k among those not called k; widths, temperature, shares and weights marked ours below.
+Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
+CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. g learns high noise more often, where the label must come from
+the image and not from x_tau, and is sampled with DDIM in few trailing steps from its moving average, as diffusion models are (Ho et al.,
+2020). Pseudo-labels count where their source is certain; where both networks are certain of different things neither learns. Regions are
+independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain
+voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
+(the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
 """
 
 from __future__ import annotations
@@ -47,13 +50,14 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig:
-    weight_pseudo: float = 1.0  # maximum of mu1 = mu2 (ours)
+    weight_pseudo: float = 0.5  # maximum of mu1 = mu2 (ours)
     weight_contrast: float = 0.1  # eta (ours)
     threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 10  # S; 2 on CPU
+    tau_power: float = 3.0  # training steps tau = T (1 - u^power): half above 7/8 T, where the label must come from the image (ours)
     ema_decay: float = 0.99  # of the copy of g that is sampled from (ours)
     embedding: int = 64  # E, width of q (ours)
     bank_size: int = 1024  # labeled embeddings per class (ours)
@@ -85,8 +89,9 @@ class DiffCLConfig:
             raise ValueError(f"ddim_steps must not exceed diffusion_steps {self.diffusion_steps}, found {self.ddim_steps}")
         if self.bank_per_step > self.bank_size:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        for name in ("temperature", "tau_power"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
         for name in ("threshold", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
@@ -129,6 +134,7 @@ class DiffCL(SemiMethod):
         probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
         certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g))
+        undisputed = 1 - certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)  # both certain, but of different things
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
@@ -138,17 +144,17 @@ class DiffCL(SemiMethod):
         x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
         if labeled_mask is not None:
             x_0[:n] *= labeled_mask
-        tau = torch.randint(self.config.diffusion_steps, (len(x_0),), device=x_0.device)
+        tau = self.draw_steps(len(x_0), x_0.device)
         noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
         logits_f = full_resolution(unlabeled_f)
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain_g),
-            "contrast": self.contrast(features[-1], n, onehot, labeled_mask, self.labels.harden(self.probabilities(logits_f))),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain_g * undisputed),
+            "contrast": self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain_f),
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f * undisputed),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -172,18 +178,23 @@ class DiffCL(SemiMethod):
             sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), noise, self.config.ddim_steps)
             return probabilities_f, (sampled + 1) / 2
 
+    def draw_steps(self, n: int, device: torch.device) -> Tensor:
+        """tau (n,) in 0 .. T - 1, more often the higher: T (1 - u^power) for uniform u; power 1 is the uniform distribution."""
+        u = torch.rand(n, device=device)
+        return (self.config.diffusion_steps * (1 - u**self.config.tau_power)).long().clamp_max(self.config.diffusion_steps - 1)
+
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-1, 1] from the denoiser's outputs."""
         return 2 * self.probabilities(full_resolution(outputs)) - 1
 
-    def contrast(self, features: Tensor, n: int, onehot: Tensor, labeled_mask: Tensor | None, called: Tensor) -> Tensor:
+    def contrast(self, features: Tensor, n: int, onehot: Tensor, labeled_mask: Tensor | None, called: Tensor, certain: Tensor) -> Tensor:
         """L_cl, and the labeled embeddings that the bank will receive after the step.
 
         Args:
             features: (B + U, F, S) of the last decoder stage.
             n: B.
             onehot: labels (B, K, S); labeled_mask (B, 1, S) or None.
-            called: what f says, (U, K, S) zeros and ones.
+            called: y_f, (U, K, S) zeros and ones; certain: (U, 1, S), where it counts.
         """
         c = self.config
         member = self.labels.classes(onehot)
@@ -197,27 +208,31 @@ class DiffCL(SemiMethod):
 
         center, known = self.bank.mean()
         center = F.normalize(center, dim=-1)
-        member = self.labels.classes(called).flatten(1)  # (K', U * V)
+        member = (self.labels.classes(called) & certain[:, 0].bool()).flatten(1)  # (K', U * V)
         index, valid = sample_members(member, c.candidates)
         q = self.projector(voxels[per_stream:][index])  # (K', N, E): candidates that f calls k
         everything = q.flatten(0, 1)
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
-            share = (valid.sum(1, keepdim=True) * c.positive_fraction).ceil()
-            positive, positive_valid = top_members(own, valid & known[:, None], c.num_positives)
-            positive_valid = positive_valid & (torch.arange(positive.shape[1], device=q.device) < share)
+            positive, positive_valid = _sample_top_share(own, valid & known[:, None], c.positive_fraction, c.num_positives)
             called_other = ~torch.eye(len(q), dtype=torch.bool, device=q.device).repeat_interleave(q.shape[1], dim=1)
-            negative, negative_valid = top_members(
-                -(center @ everything.T.to(center.dtype)), valid.flatten() & called_other, c.num_negatives
-            )
+            negative, negative_valid = sample_members(valid.flatten() & called_other & known[:, None], c.num_negatives)
         return info_nce(
             center,
             torch.gather(q, 1, positive[..., None].expand(-1, -1, q.shape[-1])),
             everything[negative],
             positive_valid,
-            negative_valid & known[:, None],
+            negative_valid,
             c.temperature,
         )
+
+
+def _sample_top_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:
+    """Up to n places drawn from the members of every row that belong to its highest-scored share. Shapes as in `top_members`."""
+    order, valid = top_members(score, member, score.shape[1])
+    share = (member.sum(1, keepdim=True) * fraction).ceil()
+    drawn, drawn_valid = sample_members(valid & (torch.arange(order.shape[1], device=order.device) < share), n)
+    return order.gather(1, drawn), drawn_valid
 
 
 def _flatten(features: Tensor) -> Tensor:

@@ -50,6 +50,25 @@ def test_uncertain_pseudo_labels_carry_no_loss() -> None:
     assert all(m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)])
 
 
+def test_voxels_of_which_both_networks_are_certain_but_disagree_carry_no_loss() -> None:
+    m, batch = method(), Task().batch()
+    certain = torch.zeros(2, 2, 8, 12, 16)
+    certain[:, 0] = 1
+    m.pseudo_probabilities = lambda weak: (certain, certain.flip(1))  # type: ignore[method-assign]
+    terms = m(batch, 0.5)
+    assert terms["pseudo"].item() == terms["diffusion_pseudo"].item() == 0
+    m.pseudo_probabilities = lambda weak: (certain, certain)  # type: ignore[method-assign]
+    terms = m(batch, 0.5)
+    assert terms["pseudo"].item() > 0 and terms["diffusion_pseudo"].item() > 0
+
+
+@pytest.mark.parametrize(("power", "median"), [(1.0, 500), (3.0, 875)])
+def test_training_steps_follow_their_distribution(power: float, median: int) -> None:
+    torch.manual_seed(0)
+    tau = method(config=replace(SMALL, tau_power=power)).draw_steps(20_000, torch.device("cpu"))
+    assert tau.min() >= 0 and tau.max() == 999 and tau.float().median().item() == pytest.approx(median, abs=12)
+
+
 def test_boxes_mix_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a box over everything, sample 0 shows sample 1 in the image and in its pseudo-label: swapping the batch changes nothing."""
     everything = lambda n, size, *a, **k: torch.ones(n, 1, *size, dtype=torch.bool)  # noqa: E731
@@ -111,13 +130,13 @@ def test_contrast_is_zero_but_differentiable_while_the_bank_is_empty() -> None:
 
 def test_contrast_equals_the_loop() -> None:
     task = Task()
-    m = method(task, replace(SMALL, candidates=10**6, num_positives=10**6, num_negatives=40, positive_fraction=0.1))
+    m = method(task, replace(SMALL, candidates=10**6, num_positives=10**6, num_negatives=10**6, positive_fraction=0.1))
     batch = task.batch()
     m(batch, 0.5)
     m.after_step(batch, 0.5)
     features, called = torch.randn(4, 4, *task.patch_size), m.labels.harden(torch.rand(2, 2, *task.patch_size))
     onehot, _ = m.labels.encode(batch.full_target())
-    value = m.contrast(features, 2, onehot, None, called).item()
+    value = m.contrast(features, 2, onehot, None, called, torch.ones(2, 1, *task.patch_size)).item()
 
     center = torch.nn.functional.normalize(m.bank.mean()[0], dim=-1)
     q = m.projector(features[2:].movedim(1, -1).reshape(-1, 4)).detach()
@@ -127,7 +146,7 @@ def test_contrast_equals_the_loop() -> None:
         similarity = q @ center[k]
         own = similarity[says == k].sort(descending=True).values
         positives = own[: -(-len(own) // 10)]
-        negatives = similarity[says != k].sort().values[:40]
+        negatives = similarity[says != k]
         losses += [-torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives]
     assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
@@ -144,7 +163,7 @@ def test_descending_the_contrast_pulls_positives_pushes_negatives_and_keeps_clas
 
     def loss() -> torch.Tensor:
         torch.manual_seed(1)
-        return m.contrast(features, 2, onehot[:2], None, onehot[2:])
+        return m.contrast(features, 2, onehot[:2], None, onehot[2:], torch.ones(2, 1, *task.patch_size))
 
     loss()
     m.after_step(task.batch(), 0.5)

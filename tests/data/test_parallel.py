@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nnssl
+from nnssl.data.parallel import unordered
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_job_is_done_once(workers: int) -> None:
+    assert sorted(unordered(divmod, [(number, 3) for number in range(7)], workers)) == [divmod(number, 3) for number in range(7)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_the_function_arrive(workers: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(unordered(divmod, [(1, 0), (1, 0)], workers))
+
+
+def test_one_worker_is_this_process_and_two_are_others() -> None:
+    assert set(unordered(os.getpid, [(), ()], 1)) == {os.getpid()}
+    assert os.getpid() not in set(unordered(os.getpid, [(), ()], 2))
+
+
+def test_killed_worker_is_an_error_that_names_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match=r"worker process was killed.*fewer processes \(-np 1"):
+        list(unordered(os._exit, [(1,), (1,)], 2))
+
+
+def alive(pid: int) -> bool:
+    """Running; a dead process that nobody has waited for is not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see other processes")
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, time\nfrom nnssl.data.parallel import unordered\n"
+        "if __name__ == '__main__':\n    for pid in unordered(os.getpid, [(), ()], 2):\n        print(pid, flush=True); time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(nnssl.__path__[0]).parent)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert alive(worker)
+        parent.send_signal(signal.SIGKILL)
+        end = time.monotonic() + 60
+        while alive(worker) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not alive(worker)
