@@ -27,8 +27,23 @@ def atomic_save(checkpoint: dict[str, Any], filename: str) -> None:
     os.replace(temporary, filename)
 
 
-def training_state(trainer: SemiTrainer) -> dict[str, Any]:
-    """Everything beside the deployed network that an exact continuation needs. Collective under DDP."""
+def full_checkpoint(trainer: SemiTrainer) -> dict[str, Any]:
+    """nnU-Net's checkpoint, and under `nnssl` everything beside it that an exact continuation needs. Collective under DDP."""
+    return {
+        "network_weights": trainer.network.state_dict(),
+        "optimizer_state": trainer.optimizer.state_dict(),
+        "grad_scaler_state": None if trainer.grad_scaler is None else trainer.grad_scaler.state_dict(),
+        "logging": trainer.logger.get_checkpoint(),
+        "_best_ema": trainer._best_ema,
+        "current_epoch": trainer.current_epoch + 1,
+        "init_args": trainer.my_init_kwargs,
+        "trainer_name": type(trainer).__name__,
+        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        "nnssl": _training_state(trainer),
+    }
+
+
+def _training_state(trainer: SemiTrainer) -> dict[str, Any]:
     states: list[Any] = [rng_state()]
     if trainer.is_ddp:
         states = [None] * dist.get_world_size()

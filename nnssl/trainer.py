@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnssl.batch import SemiBatch
-from nnssl.checkpoint import atomic_save, load_training_state, training_state
+from nnssl.checkpoint import atomic_save, full_checkpoint, load_training_state
 from nnssl.config import resolve
 from nnssl.data.loader import TwoStreams, make_repeatable
 from nnssl.data.split import absent_classes, hidden_cases
@@ -25,9 +25,9 @@ from nnssl.data.streams import prepare_unlabeled, share_of_batch, unlabeled_stre
 from nnssl.data.unlabeled import unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.history import History
-from nnssl.labels import LabelSpace
-from nnssl.method import Planned, SemiMethod
+from nnssl.method import SemiMethod
 from nnssl.methods import known_methods
+from nnssl.planned import Trainable, geometry, planned, preprocessed_cases
 from nnssl.randomness import restore_rng, seed_everything
 from nnssl.step import OptimizationStep
 
@@ -76,7 +76,7 @@ class SemiTrainer(nnUNetTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         config = cls._configs(plans_manager.plans)[1]
-        patch_size, spacing = _geometry(configuration_manager)
+        patch_size, spacing = geometry(configuration_manager)
         return cls.method_class.adapt_network(network, config, patch_size, spacing)
 
     def initialize(self) -> None:
@@ -93,7 +93,7 @@ class SemiTrainer(nnUNetTrainer):
             self.plans_manager, self.configuration_manager, self.num_input_channels, heads, self.enable_deep_supervision
         ).to(self.device)
         self.loss = self._build_loss()
-        self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
+        self.method = self.method_class(self.network, self.method_config, planned(self)).to(self.device)
         self.network = self.method.deployed(self.general.deploy)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.step = OptimizationStep(self.optimizer, self.grad_scaler, self.general.amp, self.device, self.general.max_nonfinite_steps)
@@ -119,30 +119,9 @@ class SemiTrainer(nnUNetTrainer):
                 "previous stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
             )
 
-    def _planned(self) -> Planned:
-        labels = LabelSpace(self.label_manager.num_segmentation_heads, self.label_manager.has_regions, self.label_manager.ignore_label)
-        patch_size, spacing = _geometry(self.configuration_manager)
-        train_cases, _ = self.do_split() if self.method_class.needs_unlabeled else ([], [])
-
-        def build(input_channels: int, output_channels: int) -> nn.Module:
-            return nnUNetTrainer.build_network_architecture(
-                self.plans_manager, self.configuration_manager, input_channels, output_channels, self.enable_deep_supervision
-            )
-
-        return Planned(
-            build_network=build,
-            input_channels=self.num_input_channels,
-            labels=labels,
-            patch_size=patch_size,
-            spacing=spacing,
-            supervised_loss=self.loss,
-            labeled_cases=tuple(sorted(train_cases)),
-            compile=self._do_i_compile(),
-        )
-
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""
-        network, self.network = self.network, _Trainable(self.method)  # nnU-Net asks self.network for its parameters
+        network, self.network = self.network, Trainable(self.method)  # nnU-Net asks self.network for its parameters
         try:
             return super().configure_optimizers()
         finally:
@@ -157,7 +136,7 @@ class SemiTrainer(nnUNetTrainer):
 
     def _hidden(self) -> list[str]:
         """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
-        known = set(_identifiers(self.preprocessed_dataset_folder))
+        known = set(preprocessed_cases(self.preprocessed_dataset_folder))
         return hidden_cases(os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"), self.fold, known)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -272,27 +251,13 @@ class SemiTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a temporary file, then moved."""
-        state = training_state(self)  # on every rank: random states are gathered
+        checkpoint = full_checkpoint(self)  # on every rank: random states are gathered
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        atomic_save(
-            {
-                "network_weights": self.network.state_dict(),
-                "optimizer_state": self.optimizer.state_dict(),
-                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-                "logging": self.logger.get_checkpoint(),
-                "_best_ema": self._best_ema,
-                "current_epoch": self.current_epoch + 1,
-                "init_args": self.my_init_kwargs,
-                "trainer_name": self.__class__.__name__,
-                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-                "nnssl": state,
-            },
-            filename,
-        )
+        else:
+            atomic_save(checkpoint, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if not self.was_initialized:
@@ -308,25 +273,3 @@ class SemiTrainer(nnUNetTrainer):
             )
         load_training_state(self, checkpoint)
         self._resumed = checkpoint["nnssl"]
-
-
-class _Trainable(nn.Module):
-    """What the optimizer should see of a method: its trainable parameters, each once."""
-
-    def __init__(self, method: nn.Module) -> None:
-        super().__init__()
-        self.list = nn.ParameterList(p for p in method.parameters() if p.requires_grad)
-
-
-def _geometry(configuration_manager: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Patch size and spacing in mm, axis by axis."""
-    patch = tuple(int(i) for i in configuration_manager.patch_size)
-    return patch, tuple(float(i) for i in configuration_manager.spacing)[-len(patch) :]
-
-
-def _identifiers(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        raise RuntimeError(
-            f"{folder} does not exist: run `nnssl plan-and-preprocess` or nnUNetv2_plan_and_preprocess for this configuration first"
-        )
-    return infer_dataset_class(folder).get_identifiers(folder)

@@ -63,7 +63,7 @@ def test_smooth_field_has_unit_spread_and_is_smooth() -> None:
     field = smooth_field(np.random.default_rng(0), (20, 30, 40), 4)
     assert field.shape == (20, 30, 40)
     assert field.std() == pytest.approx(1, abs=1e-3)
-    assert np.abs(np.diff(field, axis=2)).max() < 0.5
+    assert np.abs(np.diff(field, axis=2)).mean() < 0.2  # white noise: 1.1
 
 
 def test_dataset_is_what_nnunet_expects(tmp_path: Path) -> None:

@@ -207,9 +207,8 @@ def report(s: dict[str, float], ddim_steps: int) -> str:
     rest = step - floor - s["HFM"]
     parts = {**{k: s[k] for k in NETWORKS}, "HFM": s["HFM"], "losses, views' mixing, averages, optimizer, rest": rest}
     lines += [f"| {k} | {1e3 * v:.0f} | {100 * v / step:.1f} % |" for k, v in parts.items()]
-    lines += [
-        f"| data (labeled {1e3 * s['data, labeled']:.0f}, unlabeled {1e3 * s['data, unlabeled']:.0f}; before the step) | {1e3 * data:.0f} | |"
-    ]
+    streams = f"labeled {1e3 * s['data, labeled']:.0f}, unlabeled {1e3 * s['data, unlabeled']:.0f}"
+    lines += [f"| data ({streams}; before the step) | {1e3 * data:.0f} | |"]
     outside = (bare - floor + data) / (bare + data)
     lines += ["", f"Outside the networks, without HFM, data included: {100 * outside:.1f} % of step and data."]
     return "\n".join(lines)
@@ -241,10 +240,10 @@ def main() -> None:
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     name = f"steps_{args.device}" + ("" if args.amp == "float16" else f"_{args.amp}")
-    (folder / f"{name}.md").write_text(
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread; patch {args.patch}, features {args.features}, "
-        f"batch {args.batch}, autocast {args.amp if args.device == 'cuda' or args.amp == 'bfloat16' else 'off'}\n\n{text}\n"
-    )
+    amp = args.amp if args.device == "cuda" or args.amp == "bfloat16" else "off"
+    machine = f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
+    shape = f"patch {args.patch}, features {args.features}, batch {args.batch}, autocast {amp}"
+    (folder / f"{name}.md").write_text(f"{machine}; {shape}\n\n{text}\n")
     (folder / f"{name}.json").write_text(json.dumps({"arguments": vars(args), "torch": torch.__version__, "seconds": seconds}, indent=1))
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl.ssm.conv_scan import Sizes, conv_scan
 from nnssl.ssm.ssd import ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
@@ -48,7 +47,7 @@ def _why_no_mamba_ssm() -> str:
         x, dt, B, C = (torch.rand(1, 40, 2, *width, generator=generator).cuda() for width in ((16,), (), (16,), (16,)))
         A, D = -torch.ones(2, device="cuda"), torch.ones(2, device="cuda")
         x.requires_grad_()
-        outputs = [scan(x, dt, A, B, C, D, 16) for scan in (_mamba_ssm_scan, ssd_scan)]
+        outputs = [scan(x, dt, A, B, C, D, 16, True) for scan in (_mamba_ssm_scan, ssd_scan)]
         gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in (outputs, gradients))
         return "" if error < 0.02 else f"installed but wrong: its scan differs by {error:.1%} (relative)"
@@ -58,11 +57,16 @@ def _why_no_mamba_ssm() -> str:
         return f"installed but broken: {type(broken).__name__}: {broken}"
 
 
-def _mamba_ssm_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int) -> Tensor:
-    """`ssd_scan` by mamba-ssm's kernels, forward only."""
+def _mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None, reverse: bool = False
+) -> Tensor:
+    """`ssd_scan` by mamba-ssm's kernels, which know one direction only."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=D)
+    chunk_size = chunk_size or 64
+    if not reverse:
+        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=D)
+    return mamba_chunk_scan_combined(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), chunk_size, D=D).flip(1)
 
 
 class GatedRMSNorm(nn.Module):
@@ -116,23 +120,23 @@ class Mamba2Mixer(nn.Module):
         if backend == "mamba_ssm" and reason:
             raise RuntimeError(f"backend 'mamba_ssm' cannot be used here: {reason}; choose 'auto' or 'torch'")
         self.backend = "torch" if reason else backend
-        self.sizes = Sizes(d_inner // headdim, headdim, ngroups, d_state)
-        self.chunk_size = chunk_size
-        heads, conv_width = self.sizes.heads, self.sizes.convolved
-        self.in_proj = nn.Linear(d_model, d_inner + conv_width + heads, bias=False)
+        self.heads, self.groups, self.chunk_size = d_inner // headdim, ngroups, chunk_size
+        self.widths = (d_inner, ngroups * d_state, ngroups * d_state)
+        conv_width = sum(self.widths)
+        self.in_proj = nn.Linear(d_model, d_inner + conv_width + self.heads, bias=False)
         self.conv1d = nn.Conv1d(conv_width, conv_width, d_conv, groups=conv_width, padding=d_conv - 1)
         low, high = (math.log(step) for step in dt_init_range)
-        step = torch.empty(heads).uniform_(low, high).exp_().clamp_(min=dt_init_floor)
+        step = torch.empty(self.heads).uniform_(low, high).exp_().clamp_(min=dt_init_floor)
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_init_range).log_())
-        self.D = nn.Parameter(torch.ones(heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log_())
+        self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(d_inner, ngroups)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         """x (B, L, d_model) -> (B, L, d_model); `reverse`: convolution and scan run from the last token to the first."""
-        z, tokens = self._project(x)
-        return self.out_proj(self.norm(self._mix(tokens, reverse), z))
+        z, xbcdt = self._project(x)
+        return self.out_proj(self.norm(self._mix(xbcdt, reverse), z))
 
     def forward_orders(self, x: Tensor, orders: Sequence[Sequence[int]], bidirectional: bool = True) -> Tensor:
         """x (B, *grid, d_model) -> same shape: voxels mixed along several orders, each forward and, if `bidirectional`, backward.
@@ -144,8 +148,8 @@ class Mamba2Mixer(nn.Module):
         batch, axes = len(x), [tuple(1 + axis for axis in order) for order in orders]
         if any(sorted(a) != list(range(1, x.ndim - 1)) for a in axes):
             raise ValueError(f"orders are {list(orders)}, expected permutations of the {x.ndim - 2} axes of x {tuple(x.shape)}")
-        z, tokens = self._project(x)
-        tokens = torch.cat([tokens.permute(0, *a, -1).flatten(1, -2) for a in axes])
+        z, xbcdt = self._project(x)
+        tokens = torch.cat([xbcdt.permute(0, *a, -1).flatten(1, -2) for a in axes])
         y = self._mix(tokens, reverse=False)
         if bidirectional:
             y = y + self._mix(tokens, reverse=True)
@@ -155,18 +159,28 @@ class Mamba2Mixer(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_model) -> the gate z (..., d_inner), and x, B, C, dt side by side."""
-        z, tokens = self.in_proj(x).split([self.sizes.inner, self.sizes.convolved + self.sizes.heads], dim=-1)
-        return z, tokens
+        z, xbcdt = self.in_proj(x).split([self.widths[0], self.in_proj.out_features - self.widths[0]], dim=-1)
+        return z, xbcdt
 
-    def _mix(self, tokens: Tensor, reverse: bool) -> Tensor:
-        """Convolution and scan, x, B, C, dt (B, L, conv width + heads) -> y (B, L, d_inner)."""
-        if self.backend == "mamba_ssm" and not tokens.is_cuda:
-            raise RuntimeError(f"backend 'mamba_ssm' needs tensors on a CUDA device, found {tokens.device}; choose 'auto' or 'torch'")
-        conv, A = self.conv1d, -torch.exp(self.A_log)
-        if self.backend == "torch" or not tokens.is_cuda or tokens.dtype == torch.float64:
-            return conv_scan(tokens, conv.weight, conv.bias, self.dt_bias, A, self.D, self.sizes, self.chunk_size, reverse)
-        if reverse:  # the kernels know one direction only
-            return self._mix(tokens.flip(1), reverse=False).flip(1)
-        xbc, dt = tokens.split([self.sizes.convolved, self.sizes.heads], dim=-1)
-        x, B, C = self.sizes.split(F.silu(conv(xbc.transpose(1, 2))[..., : xbc.shape[1]]).transpose(1, 2))
-        return _mamba_ssm_scan(x, F.softplus(dt.float() + self.dt_bias), A, B, C, self.D, self.chunk_size or 64).flatten(-2)
+    def _mix(self, xbcdt: Tensor, reverse: bool) -> Tensor:
+        """Convolution and scan, (B, L, conv width + heads) -> y (B, L, d_inner)."""
+        xbc, dt = xbcdt.split([sum(self.widths), self.heads], dim=-1)
+        x, B, C = F.silu(self._convolve(xbc, reverse)).split(self.widths, dim=-1)
+        x, B, C = (v.unflatten(-1, (parts, -1)) for v, parts in ((x, self.heads), (B, self.groups), (C, self.groups)))
+        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+        scan = ssd_scan if self._on_torch(x) else _mamba_ssm_scan
+        return scan(x, dt, -torch.exp(self.A_log), B, C, self.D, self.chunk_size, reverse).flatten(-2)
+
+    def _convolve(self, xbc: Tensor, reverse: bool) -> Tensor:
+        """Depthwise convolution over the d_conv tokens up to each one (`reverse`: from each one on): (B, L, W) -> (B, L, W)."""
+        past = self.conv1d.kernel_size[0] - 1
+        weight = self.conv1d.weight.flip(-1) if reverse else self.conv1d.weight
+        padded = F.pad(xbc, (0, 0, 0, past) if reverse else (0, 0, past, 0))
+        # as a 2D convolution the tokens' own layout is "channels last", which is spared two transposed copies
+        image = padded.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image, weight.unsqueeze(2), self.conv1d.bias, groups=self.conv1d.groups).squeeze(2).transpose(1, 2)
+
+    def _on_torch(self, x: Tensor) -> bool:
+        if self.backend == "mamba_ssm" and not x.is_cuda:
+            raise RuntimeError(f"backend 'mamba_ssm' needs tensors on a CUDA device, found {x.device}; choose 'auto' or 'torch'")
+        return self.backend == "torch" or not x.is_cuda or x.dtype == torch.float64

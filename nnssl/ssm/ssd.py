@@ -50,12 +50,14 @@ def ssd_scan(
     float64 sums. `chunk_size` changes the cost only (default: 32 on CPUs, 64 elsewhere); `reverse` runs from the last token to the first.
     Differentiable once, in all tensors. Raises ValueError where shapes disagree.
     """
+    if chunk_size is None:
+        chunk_size = 32 if x.device.type == "cpu" else 64
     _check_shapes(x, dt, A, B, C, D, chunk_size)
     y: Tensor = _Scan.apply(x, dt, A, B, C, D, chunk_size, reverse)
     return y
 
 
-def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None) -> None:
+def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int) -> None:
     if x.ndim != 4 or B.ndim != 4 or x.shape[1] < 1:
         raise ValueError(f"expected x (batch, L >= 1, H, P) and B (batch, L, G, N), found {tuple(x.shape)} and {tuple(B.shape)}")
     batch, length, heads, _ = x.shape
@@ -65,13 +67,12 @@ def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]} for x {tuple(x.shape)}")
     if heads % B.shape[2]:
         raise ValueError(f"the {heads} heads of x must be a multiple of the {B.shape[2]} groups of B and C")
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
 
 
-def segments(batch: int, length: int, chunk_size: int | None, device: torch.device, reverse: bool) -> list[tuple[slice, int]]:
+def _segments(batch: int, length: int, chunk_size: int, device: torch.device, reverse: bool) -> list[tuple[slice, int]]:
     """(tokens, number of chunks) in scan order. Tokens that fill no chunk form a shorter one at the end: nothing is padded."""
-    chunk_size = chunk_size or (32 if device.type == "cpu" else 64)
     tokens = SEGMENT_TOKENS.get(device.type, SEGMENT_TOKENS_ELSEWHERE)
     most = min(max(tokens // max(batch * chunk_size, 1), 1), SEGMENT_CHUNKS)
     whole = length // chunk_size
@@ -88,7 +89,8 @@ def _cumsum(values: Tensor, reverse: bool) -> Tensor:
 
 
 def _exp(logs: Tensor) -> Tensor:
-    return F.threshold(logs, SMALLEST_LOG, -torch.inf).exp_()
+    """exp in place, 0 below SMALLEST_LOG."""
+    return F.threshold_(logs, SMALLEST_LOG, -torch.inf).exp_()
 
 
 def _decays(sums: Tensor, dtype: torch.dtype, reverse: bool) -> Tensor:
@@ -160,7 +162,7 @@ def _segment(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     sums = _cumsum(dt.to(wide) * A.to(wide).view(groups, -1, 1), reverse)
     total = sums[..., :1] if reverse else sums[..., -1:]
-    dt, from_start, to_end = dt.to(dtype), _exp(sums.to(dtype)).unsqueeze(-1), _exp((total - sums).to(dtype)).unsqueeze(-1)
+    dt, from_start, to_end = dt.to(dtype), _exp(sums.to(dtype, copy=True)).unsqueeze(-1), _exp((total - sums).to(dtype)).unsqueeze(-1)
     adds = _by_head((B * (to_end * dt.unsqueeze(-1))).mT @ x)
     added = torch.cat([adds, state.unsqueeze(2)] if reverse else [state.unsqueeze(2), adds], dim=2)
     chunk_sums = F.pad(_cumsum(total.flatten(2).transpose(1, 2), reverse), (0, 1) if reverse else (1, 0))
@@ -170,37 +172,55 @@ def _segment(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     )
 
 
-def first_state(x: Tensor, heads: int, width: int, state: int) -> Tensor:
-    """Zeros (batch, heads, N P) in the dtype of the computation for x."""
-    return torch.zeros((len(x), heads, state * width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int, reverse: bool
+    ) -> Tensor:
+        batch, length, heads, width = x.shape
+        y = torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device)
+        state = torch.zeros((batch, heads, B.shape[-1] * width), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        befores = []
+        with torch.autocast(x.device.type, enabled=False):
+            for tokens, chunks in _segments(batch, length, chunk_size, x.device, reverse):
+                befores.append(state)
+                part = _segment(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], state, chunks, reverse)
+                before = part.states[:, :, 1:] if reverse else part.states[:, :, :-1]
+                out = part.mix(D) @ part.x
+                out += (part.C * part.from_start) @ part.by_chunk(before)
+                y[:, tokens] = _by_token(out)
+                state = part.states[:, :, 0 if reverse else -1]
+        ctx.save_for_backward(x, dt, A, B, C, D, torch.stack(befores))
+        ctx.chunk_size, ctx.reverse = chunk_size, reverse
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, befores = ctx.saved_tensors
+        grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (x, dt, B, C))
+        grad_A, grad_D = (befores.new_zeros(A.shape) for _ in range(2))
+        grad_state = torch.zeros_like(befores[0])
+        segments = _segments(x.shape[0], x.shape[1], ctx.chunk_size, x.device, ctx.reverse)
+        with torch.autocast(x.device.type, enabled=False):
+            for (tokens, chunks), state in zip(reversed(segments), reversed(befores.unbind()), strict=True):
+                part = _segment(x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], state, chunks, ctx.reverse)
+                grads = _segment_backward(
+                    part, A, D, _by_chunk(grad_y[:, tokens].to(state.dtype), chunks, B.shape[2]), grad_state, ctx.reverse
+                )
+                part_x, part_dt, part_A, part_B, part_C, part_D, grad_state = grads
+                for target, value in ((grad_x, part_x), (grad_dt, part_dt), (grad_B, part_B), (grad_C, part_C)):
+                    target[:, tokens] = _by_token(value)
+                grad_A += part_A
+                grad_D += part_D
+        return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, None if D is None else grad_D.to(D.dtype), None, None
 
 
-def segment_forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor, chunks: int, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """y (batch, tokens, H, P) of a segment and the state after it, from the state (batch, H, N P) before it."""
-    part = _segment(x, dt, A, B, C, state, chunks, reverse)
-    y = part.mix(D) @ part.x
-    y += (part.C * part.from_start) @ part.by_chunk(part.states[:, :, 1:] if reverse else part.states[:, :, :-1])
-    return _by_token(y), part.states[:, :, 0 if reverse else -1]
+def _segment_backward(part: _Segment, A: Tensor, D: Tensor | None, grad_y: Tensor, grad_state: Tensor, reverse: bool) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C, D and the state before the segment.
 
-
-def segment_backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor,
-    grad_y: Tensor,
-    grad_state: Tensor,
-    chunks: int,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, D and the state before the segment, from those of y and the state after it."""
-    part = _segment(x, dt, A, B, C, state, chunks, reverse)
-    grad_y = _by_chunk(grad_y.to(state.dtype), chunks, B.shape[2])
+    grad_y (batch, chunks, groups, heads per group, Q, P); grad_state (batch, H, N P): gradient of the state after the segment.
+    """
     chunk, before = (slice(0, -1), slice(1, None)) if reverse else (slice(1, None), slice(0, -1))
     dt_column = part.dt.unsqueeze(-1)
     # states: `asked` is the gradient of the states, `grad_added` that of what they are sums of
@@ -231,42 +251,4 @@ def segment_backward(
     grad_log = _crossing(weighted, reverse) + _cumsum(got, not reverse) + (_cumsum(sent, reverse) - sent) + past
     grad_dt += grad_log * A.to(grad_log.dtype).view(*part.dt.shape[2:4], 1)
     grad_A = (grad_log * part.dt).sum((0, 1, 4)).flatten()
-    grad_x, grad_dt, grad_B, grad_C = (_by_token(grad) for grad in (grad_x, grad_dt, grad_B, grad_C))
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_added[:, :, -1 if reverse else 0]
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None, reverse: bool
-    ) -> Tensor:
-        y, befores = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
-        state = first_state(x, x.shape[2], x.shape[3], B.shape[3])
-        with torch.autocast(x.device.type, enabled=False):
-            for part, chunks in segments(x.shape[0], x.shape[1], chunk_size, x.device, reverse):
-                befores.append(state)
-                y[:, part], state = segment_forward(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, state, chunks, reverse)
-        ctx.save_for_backward(x, dt, A, B, C, D, torch.stack(befores))
-        ctx.chunk_size, ctx.reverse = chunk_size, reverse
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, befores = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (x, dt, B, C)]
-        grad_A, grad_D = (befores.new_zeros(A.shape) for _ in range(2))
-        grad_state = torch.zeros_like(befores[0])
-        parts = segments(x.shape[0], x.shape[1], ctx.chunk_size, x.device, ctx.reverse)
-        with torch.autocast(x.device.type, enabled=False):
-            for (part, chunks), state in zip(reversed(parts), reversed(befores.unbind()), strict=True):
-                inputs = x[:, part], dt[:, part], A, B[:, part], C[:, part], D, state
-                new_x, new_dt, new_A, new_B, new_C, new_D, grad_state = segment_backward(
-                    *inputs, grad_y[:, part], grad_state, chunks, ctx.reverse
-                )
-                for grad, new in zip(grads, (new_x, new_dt, new_B, new_C), strict=True):
-                    grad[:, part] = new
-                grad_A += new_A
-                grad_D += new_D
-        grad_x, grad_dt, grad_B, grad_C = grads
-        return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, None if D is None else grad_D.to(D.dtype), None, None
