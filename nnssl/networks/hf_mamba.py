@@ -34,6 +34,7 @@ def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> t
     return tuple(math.floor(min(1.0, cutoff * mm / finest) * n / 2 + 1e-6) for n, mm in zip(grid, spacing, strict=True))
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=256)
 def _fourier_basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Real Fourier vectors of the indices up to `radius`, orthonormal columns (size, 2 radius + 1); None where they span everything."""
