@@ -4,8 +4,8 @@
     python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed 0          # resumes; two at once on two cores
     python -m benchmarks.quality.left_atrium report --work WORK
 
-DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled` keep their labels, the last 20 are
-validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100 iterations, nnU-Net's augmentation,
+DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled` keep their labels, the last 20
+are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100 iterations, nnU-Net's augmentation,
 bfloat16. Dice: nnU-Net's own evaluation of the validation cases with the last checkpoint.
 """
 

@@ -26,3 +26,12 @@ def top_members(score: Tensor, member: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Per row, the n members with the highest score. score: (K, N); member: (K, N) bool. Returns as `sample_members`."""
     values, indices = score.masked_fill(~member, -torch.inf).topk(min(n, member.shape[1]), dim=1)
     return indices, values > -torch.inf
+
+
+def gather_voxels(features: Tensor, index: Tensor) -> Tensor:
+    """Feature vectors (..., F) of the voxels `index` (...) of a map (B, F, S), counted sample after sample: b * V + v.
+
+    Reads the sampled voxels only: no copy of the map in another layout.
+    """
+    voxels = features[0, 0].numel()
+    return features.flatten(2)[index // voxels, :, index % voxels]

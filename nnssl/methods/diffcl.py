@@ -39,7 +39,7 @@ from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.ema import ema_update, frozen_copy
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
-from nnssl.losses.sampling import sample_members, top_members
+from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.features import forward_features
 from nnssl.networks.heads import VoxelProjector
@@ -200,17 +200,15 @@ class DiffCL(SemiMethod):
         member = self.labels.classes(onehot)
         if labeled_mask is not None:
             member = member & labeled_mask[:, 0].bool()
-        voxels = _flatten(features)  # ((B + U) * V, F)
-        per_stream = n * features[0, 0].numel()
         index, valid = sample_members(member.flatten(1), c.bank_per_step)
         with torch.no_grad():
-            self._bank_update = self.projector(voxels[:per_stream].detach()[index]), valid
+            self._bank_update = self.projector(gather_voxels(features[:n].detach(), index)), valid
 
         center, known = self.bank.mean()
         center = F.normalize(center, dim=-1)
         member = (self.labels.classes(called) & certain[:, 0].bool()).flatten(1)  # (K', U * V)
         index, valid = sample_members(member, c.candidates)
-        q = self.projector(voxels[per_stream:][index])  # (K', N, E): candidates that f calls k
+        q = self.projector(gather_voxels(features[n:], index))  # (K', N, E): candidates that f calls k
         everything = q.flatten(0, 1)
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
@@ -233,8 +231,3 @@ def _sample_top_share(score: Tensor, member: Tensor, fraction: float, n: int) ->
     share = (member.sum(1, keepdim=True) * fraction).ceil()
     drawn, drawn_valid = sample_members(valid & (torch.arange(order.shape[1], device=order.device) < share), n)
     return order.gather(1, drawn), drawn_valid
-
-
-def _flatten(features: Tensor) -> Tensor:
-    """(B, F, S) -> (B * V, F): voxels of all samples, a view where memory allows."""
-    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])

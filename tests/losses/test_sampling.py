@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from nnssl.losses.sampling import sample_members, top_members
+from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 
 
 def test_samples_are_members_and_differ_from_each_other() -> None:
@@ -45,3 +45,11 @@ def test_the_same_generator_draws_the_same() -> None:
     member = torch.ones(1, 50, dtype=torch.bool)
     a, b = (sample_members(member, 5, torch.Generator().manual_seed(3))[0] for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_gathered_voxels_are_those_of_the_flattened_map() -> None:
+    features = torch.randn(3, 4, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 3 * 60, (2, 7))
+    flat = features.movedim(1, -1).reshape(-1, 4)
+    assert torch.equal(gather_voxels(features, index), flat[index])
+    assert torch.autograd.gradcheck(lambda f: gather_voxels(f, index), features)
