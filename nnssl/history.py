@@ -38,6 +38,7 @@ class History:
 
     def _plot(self, path: str) -> None:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
 
         terms = [c.removeprefix("loss/") for c in self.rows[0] if c.startswith("loss/")]
         epochs = [r["epoch"] for r in self.rows]
@@ -52,6 +53,7 @@ class History:
                 right.set_ylabel("weight", color="tab:orange")
                 right.set_ylim(bottom=0)
             axes[-1, 0].set_xlabel("epoch")
+            axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
             figure.suptitle("raw terms and their weights")
             figure.tight_layout()
             figure.savefig(path, dpi=90)

@@ -34,15 +34,24 @@ def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> t
     return tuple(math.floor(min(1.0, cutoff * mm / finest) * n / 2 + 1e-6) for n, mm in zip(grid, spacing, strict=True))
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
-def _fourier_basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """Real Fourier vectors of the indices up to `radius`, orthonormal columns (size, 2 radius + 1); None where they span everything."""
+def _fourier_basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Real Fourier vectors of the indices up to `radius`, orthonormal columns (size, 2 radius + 1)."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    position, index = torch.arange(size, dtype=wide, device=device), torch.arange(1, radius + 1, dtype=wide, device=device)
+    phase = position.outer(index) * (2 * math.pi / size)
+    constant = torch.full((size, 1), math.sqrt(0.5), dtype=wide, device=device)
+    return (torch.cat([constant, phase.cos(), phase.sin()], dim=1) * math.sqrt(2 / size)).to(dtype)
+
+
+_kept_fourier_basis = functools.lru_cache(maxsize=256)(_fourier_basis)
+
+
+def _basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """None where the box does not restrict an axis."""
     if 2 * radius + 1 >= size:
         return None
-    phase = torch.arange(size, dtype=torch.float64).outer(torch.arange(1, radius + 1, dtype=torch.float64)) * (2 * math.pi / size)
-    constant = torch.full((size, 1), math.sqrt(0.5), dtype=torch.float64)
-    return (torch.cat([constant, phase.cos(), phase.sin()], dim=1) * math.sqrt(2 / size)).to(device, dtype)
+    build = _fourier_basis if torch.compiler.is_compiling() else _kept_fourier_basis  # compiled code keeps no Python state
+    return build(size, radius, device, dtype)
 
 
 def _along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -53,7 +62,7 @@ def _along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _without_box(x: Tensor, radii: Sequence[int]) -> Tensor:
-    bases = [(axis, _fourier_basis(x.shape[axis], radius, x.device, x.dtype)) for axis, radius in enumerate(radii, start=2)]
+    bases = [(axis, _basis(x.shape[axis], radius, x.device, x.dtype)) for axis, radius in enumerate(radii, start=2)]
     narrow = [(axis, basis) for axis, basis in bases if basis is not None]
     if not narrow:
         return torch.zeros_like(x)

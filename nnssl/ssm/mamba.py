@@ -12,6 +12,7 @@ Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7. Parameters are
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from nnssl.ssm.ssd import ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
+KERNELS = "mamba_ssm.ops.triton.ssd_combined"
 
 
 class Backend(NamedTuple):
@@ -43,6 +45,7 @@ def _why_no_mamba_ssm() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device, none is available"
     try:
+        importlib.import_module(KERNELS)
         generator = torch.Generator().manual_seed(0)
         x, dt, B, C = (torch.rand(1, 40, 2, *width, generator=generator).cuda() for width in ((16,), (), (16,), (16,)))
         A, D = -torch.ones(2, device="cuda"), torch.ones(2, device="cuda")
@@ -61,8 +64,7 @@ def _mamba_ssm_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None, reverse: bool = False
 ) -> Tensor:
     """`ssd_scan` by mamba-ssm's kernels, which know one direction only."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = importlib.import_module(KERNELS).mamba_chunk_scan_combined
     chunk_size = chunk_size or 64
     if not reverse:
         return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=D)
