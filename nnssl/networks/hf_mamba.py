@@ -6,8 +6,8 @@
     out = x + gate * m
 
 gate (C,) starts at zero: at step 0 the network is the planned network. The gate itself has a gradient there, opens with the first step, and
-from then on everything behind it learns. The 1x1 convolution that maps the mixed tokens back to features is the mixer's `out_proj`: a second
-one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm are computed once instead of six
+from then on everything behind it learns. The 1x1 convolution that maps the mixed tokens back to features is the mixer's `out_proj`: another
+one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm are computed once, not six
 times, convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual (not attention), Mamba-2 form.
 """
 
@@ -27,7 +27,7 @@ from nnssl.ssm import Mamba2Mixer
 def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> tuple[int, ...]:
     """Highest DFT index inside the low-pass box, per axis: of n indices k is inside where min(k, n - k) <= radius.
 
-    cutoff in (0, 1): fraction of the finest axis' Nyquist frequency 1 / (2 spacing). Coarser axes keep the same cycles per mm, at most their
+    cutoff in (0, 1): fraction of the finest axis' Nyquist frequency 1 / (2 spacing). Coarser axes keep the same cycles/mm, at most their
     own Nyquist frequency, that is radius = n // 2: then the box does not restrict this axis.
     """
     finest = min(spacing)
@@ -95,7 +95,7 @@ class _HighPass(torch.autograd.Function):
 def high_pass(x: Tensor, spacing: Sequence[float], cutoff: float) -> Tensor:
     """x (B, C, *grid) without its low frequencies, same shape and dtype; equal to zeroing the box of `box_radii` in fftn(x).
 
-    Separable: the box is the product of one projection Q Q^T per axis, Q (n, rank) a real Fourier basis, so three thin matrix products down,
+    Separable: the box is the product of a projection Q Q^T per axis, Q (n, rank) a real Fourier basis, so three thin matrix products down,
     three up and no complex numbers. Any grid, also odd sizes and axes of one voxel (constant along it, hence inside the box there).
     """
     return _HighPass.apply(x, box_radii(x.shape[2:], spacing, cutoff))

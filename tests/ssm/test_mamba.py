@@ -158,7 +158,7 @@ def test_mamba_ssm_without_cuda_is_reported_and_refused_but_auto_goes_on(fresh_l
     torch_backend, kernels = available_backends()
     assert torch_backend == ("torch", True, "")
     assert (kernels.name, kernels.usable) == ("mamba_ssm", False) and "needs a CUDA device" in kernels.reason
-    with pytest.raises(RuntimeError, match="'mamba_ssm' cannot be used here: needs a CUDA device.*choose 'auto' or 'torch'"):
+    with pytest.raises(RuntimeError, match=r"'mamba_ssm' cannot be used here: needs a CUDA device.*choose 'auto' or 'torch'"):
         Mamba2Mixer(16, backend="mamba_ssm")
     assert Mamba2Mixer(16, backend="auto")(torch.randn(1, 5, 16)).shape == (1, 5, 16)
 
