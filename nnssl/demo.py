@@ -197,11 +197,6 @@ class Demo:
 
     def environment(self) -> dict[str, str]:
         """The caller's environment without its nnU-Net variables, with those of this folder."""
-        trainers = importlib.util.find_spec("nnssl_trainers")
-        if trainers is None or trainers.origin is None:
-            raise RuntimeError(
-                "the package nnssl_trainers is not importable: install this project with pip (pip install -e . in its folder)"
-            )
         folders = {f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")}
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")},
@@ -278,9 +273,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         Demo(given.folder, {"seed": given.seed, "trainer": given.trainer, "epochs": given.epochs}, given.fresh).run()
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

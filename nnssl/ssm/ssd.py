@@ -151,7 +151,7 @@ class _Segment(NamedTuple):
 
     def by_chunk(self, states: Tensor) -> Tensor:
         """(batch, H, chunks, N P) -> (..., N, P)."""
-        return states.transpose(1, 2).reshape(*self.x.shape[:4], -1, self.x.shape[-1])
+        return states.transpose(1, 2).reshape(*self.x.shape[:4], self.B.shape[-1], self.x.shape[-1])
 
 
 def _segment(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunks: int, reverse: bool) -> _Segment:
@@ -248,7 +248,8 @@ def _segment_backward(part: _Segment, A: Tensor, D: Tensor | None, grad_y: Tenso
     # steps: what decays over t is what crosses it, within the chunk, out of earlier chunks, into later ones, and past the chunk
     sent = sent * part.dt
     past = flow.transpose(1, 2).reshape(*part.dt.shape[:4], 1)
-    grad_log = _crossing(weighted, reverse) + _cumsum(got, not reverse) + (_cumsum(sent, reverse) - sent) + past
+    earlier = _cumsum(F.pad(sent, (-1, 1) if reverse else (1, -1)), reverse)
+    grad_log = _crossing(weighted, reverse) + _cumsum(got, not reverse) + earlier + past
     grad_dt += grad_log * A.to(grad_log.dtype).view(*part.dt.shape[2:4], 1)
     grad_A = (grad_log * part.dt).sum((0, 1, 4)).flatten()
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_added[:, :, -1 if reverse else 0]

@@ -155,14 +155,14 @@ def test_a_cutoff_that_keeps_nothing_or_everything_is_refused(cutoff: float) -> 
         HighFrequencyMamba(8, (1, 1), cutoff=cutoff)
 
 
-@pytest.mark.parametrize(("max_tokens", "stage"), [(16 * 24 * 32, 0), (16 * 24 * 32 - 1, 1), (1536, 1), (1535, 2), (96, 3)])
+@pytest.mark.parametrize(("max_tokens", "stage"), [(16 * 24 * 32, 0), (16 * 24 * 32 - 1, 1), (1536, 1), (1535, 2), (191, 3)])
 def test_the_stage_is_the_highest_resolution_with_few_enough_voxels(max_tokens: int, stage: int) -> None:
     assert hfm_stage(PATCH, STRIDES, max_tokens) == stage
 
 
 def test_too_small_a_limit_names_the_smallest_that_works() -> None:
-    with pytest.raises(ValueError, match="set max_tokens to at least 96"):
-        hfm_stage(PATCH, STRIDES, 95)
+    with pytest.raises(ValueError, match="set max_tokens to at least 48"):
+        hfm_stage(PATCH, STRIDES, 47)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
