@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 }
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each call, taken in turns after one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
