@@ -44,7 +44,16 @@ ROWS = {
     "Supervised": Row(Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}),
     "DiffCL": Row(
         DiffCL,
-        DiffCLConfig(ddim_steps=2, hfm_max_tokens=512, embedding=8, bank_size=64, bank_per_step=16, num_positives=16, num_negatives=32),
+        DiffCLConfig(
+            threshold=0.0,  # untrained networks are certain of nothing
+            ddim_steps=2,
+            hfm_max_tokens=512,
+            embedding=8,
+            bank_size=64,
+            bank_per_step=16,
+            num_positives=16,
+            num_negatives=32,
+        ),
         {
             "supervised": {"student"},
             "pseudo": {"student"},
