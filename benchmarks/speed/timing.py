@@ -6,6 +6,7 @@ they are wall time between synchronisations. Alternatives are timed in turns, he
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -50,7 +51,7 @@ def _clock(device: torch.device) -> float:
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """Most memory in use during one call beyond what was in use before it.
 
-    CPU: resident memory (VmHWM - VmRSS) of a forked child, so that no earlier call has left it free buffers; Linux only.
+    CPU: resident memory (VmHWM - VmRSS) of a forked child that has made the call once and given all free memory back; glibc only.
     CUDA: PyTorch's allocations.
     """
     if device.type == "cuda":
@@ -64,6 +65,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     if child == 0:
         status = 1
         try:
+            call()
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             before = _resident("VmRSS")
             call()
