@@ -77,20 +77,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
+    names = list(next(iter(results.values()))["mixers"][0]["seconds"])
     rows, short = [], []
     for allocator, result in results.items():
         for entry in result["mixers"]:
             seconds, peak = entry["seconds"], entry["bytes"]
-            row = [allocator, f"{entry['length']} x {entry['width']}"]
-            for name in ("mambapy", "nnssl", "mamba_ssm"):
-                row += [1e3 * seconds[name], peak[name] / 2**20] if name in seconds else ["", ""]
-            rows.append([*row, f"{seconds['mambapy'] / seconds['nnssl']:.1f}x", f"{peak['mambapy'] / peak['nnssl']:.1f}x"])
+            measured = [value for name in names for value in (1e3 * seconds[name], peak[name] / 2**20)]
+            ratios = [f"{of['mambapy'] / of['nnssl']:.1f}x" for of in (seconds, peak)]
+            rows.append([allocator, f"{entry['length']} x {entry['width']}", *measured, *ratios])
         for entry in result["scans"]:
             loop, ours = entry["seconds"]["loop over tokens"], entry["seconds"]["nnssl"]
             short.append([allocator, entry["length"], 1e3 * loop, 1e3 * ours, f"{loop / ours:.0f}x"])
-    header = ["allocator", "length x width"]
-    header += [f"{name}, {unit}" for name in ("mambapy", "nnssl", "mamba-ssm kernels") for unit in ("ms", "MiB")]
-    blocks = [table([*header, "mambapy / nnssl, time", "mambapy / nnssl, memory"], rows)]
+    units = [f"{name}, {unit}" for name in names for unit in ("ms", "MiB")]
+    blocks = [table(["allocator", "length x width", *units, "mambapy / nnssl, time", "mambapy / nnssl, memory"], rows)]
     blocks.append(table(["allocator", "scan alone, length", "loop over tokens, ms", "nnssl, ms", "ratio"], short))
     return "\n\n".join([next(iter(results.values()))["machine"], *blocks])
 
