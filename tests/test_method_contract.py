@@ -14,6 +14,7 @@ import torch
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
+from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from tests.building import Task
 
@@ -35,8 +36,12 @@ class Row:
     frozen: set[str] = field(default_factory=set)
 
 
+def _ramp(t: float, end: float = 0.4) -> float:
+    return math.exp(-5 * (1 - min(t / end, 1)) ** 2)
+
+
 def _diffcl_weights(t: float) -> dict[str, float]:
-    mu = 0.5 * math.exp(-5 * (1 - min(t / 0.4, 1)) ** 2)
+    mu = 0.5 * _ramp(t)
     return {"supervised": 1, "pseudo": mu, "contrast": 0.1 * mu, "diffusion": 1, "diffusion_pseudo": mu}
 
 
@@ -64,6 +69,13 @@ ROWS = {
         _diffcl_weights,
         warm_up=1,
         frozen={"sampler"},
+    ),
+    "FixMatch": Row(
+        FixMatch,
+        FixMatchConfig(threshold=0.0),
+        {"supervised": {"student"}, "pseudo": {"student"}},
+        lambda t: {"supervised": 1.0, "pseudo": 0.5 * _ramp(t)},
+        frozen={"teacher"},
     ),
 }
 

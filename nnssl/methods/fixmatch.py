@@ -1,0 +1,76 @@
+"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, with the CutMix views of UniMatch (Yang et al., CVPR 2023).
+
+    L   = L_sup(f(x_l), y_l) + lambda(t) L_u
+    L_u = CE + Dice of f(x_s) against y = harden p_w, over voxels where max_k p_w >= T
+    p_w = probabilities(f_ema(x_w))
+
+f         student, the planned network; deployed
+f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, p_w cut alike
+lambda(t) Gaussian ramp over the first 40 % of training
+
+Differs from the papers (ours): a moving average gives the labels, as in Mean Teacher; Dice beside CE, as nnU-Net trains; a ramp; one
+strong view and no feature perturbation, which are UniMatch's additions to FixMatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.batch import SemiBatch
+from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.ema import copy_weights, ema_update, frozen_copy
+from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
+from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class FixMatchConfig:
+    weight_pseudo: float = 0.5  # lambda_max (UniMatch's share of the unlabeled loss)
+    threshold: float = 0.9  # T (ours; 0.95 in both papers)
+    cutmix_probability: float = 0.5  # of a box per sample (UniMatch)
+    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; UA-MT's share)
+    ema_decay: float = 0.99  # of the teacher (Mean Teacher); 0: the student itself gives the labels, as published
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "cutmix_probability", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+
+
+class FixMatch(SemiMethod):
+    name = "FixMatch"
+    config_class = FixMatchConfig
+    config: FixMatchConfig
+
+    def build(self) -> None:
+        self.teacher = frozen_copy(self.student)
+
+    def make_copies(self) -> None:
+        copy_weights(self.teacher, self.student)
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        with inference(self.teacher):
+            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+        p_w, x_s = cutmix(p_w, box), cutmix(batch.strong[0], box)
+
+        labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, x_s])), len(batch.labeled))
+        certain = confidence_mask(p_w, self.config.threshold, self.labels)
+        return {
+            "supervised": self.supervised_loss(labeled, batch.target),
+            "pseudo": cross_entropy_dice(full_resolution(unlabeled), self.labels.harden(p_w), self.labels, certain),
+        }
+
+    def weights(self, t: float) -> dict[str, float]:
+        return {"supervised": 1.0, "pseudo": self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)}
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.teacher, self.student, self.config.ema_decay)
+
+    def deployed(self, which: str) -> nn.Module:
+        return self.teacher if which == "teacher" else self.student
