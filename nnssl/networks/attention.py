@@ -1,0 +1,45 @@
+"""Transformer pieces on voxel tokens: the block, and CAML's attention across the samples of a batch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm transformer block on tokens (N, L, E) -> (N, L, E); every sequence attends within itself, in any order of its tokens.
+
+        x <- x + W_o MSA(LayerNorm x)
+        x <- x + W_2 GELU(W_1 LayerNorm x)
+
+    W_o and W_2 start at zero: a fresh block is the identity, and a network into which it is put starts as it was. Attention is fused
+    (scaled_dot_product_attention): no L x L matrix is kept.
+
+    Args:
+        dim: E, a multiple of heads.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP / E.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide the width {dim}, found {heads}")
+        hidden = round(mlp_ratio * dim)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio must leave at least one hidden unit, found {mlp_ratio}")
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        for last in (self.out, self.mlp[-1]):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, length, width = tokens.shape
+        qkv = self.qkv(self.norm_attention(tokens)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, E / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
+        tokens = tokens + self.out(mixed)
+        return tokens + self.mlp(self.norm_mlp(tokens))
