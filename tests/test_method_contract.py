@@ -13,6 +13,8 @@ import torch
 
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
+from nnssl.methods.cps import CPS, CPSConfig
+from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
@@ -76,6 +78,24 @@ ROWS = {
         {"supervised": {"student"}, "pseudo": {"student"}},
         lambda t: {"supervised": 1.0, "pseudo": 0.5 * _ramp(t)},
         frozen={"teacher"},
+    ),
+    "CPS": Row(
+        CPS,
+        CPSConfig(),
+        {"supervised": {"student"}, "supervised_second": {"second"}, "pseudo": {"student"}, "pseudo_second": {"second"}},
+        lambda t: {"supervised": 1.0, "supervised_second": 1.0, "pseudo": 0.5 * _ramp(t), "pseudo_second": 0.5 * _ramp(t)},
+    ),
+    "CAML": Row(
+        CAML,
+        CAMLConfig(embedding=8, rows=16, queries=64),
+        {
+            "supervised": {"student"},
+            "supervised_aux": {"auxiliary", "attention"},
+            "consistency": {"student", "auxiliary", "attention"},
+            "correlation": {"student", "auxiliary", "attention", "head_v", "head_a"},
+        },
+        lambda t: {"supervised": 0.5, "supervised_aux": 0.5, "consistency": _ramp(t), "correlation": 0.05 * _ramp(t)},
+        warm_up=2,
     ),
 }
 
