@@ -43,3 +43,25 @@ class AttentionBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
         tokens = tokens + self.out(mixed)
         return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class CrossSampleAttention(nn.Module):
+    """Cross-sample mutual attention (CMA) of CAML (Gao et al., MICCAI 2023) on features (N, E, S) -> the same shape.
+
+    One block over the voxels of every sample, then one over the samples of the batch at the same position: labeled and unlabeled samples
+    see each other. In training only; the identity in eval mode, where a prediction must not depend on the rest of its batch.
+
+    dim, heads, mlp_ratio: of both `AttentionBlock`s.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0) -> None:
+        super().__init__()
+        self.voxels = AttentionBlock(dim, heads, mlp_ratio)
+        self.samples = AttentionBlock(dim, heads, mlp_ratio)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training:
+            return features
+        tokens = self.voxels(features.flatten(2).transpose(1, 2))  # (N, V, E)
+        tokens = self.samples(tokens.transpose(0, 1))  # (V, N, E)
+        return tokens.permute(1, 2, 0).reshape(features.shape).to(features.dtype)

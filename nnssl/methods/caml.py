@@ -1,0 +1,172 @@
+"""CAML: correlation-aware mutual learning of two networks (Gao et al., MICCAI 2023).
+
+    L   = 0.5 (L_sup(v) + L_sup(a)) + r(t) (lambda_c L_c + lambda_o L_o)
+    L_c = mse(p_v, sharpen p_a) + mse(p_a, sharpen p_v)                 on x_l and x_u; sharpen p = p^(1/T) / sum_c p_c^(1/T)
+    L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_u, rows j of the bank
+    c   = softmax_j(q_i . m_j / T_o),  q = predictor(projector(features of the last decoder stage))
+
+v         student, the planned network; deployed
+a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with cross-sample mutual attention
+          (CMA) behind its second-deepest encoder stage: over the voxels of each sample, then across the samples of the batch
+i         voxels that v and a call the same class, per class those of which v is most certain
+m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case and class; per class
+          so many are drawn over all cases, a class with fewer is left out
+x_u       unlabeled patch, spatial transform only, the same for both networks
+r(t)      Gaussian ramp over the first 40 % of training
+
+Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; sharpened probabilities are targets without gradient (the
+public code differentiates them too); a's interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without
+dropout and the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels alone with the same
+result (the public ones normalise over all voxels that agree); the bank keeps the last rows of every case and class rather than all voxels
+of its last patch, and is written after the step. For regions, the complement of all of them is a class too; v's certainty there is
+min_k(1 - p_k), sharpening is per region against 1 - p. Ignored voxels carry no loss and never enter the bank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.bank import CaseBank
+from nnssl.batch import SemiBatch
+from nnssl.losses.consistency import mse_consistency, sharpen
+from nnssl.losses.correlation import omni_correlation
+from nnssl.losses.sampling import gather_voxels, sample_members, top_members
+from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
+from nnssl.networks.attention import CrossSampleAttention
+from nnssl.networks.features import decode, encode, forward_features
+from nnssl.networks.upsampling import interpolate_instead_of_transposing
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class CAMLConfig:
+    weight_supervised: float = 0.5  # of each network's L_sup
+    weight_consistency: float = 1.0  # lambda_c
+    weight_correlation: float = 0.05  # lambda_o
+    ramp_fraction: float = 0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
+    sharpening: float = 0.1  # T
+    temperature: float = 0.1  # T_o
+    embedding: int = 64  # width of projections and q
+    rows: int = 256  # per class, drawn from the bank in a step; as many are kept per case and class (ours)
+    queries: int = 12_800  # voxels i per class, at most
+    attention_heads: int = 4  # of CMA; where the stage's width is no multiple, their greatest common divisor
+    mlp_ratio: float = 4.0  # of CMA
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "rows", "queries", "attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("sharpening", "temperature", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+
+
+class CAML(SemiMethod):
+    name = "CAML"
+    config_class = CAMLConfig
+    config: CAMLConfig
+    num_strong_views = 0
+
+    def build(self) -> None:
+        c, features = self.config, self.student.encoder.output_channels
+        network = self.planned.build_network(self.planned.input_channels, self.labels.channels)
+        self.auxiliary = interpolate_instead_of_transposing(network)
+        self.stage = max(0, len(features) - 2)
+        self.attention = CrossSampleAttention(features[self.stage], math.gcd(features[self.stage], c.attention_heads), c.mlp_ratio)
+        self.head_v, self.head_a = (CorrelationHead(features[0], c.embedding) for _ in "va")
+        self.case_index = {case: i for i, case in enumerate(self.planned.labeled_cases)}
+        self.bank = CaseBank(self.labels.num_classes, len(self.case_index), c.rows, c.embedding)
+        self.walk = self.planned.compiled(forward_features)
+        self.walk_auxiliary = self.planned.compiled(_forward_auxiliary)
+        self._bank_update: tuple[Tensor, Tensor] | None = None
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        n = len(batch.labeled)
+        images = torch.cat([batch.labeled, batch.weak])  # one pass for both streams: CMA looks across them
+        outputs_v, features_v = self.walk(self.student, images)
+        outputs_a, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage)
+        onehot, labeled_mask = self.labels.encode(batch.full_target())
+
+        logits_v, logits_a = full_resolution(outputs_v), full_resolution(outputs_a)
+        p_v, p_a = self.probabilities(logits_v), self.probabilities(logits_a)
+        with torch.no_grad():
+            sharp_v, sharp_a = (sharpen(z, self.config.sharpening, self.labels) for z in (logits_v, logits_a))
+            agreed = self.labels.classes(self.labels.harden(p_v)) & self.labels.classes(self.labels.harden(p_a))  # (K', B + U, S)
+            right = agreed[:, :n] & self.labels.classes(onehot)
+            mask = None
+            if labeled_mask is not None:
+                right = right & labeled_mask[:, 0].bool()
+                mask = torch.cat([labeled_mask.float(), torch.ones_like(p_v[n:, :1])])
+        self._bank_update = self.labeled_rows(features_v[-1][:n], features_a[-1][:n], right)
+        return {
+            "supervised": self.supervised_loss(split_batch(outputs_v, n)[0], batch.target),
+            "supervised_aux": self.supervised_loss(split_batch(outputs_a, n)[0], batch.target),
+            "consistency": mse_consistency(p_v, sharp_a, mask) + mse_consistency(p_a, sharp_v, mask),
+            "correlation": self.correlation(features_v[-1][n:], features_a[-1][n:], p_v[n:].detach(), agreed[:, n:]),
+        }
+
+    def weights(self, t: float) -> dict[str, float]:
+        c = self.config
+        ramp = gaussian_ramp(t, c.ramp_fraction)
+        return {
+            "supervised": c.weight_supervised,
+            "supervised_aux": c.weight_supervised,
+            "consistency": c.weight_consistency * ramp,
+            "correlation": c.weight_correlation * ramp,
+        }
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        if self._bank_update is not None:
+            self.bank.push([self.case_index[case] for case in batch.labeled_cases], *self._bank_update)
+            self._bank_update = None
+
+    @torch.no_grad()
+    def labeled_rows(self, features_v: Tensor, features_a: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """What the bank receives after the step: rows (K', B, P, E) and which are valid (K', B, P).
+
+        features: (B, F, S); right: (K', B, S), voxels of class k that both networks call k.
+        """
+        classes, n = right.shape[:2]
+        index, valid = (x.unflatten(0, (classes, n)) for x in sample_members(right.flatten(2).flatten(0, 1), self.config.rows))
+        voxels = right[0, 0].numel()
+        index = index + voxels * torch.arange(n, device=index.device)[:, None]  # counted sample after sample
+        projected = (head.projector(gather_voxels(f, index)) for head, f in ((self.head_v, features_v), (self.head_a, features_a)))
+        return sum(projected) / 2, valid  # type: ignore[return-value]
+
+    def correlation(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
+        """L_o. features: (U, F, S); p_v: (U, K, S), detached; agreed: (K', U, S)."""
+        certainty = p_v.movedim(1, 0)
+        if self.labels.has_regions:
+            certainty = torch.cat([1 - certainty.amax(0, keepdim=True), certainty])
+        index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), self.config.queries)
+        q_v, q_a = (head(gather_voxels(f, index)) for head, f in ((self.head_v, features_v), (self.head_a, features_a)))
+        rows, filled = self.bank.sample(self.config.rows)
+        row_valid = filled & (filled.sum(1, keepdim=True) >= self.config.rows)
+        return omni_correlation(
+            q_v.flatten(0, 1), q_a.flatten(0, 1), rows.flatten(0, 1), query_valid.flatten(), row_valid.flatten(), self.config.temperature
+        )
+
+
+class CorrelationHead(nn.Module):
+    """Projector and predictor, two-layer MLPs on gathered feature vectors (..., F) -> (..., E), not normalised."""
+
+    def __init__(self, features: int, embedding: int) -> None:
+        super().__init__()
+        self.projector, self.predictor = (_mlp(width, embedding) for width in (features, embedding))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predictor(self.projector(x))
+
+
+def _mlp(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def _forward_auxiliary(network: Any, x: Tensor, attention: nn.Module, stage: int) -> tuple[Outputs, list[Tensor]]:
+    """As `forward_features`, with attention behind an encoder stage."""
+    return decode(network, encode(network, x, lambda s, features: attention(features) if s == stage else features))
