@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -96,7 +97,7 @@ class CaseBank(nn.Module):
         return torch.arange(self.rows.shape[2], device=self.rows.device) < self.count[..., None]
 
 
-class CaseBank(nn.Module):
+class EmbeddingBank(nn.Module):
     """The last R embeddings of whatever cases, first in first out; every row remembers its case.
 
     embeddings    (R, E) float32

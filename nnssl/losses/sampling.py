@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,46 @@ def gather_voxels(features: Tensor, index: Tensor) -> Tensor:
     """
     voxels = features[0, 0].numel()
     return features.flatten(2)[index // voxels, :, index % voxels]
+
+
+def gather_interpolated(features: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
+    """`gather_voxels(interpolate(features, size, linear, align_corners=False), index)` without the interpolated map.
+
+    Args:
+        features: (B, F, S'), a map of lower resolution.
+        index: (...) voxels of the map of size S, counted sample after sample.
+        size: S.
+    """
+    low = features.shape[2:]
+    if tuple(low) == tuple(size):
+        return gather_voxels(features, index)
+    voxels = math.prod(size)
+    rest = index % voxels
+    corner = (index // voxels * math.prod(low))[..., None]  # (..., 1), doubled with every axis: the neighbours' flat indices
+    weight = torch.ones_like(corner, dtype=torch.promote_types(features.dtype, torch.float32))
+    stride, stride_low = voxels, math.prod(low)
+    for n, n_low in zip(size, low, strict=True):
+        stride, stride_low = stride // n, stride_low // n_low
+        position = ((rest // stride + 0.5) * (n_low / n) - 0.5).clamp_min(0)
+        rest = rest % stride
+        lower = position.long().clamp_max(n_low - 1)
+        share = (position - lower).to(weight.dtype)[..., None]
+        upper = (lower + 1).clamp_max(n_low - 1)
+        corner = torch.cat([corner + stride_low * lower[..., None], corner + stride_low * upper[..., None]], -1)
+        weight = torch.cat([weight * (1 - share), weight * share], -1)
+    return torch.einsum("...cf,...c->...f", gather_voxels(features, corner), weight.to(features.dtype))
+
+
+def draw_members(member: Tensor, row: Tensor) -> Tensor:
+    """For every entry of `row` (...), a uniformly drawn member of that row, with replacement: indices (...) into N.
+
+    Args:
+        member: (K, N) bool; rows without members give arbitrary indices.
+        row: (...) int64 in 0 .. K - 1.
+    """
+    count = member.sum(1)
+    before = count.cumsum(0) - count
+    draw = torch.rand(row.shape, device=member.device, dtype=torch.float64)
+    place = before[row] + (draw * count[row]).long()
+    found = torch.searchsorted(member.flatten().cumsum(0), place + 1)  # the first voxel with that many members up to it
+    return found.clamp_max(member.numel() - 1) % member.shape[1]
