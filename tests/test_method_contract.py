@@ -13,10 +13,11 @@ import torch
 
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
-from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.caml import CAML, CAMLConfig
+from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
+from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from tests.building import Task
 
@@ -96,6 +97,13 @@ ROWS = {
         },
         lambda t: {"supervised": 0.5, "supervised_aux": 0.5, "consistency": _ramp(t), "correlation": 0.05 * _ramp(t)},
         warm_up=2,
+    ),
+    "MeanTeacher": Row(
+        MeanTeacher,
+        MeanTeacherConfig(),
+        {"supervised": {"student"}, "consistency": {"student"}},
+        lambda t: {"supervised": 1.0, "consistency": 0.1 * _ramp(t)},
+        frozen={"teacher"},
     ),
 }
 

@@ -1,0 +1,68 @@
+"""Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), on voxels.
+
+    L     = L_sup(f(x_l), y_l) + lambda(t) L_con
+    L_con = mean over voxels and channels of (p_s - p_w)^2,    p_s = probabilities(f(x_s)),  p_w = probabilities(f_ema(x_w))
+
+f         student, the planned network; deployed
+f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence
+lambda(t) Gaussian ramp over the first 40 % of training
+
+Differs from the paper (ours): a weak and a strong view instead of two like ones with dropout and noise; the consistency of unlabeled
+patches only; one decay throughout, where the paper changes from 0.99 to 0.999 after the ramp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.batch import SemiBatch
+from nnssl.ema import copy_weights, ema_update, frozen_copy
+from nnssl.losses.consistency import mse_consistency
+from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class MeanTeacherConfig:
+    weight_consistency: float = 0.1  # lambda_max (as UA-MT compares with; 100 for the paper's image classes)
+    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; the paper: 40k of 150k steps)
+    ema_decay: float = 0.99  # alpha of the teacher (the paper's in the ramp)
+
+    def __post_init__(self) -> None:
+        for name in ("ramp_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+
+
+class MeanTeacher(SemiMethod):
+    name = "MeanTeacher"
+    config_class = MeanTeacherConfig
+    config: MeanTeacherConfig
+
+    def build(self) -> None:
+        self.teacher = frozen_copy(self.student)
+
+    def make_copies(self) -> None:
+        copy_weights(self.teacher, self.student)
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        with inference(self.teacher):
+            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled))
+        return {
+            "supervised": self.supervised_loss(labeled, batch.target),
+            "consistency": mse_consistency(self.probabilities(full_resolution(unlabeled)), p_w),
+        }
+
+    def weights(self, t: float) -> dict[str, float]:
+        return {"supervised": 1.0, "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction)}
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.teacher, self.student, self.config.ema_decay)
+
+    def deployed(self, which: str) -> nn.Module:
+        return self.teacher if which == "teacher" else self.student
