@@ -14,18 +14,20 @@ def cutmix_mask(
     device: torch.device,
     probability: float = 0.5,
     volume: tuple[float, float] = (0.02, 0.4),
+    stretch: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """(B, 1, S) bool: the box of every sample in which it shows its neighbour; empty with probability 1 - `probability`.
 
     Args:
         volume: smallest and largest share of the patch that a box takes (UniMatch's range).
+        stretch: range of an axis's log aspect; 0: boxes have the shape of the patch.
     """
     dim = len(size)
     draw = torch.rand((batch, 2 + 2 * dim), device=device, generator=generator)
     share = volume[0] + (volume[1] - volume[0]) * draw[:, 0]
-    stretch = draw[:, 2 : 2 + dim] - 0.5  # log aspect per axis, made to cancel: the volume stays
-    edge = (share[:, None] ** (1 / dim) * torch.exp(stretch - stretch.mean(1, keepdim=True))).clamp_max(1.0)
+    aspect = stretch * (draw[:, 2 : 2 + dim] - 0.5)  # log per axis, made to cancel: the volume stays
+    edge = (share[:, None] ** (1 / dim) * torch.exp(aspect - aspect.mean(1, keepdim=True))).clamp_max(1.0)
     start = draw[:, 2 + dim :] * (1 - edge)
     mask = (draw[:, 1] < probability).view(batch, 1, *[1] * dim)
     for axis, n in enumerate(size):
