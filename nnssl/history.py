@@ -7,7 +7,7 @@ from typing import Any
 
 
 class History:
-    """Rows {"epoch", "lr", "loss/<term>", "weight/<term>"}; saved in the checkpoint, so that the file always matches it.
+    """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "weight/<term>"}; saved in the checkpoint: the file always matches it.
 
     Times are not in here (nnU-Net's log has them): the same run writes the same file.
     """
@@ -16,7 +16,7 @@ class History:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, epoch: int, lr: float, losses: dict[str, float], weights: dict[str, float]) -> None:
-        """losses: epoch means keyed `loss/<term>`; weights: at the end of the epoch."""
+        """losses: epoch means keyed `loss/<term>` or `diagnostic/<name>`; weights: at the end of the epoch."""
         self.rows = [r for r in self.rows if r["epoch"] < epoch]
         self.rows.append({"epoch": epoch, "lr": lr, **losses, **{f"weight/{k}": v for k, v in weights.items()}})
 
@@ -24,7 +24,8 @@ class History:
         """The last row in one line, for console and log."""
         row = self.rows[-1]
         terms = [k.removeprefix("loss/") for k in row if k.startswith("loss/")]
-        return "losses " + ", ".join(f"{k} {row[f'loss/{k}']:.4f} (weight {row[f'weight/{k}']:.4g})" for k in terms)
+        line = "losses " + ", ".join(f"{k} {row[f'loss/{k}']:.4f} (weight {row[f'weight/{k}']:.4g})" for k in terms)
+        return line + "".join(f"; {k.removeprefix('diagnostic/')} {row[k]:.4g}" for k in row if k.startswith("diagnostic/"))
 
     def write(self, folder: str) -> None:
         """losses.csv and losses.png into `folder`."""

@@ -53,6 +53,7 @@ class SemiMethod(nn.Module):
     config_class       its frozen dataclass
     needs_unlabeled    whether there is an unlabeled stream at all
     num_strong_views   strong views per unlabeled patch
+    diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the same keys in every step
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class SemiMethod(nn.Module):
         self.config = config
         self.planned = planned
         self.labels = planned.labels
+        self.diagnostics: dict[str, Tensor] = {}
         self.build()
 
     @classmethod
@@ -94,6 +96,10 @@ class SemiMethod(nn.Module):
 
     def describe(self) -> str:
         """One line for the log about what was decided from the plan; default: nothing to say."""
+        return ""
+
+    def announce(self, t: float) -> str:
+        """One line about what the method does now, asked at the start of every epoch and logged when it changes; default: nothing."""
         return ""
 
     def deployed(self, which: str) -> nn.Module:

@@ -55,6 +55,7 @@ class SemiTrainer(nnUNetTrainer):
         self.step: OptimizationStep = None  # type: ignore[assignment]  # -> initialize
         self._iteration = 0
         self._bar: tqdm | None = None
+        self._announced = ""
 
     # construction
 
@@ -190,6 +191,9 @@ class SemiTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         self.method.train()
         self._iteration = self.step.skipped = 0
+        if (line := self.method.announce(self.progress())) != self._announced:
+            self.print_to_log_file(line)
+            self._announced = line
         if self.local_rank == 0 and sys.stderr.isatty():
             self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False)
 
@@ -207,14 +211,16 @@ class SemiTrainer(nnUNetTrainer):
             terms = self._forward(data, t)
             if terms.keys() != weights.keys():
                 raise RuntimeError(f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the same keys")
-            loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0)
+            # on several GPUs every parameter must take part in the backward pass, those of unweighted terms too
+            loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0 or self.is_ddp)
         if self.step.take(loss):  # type: ignore[arg-type]
             self.method.after_step(data, t)
         self._iteration += 1
         if self._bar is not None:
             self._bar.update()
-        values = torch.stack([loss.detach().float(), *(v.detach().float() for v in terms.values())]).cpu().numpy()  # type: ignore[union-attr]
-        return {"loss": values[0], **{f"loss/{k}": v for k, v in zip(terms, values[1:], strict=True)}}
+        logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
+        logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
+        return dict(zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True))  # type: ignore[union-attr]
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         if self._bar is not None:

@@ -31,6 +31,7 @@ class Averaging(SemiMethod):
         with inference(self.teacher):
             wanted = self.probabilities(full_resolution(self.teacher(batch.weak)))
         found = self.probabilities(full_resolution(self.student(batch.strong[0])))
+        self.diagnostics = {"found": found.detach().amax(), "progress": found.new_tensor(t)}
         return {
             "supervised": self.supervised_loss(self.student(batch.labeled), batch.target),
             "consistency": (found - wanted).square().mean(),

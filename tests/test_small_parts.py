@@ -114,6 +114,14 @@ def test_history_writes_one_row_per_epoch_and_rewinds(tmp_path: Path) -> None:
     assert history.describe() == "losses a 0.3333 (weight 1), b 1.0000 (weight 0.5)"
 
 
+def test_diagnostics_are_columns_and_end_the_line_of_the_log(tmp_path: Path) -> None:
+    history = History()
+    history.add(0, 0.01, {"loss/a": 0.5, "diagnostic/share": 0.25}, {"a": 1.0})
+    history.write(str(tmp_path))
+    assert (tmp_path / "losses.csv").read_text().splitlines()[0] == "epoch,lr,loss/a,diagnostic/share,weight/a"
+    assert history.describe() == "losses a 0.5000 (weight 1); share 0.25"
+
+
 def test_random_states_are_restored() -> None:
     seed_everything(3)
     state = rng_state()

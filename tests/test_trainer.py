@@ -387,6 +387,12 @@ def test_the_averaged_teacher_can_be_deployed_and_continued(place: Place) -> Non
     assert_same_run(losses(run(resumed)), rows)
 
 
+def test_diagnostics_are_logged_as_epoch_means(place: Place) -> None:
+    rows = losses(run(place.trainer(AveragingTrainer)))
+    assert [r["diagnostic/progress"] for r in rows] == [0.125, 0.625]  # t = 0, 1/4 | 1/2, 3/4
+    assert all(0.5 <= r["diagnostic/found"] <= 1 for r in rows)
+
+
 @pytest.mark.parametrize("deploy", ["student", "teacher"])
 def test_copies_are_made_from_pretrained_weights(place: Place, deploy: str) -> None:
     source = place.trainer("nnUNetTrainerSupervised")
