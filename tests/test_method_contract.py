@@ -13,6 +13,8 @@ import torch
 
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
+from nnssl.methods.action import ACTION, ACTIONConfig
+from nnssl.methods.bcp import BCP, BCPConfig
 from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
@@ -29,6 +31,8 @@ class Row:
     reaches    term -> the method's children that must get gradient from it, all others must not
     weights    t -> lambda_k(t), closed form
     warm_up    steps before all terms are alive (banks fill)
+    frozen     submodules without gradient
+    times      term -> t at which it acts, where that is not 0.5
     """
 
     method: type[SemiMethod]
@@ -37,6 +41,7 @@ class Row:
     weights: Callable[[float], dict[str, float]]
     warm_up: int = 0
     frozen: set[str] = field(default_factory=set)
+    times: dict[str, float] = field(default_factory=dict)
 
 
 def _ramp(t: float, end: float = 0.4) -> float:
@@ -46,6 +51,14 @@ def _ramp(t: float, end: float = 0.4) -> float:
 def _diffcl_weights(t: float) -> dict[str, float]:
     mu = 0.5 * _ramp(t)
     return {"supervised": 1, "pseudo": mu, "contrast": 0.1 * mu, "diffusion": 1, "diffusion_pseudo": mu}
+
+
+def _action_weights(t: float) -> dict[str, float]:
+    if t < 0.25:
+        return {"supervised": 0, "global": 1, "local": 0, "pseudo": 0, "anatomical": 0}
+    if t < 0.5:
+        return {"supervised": 1, "global": 1, "local": 1, "pseudo": 0, "anatomical": 0}
+    return {"supervised": 1, "global": 0, "local": 0, "pseudo": 1, "anatomical": 0.01}
 
 
 ROWS = {
@@ -71,7 +84,7 @@ ROWS = {
         },
         _diffcl_weights,
         warm_up=1,
-        frozen={"sampler"},
+        frozen={"sampler", "teacher"},
     ),
     "FixMatch": Row(
         FixMatch,
@@ -105,6 +118,28 @@ ROWS = {
         lambda t: {"supervised": 1.0, "consistency": 0.1 * _ramp(t)},
         frozen={"teacher"},
     ),
+    "ACTION": Row(
+        ACTION,
+        ACTIONConfig(threshold_pseudo=0.0, threshold_contrast=0.0, embedding=8, num_queries=16, num_negatives=32, candidates=64),
+        {
+            "supervised": {"student"},
+            "global": {"student", "distillation_global"},
+            "local": {"student", "distillation_local"},
+            "pseudo": {"student"},
+            "anatomical": {"student", "representation"},
+        },
+        _action_weights,
+        warm_up=2,  # rows of a query's own case do not count, and one row is no distribution
+        frozen={"teacher", "distillation_global.teacher", "distillation_local.teacher"},
+        times={"global": 0.1, "local": 0.3},
+    ),
+    "BCP": Row(
+        BCP,
+        BCPConfig(),
+        {"supervised": {"student"}, "pseudo": {"student"}},
+        lambda t: {"supervised": 1.0, "pseudo": 0.5 * (t >= 2 / 17)},
+        frozen={"teacher"},
+    ),
 }
 
 TASKS = {
@@ -123,12 +158,12 @@ rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 tasks = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 
 
-def started(row: Row, task: Task, steps: int | None = None) -> SemiMethod:
+def started(row: Row, task: Task, steps: int | None = None, t: float = 0.5) -> SemiMethod:
     """A method after its warm-up steps."""
     method = task.method(row.method, row.config)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
     for i in range(row.warm_up if steps is None else steps):
-        step(method, optimizer, task, i)
+        step(method, optimizer, task, i, t)
     return method
 
 
@@ -159,11 +194,13 @@ def test_terms_are_finite_scalars_with_the_keys_of_the_weights(row: Row, task: T
 @rows
 @tasks
 def test_every_term_is_alive_and_reaches_exactly_its_networks(row: Row, task: Task) -> None:
-    method = started(row, task)
+    methods = {t: started(row, task, t=t) for t in {row.times.get(name, 0.5) for name in row.reaches}}
     for name in row.reaches:
+        t = row.times.get(name, 0.5)
+        method = methods[t]
         method.zero_grad(set_to_none=True)
         torch.manual_seed(3)
-        term = method(task.batch(), 0.5)[name]
+        term = method(task.batch(), t)[name]
         assert term.item() != 0, f"{name} is zero"
         term.backward()
         reached = {
