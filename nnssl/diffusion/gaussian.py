@@ -17,7 +17,7 @@ and the last step returns x0_hat itself (abar = 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,21 +56,23 @@ class GaussianDiffusion(nn.Module):
         eps_hat = (x_tau - abar.sqrt() * x0_hat) / (1.0 - abar).sqrt()
         return abar_next.sqrt() * x0_hat + (1.0 - abar_next).sqrt() * eps_hat
 
-    def trailing_steps(self, num_steps: int) -> list[int]:
-        """S steps from T - 1 downwards, evenly spaced from the end ("trailing", Lin et al., WACV 2024, table 2)."""
-        if not 1 <= num_steps <= self.steps:
-            raise ValueError(f"the number of sampling steps must be in [1, {self.steps}], found {num_steps}")
-        return [round(self.steps - i * self.steps / num_steps) - 1 for i in range(num_steps)]
+    def trailing_steps(self, num_steps: int, start: float = 1.0) -> list[int]:
+        """S steps from start * T - 1 downwards, evenly spaced from the end ("trailing", Lin et al., WACV 2024, table 2).
 
-    def ddim_sample(self, predict_x0: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int) -> Tensor:
-        """x0_hat (B, K, S) after `num_steps` deterministic steps that start from `noise` at tau = T - 1.
+        start = 1 for noise; below, for a chain that starts from a noised estimate of x_0.
+        """
+        first = start * self.steps
+        if not 1 <= num_steps <= first <= self.steps:
+            raise ValueError(f"the number of sampling steps must be in [1, {first:g}] and start in (0, 1], found {num_steps} and {start}")
+        return [round(first - i * first / num_steps) - 1 for i in range(num_steps)]
+
+    def ddim_sample(self, predict_x0: Callable[[Tensor, Tensor], Tensor], x: Tensor, taus: Sequence[int]) -> Tensor:
+        """x0_hat (B, K, S) after the deterministic steps `taus`, descending, e.g. from `trailing_steps`.
 
         Args:
             predict_x0: (x_tau, tau (B,)) -> x0_hat in [-1, 1].
-            noise: x_{T-1}, standard normal (B, K, S); injected, so that sampling can be tested and repeated.
+            x: x_tau at taus[0], (B, K, S): standard normal noise, or a noised estimate; injected, so that sampling can be repeated.
         """
-        taus = self.trailing_steps(num_steps)
-        x = noise
         for tau, tau_next in zip(taus, [*taus[1:], -1], strict=True):
             x0_hat = predict_x0(x, torch.full((len(x),), tau, device=x.device, dtype=torch.long))
             x = self.ddim_step(x, x0_hat, tau, tau_next)

@@ -3,21 +3,25 @@
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
-    L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g, x_w)
-    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden f(x_w),  x_tau from x_0 = 2 y_f - 1
+    L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g_ema, x_w), started at tau_0 from x_0 = 2 p_f - 1
+    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
+    p_f      = probabilities(f_ema(x_w))
     L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most similar to c_k, negatives
                from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
+f_ema,g_ema moving averages of f and g; no gradient; f_ema may be deployed instead ("deploy": "teacher")
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of class k, detached
 mu(t)       Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
-CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. g learns high noise more often, where the label must come from
-the image and not from x_tau, and is sampled with DDIM in few trailing steps from its moving average, as diffusion models are (Ho et al.,
-2020). Pseudo-labels count where their source is certain; where both networks are certain of different things neither learns. Regions are
+CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models are
+sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema, so g
+corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in short
+schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). Pseudo-labels count where their source is certain; where both
+sources are certain of different things neither network learns. Regions are
 independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain
 voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
 (the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
@@ -36,7 +40,7 @@ from nnssl.bank import ClassBank
 from nnssl.batch import SemiBatch
 from nnssl.data.cutmix import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
-from nnssl.ema import ema_update, frozen_copy
+from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
@@ -57,8 +61,8 @@ class DiffCLConfig:
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 10  # S; 2 on CPU
-    tau_power: float = 3.0  # training steps tau = T (1 - u^power): half above 7/8 T, where the label must come from the image (ours)
-    ema_decay: float = 0.99  # of the copy of g that is sampled from (ours)
+    sampling_start: float = 0.5  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
+    ema_decay: float = 0.99  # of f_ema and g_ema (ours)
     embedding: int = 64  # E, width of q (ours)
     bank_size: int = 1024  # labeled embeddings per class (ours)
     bank_per_step: int = 64  # of which so many are renewed in a step (ours)
@@ -85,13 +89,15 @@ class DiffCLConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.ddim_steps > self.diffusion_steps:
-            raise ValueError(f"ddim_steps must not exceed diffusion_steps {self.diffusion_steps}, found {self.ddim_steps}")
+        if not self.ddim_steps <= self.sampling_start * self.diffusion_steps <= self.diffusion_steps:
+            raise ValueError(
+                f"ddim_steps {self.ddim_steps} must fit into the {self.sampling_start} (sampling_start, at most 1) of "
+                f"{self.diffusion_steps} diffusion_steps"
+            )
         if self.bank_per_step > self.bank_size:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
-        for name in ("temperature", "tau_power"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, found {self.temperature}")
         for name in ("threshold", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
@@ -121,11 +127,14 @@ class DiffCL(SemiMethod):
         c, k = self.config, self.labels.channels
         self.diffusion = GaussianDiffusion(c.diffusion_steps)
         self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
-        self.sampler = frozen_copy(self.denoiser)  # moving average of the denoiser
+        self.teacher, self.sampler = frozen_copy(self.student), frozen_copy(self.denoiser)  # moving averages: f_ema, g_ema
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_features)
         self._bank_update: tuple[Tensor, Tensor] | None = None
+
+    def make_copies(self) -> None:
+        copy_weights(self.teacher, self.student)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
@@ -144,7 +153,7 @@ class DiffCL(SemiMethod):
         x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
         if labeled_mask is not None:
             x_0[:n] *= labeled_mask
-        tau = self.draw_steps(len(x_0), x_0.device)
+        tau = torch.randint(self.config.diffusion_steps, (len(x_0),), device=x_0.device)
         noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
@@ -162,6 +171,7 @@ class DiffCL(SemiMethod):
         return {"supervised": 1.0, "pseudo": mu, "contrast": self.config.weight_contrast * mu, "diffusion": 1.0, "diffusion_pseudo": mu}
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.teacher, self.student, self.config.ema_decay)
         ema_update(self.sampler, self.denoiser, self.config.ema_decay)
         if self._bank_update is not None:
             self.bank.push(*self._bank_update)
@@ -170,18 +180,21 @@ class DiffCL(SemiMethod):
     def describe(self) -> str:
         return describe_hfm(self.student, self.planned.patch_size)
 
-    def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: x_{T-1} of the sampler, drawn if None."""
-        with inference(self.student, self.sampler):
-            probabilities_f = self.probabilities(full_resolution(self.student(weak)))
-            noise = torch.randn_like(probabilities_f) if noise is None else noise
-            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), noise, self.config.ddim_steps)
-            return probabilities_f, (sampled + 1) / 2
+    def deployed(self, which: str) -> nn.Module:
+        return self.teacher if which == "teacher" else self.student
 
-    def draw_steps(self, n: int, device: torch.device) -> Tensor:
-        """tau (n,) in 0 .. T - 1, more often the higher: T (1 - u^power) for uniform u; power 1 is the uniform distribution."""
-        u = torch.rand(n, device=device)
-        return (self.config.diffusion_steps * (1 - u**self.config.tau_power)).long().clamp_max(self.config.diffusion_steps - 1)
+    def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if None."""
+        c = self.config
+        with inference(self.teacher, self.sampler):
+            p_f = self.probabilities(full_resolution(self.teacher(weak)))
+            noise = torch.randn_like(p_f) if noise is None else noise
+            taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
+            start = noise
+            if c.sampling_start < 1:
+                start = self.diffusion.q_sample(2 * p_f - 1, torch.full((len(p_f),), taus[0], device=p_f.device), noise)
+            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), start, taus)
+            return p_f, (sampled + 1) / 2
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-1, 1] from the denoiser's outputs."""

@@ -37,12 +37,12 @@ def test_ddim_chain_equals_the_independent_implementation_from_the_same_noise(sc
     for tau in ddim.timesteps:
         x = ddim.step(network(x, tau.repeat(2)), int(tau), x, eta=0.0).prev_sample
     assert ddim.config.set_alpha_to_one  # its last step returns x0_hat too
-    torch.testing.assert_close(ours.ddim_sample(network, noise, steps), x, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(ours.ddim_sample(network, noise, ours.trailing_steps(steps)), x, atol=2e-5, rtol=2e-4)
 
 
 def test_sampling_from_the_true_answer_returns_it() -> None:
     truth = torch.sign(torch.randn(1, 2, 6, 6))
-    assert torch.equal(GaussianDiffusion().ddim_sample(lambda x, tau: truth, torch.randn(1, 2, 6, 6), 4), truth)
+    assert torch.equal(GaussianDiffusion().ddim_sample(lambda x, tau: truth, torch.randn(1, 2, 6, 6), [999, 749, 499, 249]), truth)
 
 
 def test_x_tau_has_the_stated_mean_and_variance() -> None:
@@ -54,9 +54,19 @@ def test_x_tau_has_the_stated_mean_and_variance() -> None:
 
 
 def test_the_chain_starts_at_the_last_step_and_gets_every_step_once() -> None:
-    seen = []
-    GaussianDiffusion().ddim_sample(lambda x, tau: (seen.append(tau[0].item()), torch.zeros_like(x))[1], torch.randn(2, 1, 3, 3), 10)
+    seen, diffusion = [], GaussianDiffusion()
+    taus = diffusion.trailing_steps(10)
+    diffusion.ddim_sample(lambda x, tau: (seen.append(tau[0].item()), torch.zeros_like(x))[1], torch.randn(2, 1, 3, 3), taus)
     assert seen == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+
+
+def test_a_chain_may_start_later() -> None:
+    assert GaussianDiffusion().trailing_steps(2, 0.5) == [499, 249]
+    assert GaussianDiffusion(100).trailing_steps(3, 0.3) == [29, 19, 9]
+    with pytest.raises(ValueError, match=r"\[1, 500\] .* found 501 and 0.5"):
+        GaussianDiffusion().trailing_steps(501, 0.5)
+    with pytest.raises(ValueError, match="start"):
+        GaussianDiffusion().trailing_steps(1, 1.1)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

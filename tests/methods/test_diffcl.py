@@ -62,11 +62,23 @@ def test_voxels_of_which_both_networks_are_certain_but_disagree_carry_no_loss() 
     assert terms["pseudo"].item() > 0 and terms["diffusion_pseudo"].item() > 0
 
 
-@pytest.mark.parametrize(("power", "median"), [(1.0, 500), (3.0, 875)])
-def test_training_steps_follow_their_distribution(power: float, median: int) -> None:
-    torch.manual_seed(0)
-    tau = method(config=replace(SMALL, tau_power=power)).draw_steps(20_000, torch.device("cpu"))
-    assert tau.min() >= 0 and tau.max() == 999 and tau.float().median().item() == pytest.approx(median, abs=12)
+@pytest.mark.parametrize(("start", "sees_estimate"), [(0.002, True), (1.0, False)])
+def test_sampling_starts_from_the_noised_estimate_or_from_noise(start: float, sees_estimate: bool) -> None:
+    m, seen = method(config=replace(SMALL, sampling_start=start, ddim_steps=1)), []
+    m.sampler.forward = lambda x, tau, image: (seen.append((x, tau)), [x])[1]  # type: ignore[method-assign]
+    noise = torch.randn(2, 2, 8, 12, 16)
+    p_f, _ = m.pseudo_probabilities(Task().batch().weak, noise)
+    x, tau = seen[0]
+    assert tau.tolist() == [round(start * 1000) - 1] * 2
+    assert torch.allclose(x, 2 * p_f - 1, atol=0.1) == sees_estimate  # at tau_0 = 1 there is hardly any noise
+    assert torch.equal(x, noise) != sees_estimate
+
+
+def test_sampling_must_fit_into_the_diffusion_steps() -> None:
+    with pytest.raises(ValueError, match="sampling_start"):
+        DiffCLConfig(sampling_start=1.5)
+    with pytest.raises(ValueError, match="ddim_steps 600"):
+        DiffCLConfig(ddim_steps=600)
 
 
 def test_boxes_mix_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,14 +97,15 @@ def test_boxes_mix_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatc
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_the_sampler_is_the_moving_average_of_the_denoiser() -> None:
+@pytest.mark.parametrize(("average", "source"), [("sampler", "denoiser"), ("teacher", "student")])
+def test_pseudo_labels_come_from_moving_averages(average: str, source: str) -> None:
     m = method()
-    before = [p.clone() for p in m.sampler.parameters()]
+    before = [p.clone() for p in m.get_submodule(average).parameters()]
     with torch.no_grad():
-        for p in m.denoiser.parameters():
+        for p in m.get_submodule(source).parameters():
             p.add_(1.0)
     m.after_step(Task().batch(), 0.5)
-    for old, new in zip(before, m.sampler.parameters(), strict=True):
+    for old, new in zip(before, m.get_submodule(average).parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.01)
 
 
