@@ -20,6 +20,7 @@ from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
+from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from tests.building import Task
 
@@ -62,6 +63,12 @@ def _action_weights(t: float) -> dict[str, float]:
 
 
 ROWS = {
+    "SemSim": Row(
+        SemSim,
+        SemSimConfig(threshold=0.0, width=16, max_tokens=256),  # untrained networks are certain of nothing
+        {"supervised": {"student"}, "pseudo": {"student"}, "intra": {"student", "fusion"}, "cross": {"student", "fusion"}},
+        lambda t: {"supervised": 0.5, "pseudo": 0.25, "intra": 0.125, "cross": 0.125},
+    ),
     "Supervised": Row(Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}),
     "DiffCL": Row(
         DiffCL,

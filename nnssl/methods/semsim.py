@@ -1,0 +1,222 @@
+"""SemSim: semantic similarity refines pseudo-labels, within an image and across images (arXiv 2410.13486).
+
+    L = 1/2 (L_sup + 0.5 L_u + 0.25 L_intra + 0.25 L_cross)
+    L_sup   = nnU-Net's loss of f(x_l) against y_l
+    L_u     = dice(p_w -> p_s1)
+    L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2   of x_w and x_s1
+    L_cross = 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j),                             mean over voxels
+              p2_w, p_cr(c) = sum_j exp m(j, c) / sum_c' sum_j exp m(j, c')                     of x_w and x_s2
+              m(j, c) = cos(e, G_j^c of its sub-region) / temperature,    U_j = KL(m_j || mean_j m_j), softmaxed over classes
+
+f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no gradient
+x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak predictions p_w, p1_w, p2_w are cut
+            with the box of the view they are compared with
+dice(a->b)  soft Dice of b against harden a over the voxels where a is certain, max a >= T
+e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens` voxels; never ships
+G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the sub-region lacks c
+
+Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; SFM takes its three deepest encoder stages; windows and sub-regions are
+at most 4 per axis and at least 2 voxels wide, so fewer on small grids; labels and predictions are averaged onto the grid of e (voxels
+belong to classes in part); channel dropout acts on all encoder features of the strong views, before decoding and fusion; a class that a
+labeled image lacks takes part in no mean over images, and L_cross leaves out what p_w calls a class that none of them has; weights carry
+no gradient; regions are two-class problems, each with its complement.
+
+Deviations, because the published constants are dead: un-tempered cosines give no p_cr above 0.95 (with two classes 0.88 at most), r = 1000
+no weight above 0, and with s = 1 M averages the image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence
+temperature, r and scale below; `diagnostics` log which share of the voxels (of those called foreground) each term acts on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl.batch import SemiBatch
+from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.losses.affinity import (
+    agreement,
+    confident_dice,
+    cross_image_log_probabilities,
+    cross_image_loss,
+    prototype_similarity,
+    prototypes,
+    refine,
+)
+from nnssl.losses.pseudo_label import confidence_mask
+from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
+from nnssl.networks.dropout import feature_dropout
+from nnssl.networks.features import decode, encode
+from nnssl.networks.fusion import SpatialAwareFusion, cut_windows, windows_per_axis
+from nnssl.networks.hf_mamba import stage_grids
+from nnssl.schedules import gaussian_ramp
+
+SCALES = 3  # of the encoder that SFM fuses
+
+
+@dataclass(frozen=True)
+class SemSimConfig:
+    weight_supervised: float = 0.5  # 1/2
+    weight_pseudo: float = 0.25  # 1/2 * 0.5, of L_u
+    weight_intra: float = 0.125  # 1/2 * 0.25
+    weight_cross: float = 0.125  # 1/2 * 0.25
+    ramp_fraction: float = 0.0  # share of training over which the unlabeled weights rise; 0: none, as published
+    threshold: float = 0.95  # T
+    cutmix_probability: float = 0.5  # of a box per sample and view (UniMatch)
+    channel_dropout: float = 0.5  # of the strong views' encoder features
+    width: int = 128  # D
+    windows: int = 4  # of SFM per axis (ours)
+    heads: int = 4  # of SFM's attention (ours)
+    mlp_ratio: float = 2.0  # hidden width of SFM's MLP / D (ours)
+    max_tokens: int = 4096  # voxels of a scale of SFM and of e, at most (ours)
+    scale: float = 20.0  # s, of the cosines within an image (1 in the paper: dead)
+    regions: int = 4  # N, sub-regions per axis
+    temperature: float = 0.1  # of the cosines across images (1 in the paper: dead)
+    r: float = 10.0  # of the uncertainty weight (1000 in the paper: dead)
+
+    def __post_init__(self) -> None:
+        for name in ("width", "windows", "heads", "max_tokens", "regions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads {self.heads}, found {self.width}")
+        for name in ("temperature", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        for name in ("weight_supervised", "weight_pseudo", "weight_intra", "weight_cross", "scale", "r"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        for name in ("threshold", "cutmix_probability", "channel_dropout", "ramp_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+
+
+class SemSim(SemiMethod):
+    name = "SemSim"
+    config_class = SemSimConfig
+    num_strong_views = 2
+    config: SemSimConfig
+
+    region: Tensor  # (V,) sub-region of each voxel of e's grid
+
+    def build(self) -> None:
+        c, encoder = self.config, self.student.encoder
+        grids = list(stage_grids(self.planned.patch_size, encoder.strides))
+        self.fusion = SpatialAwareFusion(
+            encoder.output_channels[-SCALES:],
+            grids[-SCALES:],
+            width=c.width,
+            windows=c.windows,
+            max_tokens=c.max_tokens,
+            heads=c.heads,
+            mlp_ratio=c.mlp_ratio,
+        )
+        self.grid = self.fusion.grid
+        self.regions_per_axis = windows_per_axis(self.grid, c.regions)
+        index, place = cut_windows(self.grid, self.regions_per_axis)
+        self.num_regions = len(index)
+        self.register_buffer("region", place // index.shape[1], persistent=False)
+        self.walk = self.planned.compiled(forward_streams)
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        c, n, u = self.config, len(batch.labeled), len(batch.weak)
+        with inference(self.student, self.fusion):
+            outputs, skips = self.walk(self.student, batch.weak, u, u)
+            p_w, e_w = self.probabilities(full_resolution(outputs)), self.fusion(skips[-SCALES:])
+        box_1, box_2 = (cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2))
+        images = torch.cat([batch.labeled, cutmix(batch.strong[0], box_1), cutmix(batch.strong[1], box_2)])
+
+        outputs, skips = self.walk(self.student, images, n, n + u, c.channel_dropout)  # x_s2 is not decoded: only its e is looked at
+        labeled, strong = split_batch(outputs, n)
+        p_s1 = self.probabilities(full_resolution(strong))
+        e_l, e_s1, e_s2 = self.fusion(skips[-SCALES:]).split([n, u, u])
+
+        supervised = self.supervised_loss(labeled, batch.target)
+        with torch.autocast(images.device.type, enabled=False):
+            p1_w = refine(e_w, self.to_grid(p_w), c.scale)
+            cross = self.cross_image(e_l, e_s2, e_w, p_w, self.to_grid(box_2.float()) > 0.5, batch)
+            p_w, p1_w = cutmix(p_w, box_1), cutmix(p1_w, self.to_grid(box_1.float()) > 0.5)
+            self.diagnostics |= self.confident("pseudo", p_w) | self.confident("intra", p1_w)
+            return {
+                "supervised": supervised,
+                "pseudo": confident_dice(p_w, p_s1, self.labels, c.threshold),
+                "intra": confident_dice(p1_w, refine(e_s1, self.to_grid(p_s1), c.scale), self.labels, c.threshold),
+                "cross": cross,
+            }
+
+    def weights(self, t: float) -> dict[str, float]:
+        c, ramp = self.config, gaussian_ramp(t, self.config.ramp_fraction)
+        return {
+            "supervised": c.weight_supervised,
+            "pseudo": c.weight_pseudo * ramp,
+            "intra": c.weight_intra * ramp,
+            "cross": c.weight_cross * ramp,
+        }
+
+    def describe(self) -> str:
+        sizes = " + ".join("x".join(map(str, g)) for g in self.fusion.grids)
+        windows, regions = ("x".join(map(str, w)) for w in (self.fusion.windows, self.regions_per_axis))
+        return f"SemSim: fusion of {sizes} in {windows} windows, affinities on {'x'.join(map(str, self.grid))} in {regions} sub-regions"
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Mean over what each voxel of e's grid covers: (B, K, S) -> (B, K, grid)."""
+        return F.interpolate(x, self.grid, mode="area")
+
+    def cross_image(self, e_l: Tensor, e_s: Tensor, e_w: Tensor, p_w: Tensor, box: Tensor, batch: SemiBatch) -> Tensor:
+        """L_cross.
+
+        Args:
+            e_l: (B, D, grid) of the labeled images; e_s, e_w: (U, D, grid) of the strong and the weak view.
+            p_w: (U, K, S), which tells where the unlabeled images hold a class that no labeled image of the batch knows.
+            box: (U, 1, grid) bool of the strong view.
+        """
+        c = self.config
+        member = self.problems(*self.labels.encode(batch.full_target()))  # (B, P, C, V)
+        g, known = prototypes(e_l.flatten(2), member.flatten(1, 2), self.region, self.num_regions)
+        known = known.unflatten(1, member.shape[1:3])  # (B, P, C)
+
+        def similarity(e: Tensor, g: Tensor) -> Tensor:
+            return prototype_similarity(e.flatten(2), g, self.region).unflatten(2, member.shape[1:3]) / c.temperature
+
+        p2_w = cross_image_log_probabilities(similarity(e_w, g.detach()), known).exp()  # (U, P, C, V)
+        expected = self.problems(p_w, None).argmax(2, keepdim=True)
+        knowable = known.any(0)[None, ..., None].expand_as(p2_w).gather(2, expected)
+        p2_w, knowable = (cutmix(x, box.flatten(2)[:, None]) for x in (p2_w, knowable))
+        confidence, called = p2_w.max(2, keepdim=True)
+        certain = ((confidence >= c.threshold) & knowable)[:, :, 0].float()  # (U, P, V)
+        m = similarity(e_s, g)
+        weight = agreement(m, known, c.r)
+        self.diagnostics |= shares("cross", certain, (called[:, :, 0] > 0).float()) | {"cross_weight": weight.mean()}
+        target = torch.zeros_like(p2_w).scatter_(2, called, 1.0)
+        return cross_image_loss(cross_image_log_probabilities(m, known), target, certain * weight)
+
+    def problems(self, onehot: Tensor, labeled_mask: Tensor | None) -> Tensor:
+        """Share of each class in each voxel of e's grid: (B, P, C, V). Classes: one problem of K; regions: K problems, outside | inside."""
+        labeled = torch.ones_like(onehot[:, :1]) if labeled_mask is None else labeled_mask.float()
+        onehot, labeled = self.to_grid(onehot).flatten(2), self.to_grid(labeled).flatten(2)
+        return torch.stack([labeled - onehot, onehot], dim=2) if self.labels.has_regions else onehot[:, None]
+
+    def confident(self, name: str, p: Tensor) -> dict[str, Tensor]:
+        """Share of the voxels where p (U, K, S) is certain: of all, and of those called foreground."""
+        hard = self.labels.harden(p)
+        foreground = (hard if self.labels.has_regions else hard[:, 1:]).amax(1, keepdim=True)
+        return shares(name, confidence_mask(p, self.config.threshold, self.labels), foreground)
+
+
+def shares(name: str, certain: Tensor, foreground: Tensor) -> dict[str, Tensor]:
+    """Mean of `certain` over all voxels and over the foreground; zeros and ones of one shape."""
+    return {
+        f"{name}_certain": certain.mean(),
+        f"{name}_certain_foreground": (certain * foreground).sum() / foreground.sum().clamp_min(1),
+    }
+
+
+def forward_streams(network: Any, images: Tensor, clean: int, decoded: int, dropout: float = 0.0) -> tuple[Outputs, list[Tensor]]:
+    """Outputs of the first `decoded` images, and encoder features of all, with channel dropout behind the first `clean` images."""
+    skips = encode(network, images)
+    if dropout > 0:
+        skips = [torch.cat([s[:clean], d]) for s, d in zip(skips, feature_dropout([s[clean:] for s in skips], dropout), strict=True)]
+    return decode(network, [s[:decoded] for s in skips])[0], skips
