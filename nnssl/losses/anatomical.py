@@ -49,15 +49,17 @@ def anatomical_contrast(
         raise ValueError(f'negatives must be "shared" or "exact", found {negatives!r}')
     present = member.any(1)
     query, asked = sample_members(member & hard, num_queries)
+    candidate, usable = sample_members(member, num_candidates)  # usable ones come first
     q = embed(query)
-    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        candidate, usable = sample_members(member, num_candidates)  # usable ones come first
-        keys = _full(embed(candidate)) if negatives == "shared" or means is None else None
+    keys = q.new_zeros(0)
+    if negatives == "shared" or means is None:
+        with torch.no_grad():
+            keys = _full(embed(candidate))
+    with torch.autocast(q.device.type, enabled=False):
         if means is None:
             means = (keys * usable[..., None]).sum(1) / usable.sum(1, keepdim=True).clamp_min(1)
         center = F.normalize(_full(means), dim=-1)
         other = _draw_classes(class_chances(center, present, temperature), query.shape[1], num_negatives)
-    with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(_full(q), dim=-1)
         pull = torch.einsum("kqe,ke->kq", q, center)
         if negatives == "shared":

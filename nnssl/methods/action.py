@@ -1,0 +1,277 @@
+"""ACTION: anatomical-aware contrastive distillation in three phases (You et al., IPMI 2023).
+
+    phase 1, encoder, unlabeled only   L = L_g
+    phase 2, encoder and decoder       L = L_sup + L_g + L_l
+    phase 3                            L = L_sup + L_u + lambda_a L_a
+    L_sup = nnU-Net's loss of f(x_l) against y_l
+    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ), s of x_s and z of x_w, over the rows m_j of a bank
+    L_l   = the same on crops of the decoder's features, labeled and unlabeled
+    L_u   = w CE of f(x_m) against harden p_m;  w = share of the voxels of p_m above 0.97
+    L_a   = hard voxels of f against class means and class-aware negatives (`anatomical_contrast`)
+
+f          student, the planned network; deployed
+f_ema      teacher: exponential moving average of f; set to f at the start of phase 3; may be deployed ("deploy": "teacher")
+x_w, x_s   weak and strong view of the same unlabeled patch, voxels in correspondence
+x_m, p_m   x_s and probabilities f_ema(x_w), both with the same ClassMix
+s, z       unit embeddings of pooled features: predictor(projector(f)) and projector_ema(f_ema)
+m_j        z of earlier patches of other cases; the 36 images seen last
+
+Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run. nnU-Net's instance norm
+nearly fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum. Crops are the cells of a regular grid on the last
+decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher see the same. The representation
+behind L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity between
+them); being linear it is evaluated at the sampled voxels alone, class means are those of the sampled candidates, and all queries draw
+from these candidates. Regions: a voxel counts for the last region that contains it. Ignored voxels are in no class and carry no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.bank import EmbeddingBank, case_numbers
+from nnssl.batch import SemiBatch
+from nnssl.data.classmix import classmix_mask
+from nnssl.data.cutmix import cutmix
+from nnssl.ema import copy_weights, ema_update, frozen_copy
+from nnssl.losses.anatomical import anatomical_contrast
+from nnssl.losses.distillation import bank_distillation
+from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
+from nnssl.losses.sampling import gather_interpolated
+from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.networks.features import decode, encode
+from nnssl.networks.heads import VoxelProjector
+
+
+@dataclass(frozen=True)
+class ACTIONConfig:
+    phase_fractions: tuple[float, ...] = (0.25, 0.25, 0.5)  # of the training (100, 100 and 200 epochs); 0 leaves a phase out
+    weight_global: float = 1.0  # of L_g
+    weight_local: float = 1.0  # of L_l
+    weight_pseudo: float = 1.0  # of L_u
+    weight_anatomical: float = 0.01  # lambda_a
+    ema_decay: float = 0.99  # of the teacher and its projectors
+    temperature_student: float = 0.1  # T_s
+    temperature_teacher: float = 0.01  # T_t
+    bank_images: int = 36  # images per bank
+    crops_per_axis: int = 2  # of the grid of L_l (ours)
+    embedding: int = 128  # width of s, z and of the representation
+    threshold_pseudo: float = 0.97  # voxels above it make the weight w of L_u
+    threshold_contrast: float = 0.7  # unlabeled voxels above it have a class in L_a
+    threshold_hard: float = 0.97  # voxels whose class f gives less are hard
+    num_queries: int = 256  # hard voxels per class, at most
+    num_negatives: int = 512  # per query
+    candidates: int = 4096  # voxels per class that negatives and class means come from (ours)
+    temperature: float = 0.5  # of L_a and of the choice of negative classes
+
+    def __post_init__(self) -> None:
+        fractions = self.phase_fractions
+        if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+            raise ValueError(f"phase_fractions must be three numbers of at least 0 with sum 1, found {list(fractions)}")
+        for name in ("bank_images", "crops_per_axis", "embedding", "num_queries", "num_negatives", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("temperature_student", "temperature_teacher", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        for name in ("ema_decay", "threshold_pseudo", "threshold_contrast", "threshold_hard"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+
+
+class Distillation(nn.Module):
+    """One distillation over a bank: projector and predictor of the student, the projector's moving average, the bank."""
+
+    def __init__(self, features: int, embedding: int, rows: int) -> None:
+        super().__init__()
+        self.projector = VoxelProjector(features, embedding)
+        self.predictor = VoxelProjector(embedding, embedding)
+        self.teacher = frozen_copy(self.projector)
+        self.bank = EmbeddingBank(rows, embedding)
+        self._bank_update: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, student: Tensor, teacher: Tensor, cases: Tensor, temperature_student: float, temperature_teacher: float) -> Tensor:
+        """KL over the bank. student, teacher: (N, F) pooled features; cases: (N,) numbers."""
+        s = self.predictor(self.projector(student))
+        with inference(self.teacher):
+            z = self.teacher(teacher)
+        self._bank_update = z, cases
+        return bank_distillation(s, z, self.bank.embeddings, self.bank.others(cases), temperature_student, temperature_teacher)
+
+    def after_step(self, decay: float) -> None:
+        if self._bank_update is not None:  # only phases that use the distillation move it
+            ema_update(self.teacher, self.projector, decay)
+            self.bank.push(*self._bank_update)
+            self._bank_update = None
+
+
+class ACTION(SemiMethod):
+    name = "ACTION"
+    config_class = ACTIONConfig
+    config: ACTIONConfig
+
+    def build(self) -> None:
+        c, encoder = self.config, self.student.encoder
+        self.grid = tuple(min(c.crops_per_axis, n) for n in self.planned.patch_size)
+        self.teacher = frozen_copy(self.student)
+        self.distillation_global = Distillation(2 * encoder.output_channels[-1], c.embedding, c.bank_images)
+        self.distillation_local = Distillation(encoder.output_channels[0], c.embedding, c.bank_images * math.prod(self.grid))
+        self.representation = nn.Linear(sum(encoder.output_channels[:-1]), c.embedding)  # a decoder stage is as wide as its skip
+        self.phase = 1  # a part of the state: the teacher is reset once, also over continued runs
+        self.encode, self.decode = self.planned.compiled(encode), self.planned.compiled(decode)
+
+    def make_copies(self) -> None:
+        copy_weights(self.teacher, self.student)
+
+    def get_extra_state(self) -> int:
+        return self.phase
+
+    def set_extra_state(self, state: int) -> None:
+        self.phase = state
+
+    def phase_at(self, t: float) -> int:
+        """1, 2 or 3; phases without a share of the training do not occur."""
+        present = [(i, end) for i, (f, end) in enumerate(zip(self.config.phase_fractions, self.ends(), strict=True), 1) if f > 0]
+        return next((i for i, end in present if t < end), present[-1][0])
+
+    def ends(self) -> list[float]:
+        return list(accumulate(self.config.phase_fractions))
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        phase = self.phase_at(t)
+        if phase == 3 and self.phase != 3:
+            copy_weights(self.teacher, self.student)
+        self.phase = phase
+        active = (self.global_distillation, self.local_distillation, self.anatomical_training)[phase - 1](batch)
+        inactive = 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # reaches every parameter, for several GPUs
+        return {k: active.get(k, inactive) for k in self.weights(t)}  # type: ignore[arg-type, misc]
+
+    def weights(self, t: float) -> dict[str, float]:
+        c, phase = self.config, self.phase_at(t)
+        return {
+            "supervised": float(phase > 1),
+            "global": c.weight_global * (phase < 3),
+            "local": c.weight_local * (phase == 2),
+            "pseudo": c.weight_pseudo * (phase == 3),
+            "anatomical": c.weight_anatomical * (phase == 3),
+        }
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        decay = self.config.ema_decay
+        ema_update(self.teacher, self.student, decay)
+        self.distillation_global.after_step(decay)
+        self.distillation_local.after_step(decay)
+
+    def announce(self, t: float) -> str:
+        phase = self.phase_at(t)
+        what = ("global distillation, without labels", "local distillation", "anatomical contrast")[phase - 1]
+        return f"phase {phase} of 3, {what}, until {self.ends()[phase - 1]:.0%} of the training"
+
+    def deployed(self, which: str) -> nn.Module:
+        return self.teacher if which == "teacher" else self.student
+
+    # phase 1
+
+    def global_distillation(self, batch: SemiBatch) -> dict[str, Tensor]:
+        """Encoders only."""
+        with inference(self.teacher):
+            teacher = self.encode(self.teacher, batch.weak)[-1]
+        return {"global": self.global_term(self.encode(self.student, batch.strong[0])[-1], teacher, batch)}
+
+    def global_term(self, student: Tensor, teacher: Tensor, batch: SemiBatch) -> Tensor:
+        """L_g from bottlenecks (U, F, S)."""
+        cases = case_numbers(batch.unlabeled_cases, student.device)
+        return self.distil(self.distillation_global, pool(student), pool(teacher), cases)
+
+    def distil(self, distillation: Distillation, student: Tensor, teacher: Tensor, cases: Tensor) -> Tensor:
+        return distillation(student, teacher, cases, self.config.temperature_student, self.config.temperature_teacher)
+
+    # phase 2
+
+    def local_distillation(self, batch: SemiBatch) -> dict[str, Tensor]:
+        n = len(batch.labeled)
+        with inference(self.teacher):
+            skips_teacher = self.encode(self.teacher, torch.cat([batch.labeled, batch.weak]))
+            features_teacher = self.decode(self.teacher, skips_teacher)[1]
+        skips = self.encode(self.student, torch.cat([batch.labeled, batch.strong[0]]))
+        outputs, features = self.decode(self.student, skips)
+        cases = case_numbers((*batch.labeled_cases, *batch.unlabeled_cases), batch.labeled.device)
+        crops = [pool_cells(f[-1], self.grid) for f in (features, features_teacher)]
+        return {
+            "supervised": self.supervised_loss(split_batch(outputs, n)[0], batch.target),
+            "global": self.global_term(skips[-1][n:], skips_teacher[-1][n:], batch),
+            "local": self.distil(
+                self.distillation_local, crops[0].flatten(0, 1), crops[1].flatten(0, 1), cases.repeat_interleave(math.prod(self.grid))
+            ),
+        }
+
+    # phase 3
+
+    def anatomical_training(self, batch: SemiBatch) -> dict[str, Tensor]:
+        n = len(batch.labeled)
+        with inference(self.teacher):
+            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        pasted = classmix_mask(self.labels.classes(self.labels.harden(p_w)))
+        p_m, x_m = cutmix(p_w, pasted), cutmix(batch.strong[0], pasted)
+        pseudo = self.labels.harden(p_m)
+
+        outputs, features = self.decode(self.student, self.encode(self.student, torch.cat([batch.labeled, x_m])))
+        labeled, unlabeled = split_batch(outputs, n)
+        share = confidence_mask(p_m, self.config.threshold_pseudo, self.labels).mean(tuple(range(1, p_m.ndim)), keepdim=True)
+        weight = share.expand(-1, -1, *p_m.shape[2:])
+        onehot, labeled_mask = self.labels.encode(batch.full_target())
+        if labeled_mask is None:
+            labeled_mask = torch.ones_like(onehot[:, :1], dtype=torch.bool)
+        counted = torch.cat([labeled_mask, confidence_mask(p_m, self.config.threshold_contrast, self.labels).bool()])
+        return {
+            "supervised": self.supervised_loss(labeled, batch.target),
+            "pseudo": share.mean() * cross_entropy(full_resolution(unlabeled), pseudo, self.labels, weight),  # mean of w CE
+            "anatomical": self.contrast(features, full_resolution(outputs), torch.cat([onehot, pseudo]), counted),
+        }
+
+    def contrast(self, features: list[Tensor], logits: Tensor, onehot: Tensor, counted: Tensor) -> Tensor:
+        """L_a over the voxels of both streams.
+
+        Args:
+            features: (B + U, F_s, S_s) of every decoder stage.
+            logits: (B + U, K, S).
+            onehot: labels and pseudo-labels (B + U, K, S); counted: (B + U, 1, S) bool, where they hold.
+        """
+        c, size = self.config, logits.shape[2:]
+        with torch.no_grad():
+            member = self.labels.classes(onehot) & counted[:, 0]
+            member &= member.flip(0).cumsum(0).flip(0) == 1  # of overlapping regions the last one
+            probabilities = self.probabilities(logits).movedim(1, 0)
+            if self.labels.has_regions:
+                probabilities = torch.cat([1 - probabilities.amax(0, keepdim=True), probabilities])
+            hard = probabilities < c.threshold_hard
+
+        def represent(index: Tensor) -> Tensor:
+            return self.representation(torch.cat([gather_interpolated(f, index, size) for f in features], -1))
+
+        return anatomical_contrast(
+            represent,
+            member.flatten(1),
+            hard.flatten(1),
+            num_queries=c.num_queries,
+            num_negatives=c.num_negatives,
+            temperature=c.temperature,
+            num_candidates=c.candidates,
+        )
+
+
+def pool(features: Tensor) -> Tensor:
+    """(B, F, S) -> (B, 2 F): mean and maximum over space."""
+    features = features.flatten(2)
+    return torch.cat([features.mean(2), features.amax(2)], 1)
+
+
+def pool_cells(features: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(B, F, S) -> (B, cells, F): means over the cells of a grid."""
+    pooling = F.adaptive_avg_pool3d if len(grid) == 3 else F.adaptive_avg_pool2d
+    return pooling(features, grid).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
