@@ -1,24 +1,23 @@
 """What a training step costs: every method against a supervised step and against the floor of its own networks; where Diff-CL's goes.
 
-    python -m benchmarks.speed.steps                       # left atrium at 2.5 mm, features/2, batch 2, one thread
+    python -m benchmarks.speed.steps                       # left atrium at 2.5 mm, features/2, batch 2, one thread, both allocators
+    python -m benchmarks.speed.steps --methods DiffCL CAML
     python -m benchmarks.speed.steps --device cuda --features 32 64 128 256 320 320 --patch 80 160 160 --strides 1 2 2 2 2 1,2,2
 
 The floor of a method: all its forward and backward passes through networks of the planned shape, at the batches the method uses, and
-nothing else. Everything is timed in one process, part after part in every round, medians over rounds; times are CPU seconds of this process
-(on CUDA: wall time after a synchronisation), so that other load disturbs the ratios little. Data: nnU-Net's augmentation of the labeled
-batch and the views of the unlabeled one, on random volumes.
+nothing else. Everything is timed in one process, part after part in every round, medians over rounds (benchmarks/speed/timing.py).
+Data: nnU-Net's augmentation of the labeled batch and the views of the unlabeled one, on random volumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import platform
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
-from tqdm import tqdm
 
+from benchmarks.speed.timing import machine, medians, save, table, under_both_allocators
 from nnssl.batch import SemiBatch
 from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
-from nnssl.methods.diffcl import DiffCL, DiffCLConfig
-from nnssl.methods.supervised import Supervised, SupervisedConfig
+from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.step import OptimizationStep
 
 CLASSES, IMAGES = 2, 1
@@ -86,29 +84,57 @@ class Setting:
         )
 
 
-def synchronised_clock(device: torch.device) -> Callable[[], float]:
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
+@dataclass(frozen=True)
+class Row:
+    """A step that is measured. floor: how often each of `passes` runs in it; t: progress at which it is taken; section: nnssl's config."""
 
-    return clock
-
-
-def interleaved_medians(parts: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of every part; one warm-up round first."""
-    clock = synchronised_clock(device)
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in tqdm(range(repeats + 1), desc="rounds"):
-        for name, part in parts.items():
-            start = clock()
-            part()
-            seconds[name].append(clock() - start)
-    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
+    method: str  # module of nnssl.methods
+    floor: dict[str, int]
+    t: float = 0.5
+    section: dict[str, Any] | None = None
 
 
-def training_pass(network: nn.Module, context: Callable[[], Any], *inputs: torch.Tensor) -> None:
+def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
+    diffcl = {"ddim_steps": ddim_steps, "hfm_max_tokens": max_tokens}
+    diffcl_floor = {"train 2B": 1, "infer B": 1, "train branch 2B": 1, "infer branch B": ddim_steps}
+    one_teacher = {"train 2B": 1, "infer B": 1}
+    return {
+        "Supervised": Row("supervised", {"train B": 1}),
+        "DiffCL": Row("diffcl", diffcl_floor, section=diffcl),
+        "DiffCL without HFM": Row("diffcl", diffcl_floor, section=diffcl | {"hfm_stages": 0}),
+        "CAML": Row("caml", {"train 2B": 1, "train interpolating 2B": 1}),
+        "SemSim": Row("semsim", {"train 3B": 1, "infer B": 1}),
+        "ACTION, phase 3": Row("action", one_teacher, t=0.9),
+        "FixMatch": Row("fixmatch", one_teacher),
+        "MeanTeacher": Row("mean_teacher", one_teacher),
+        "UAMT": Row("uamt", {"train 2B": 1, "infer B": 9}),
+        "CPS": Row("cps", {"train 2B": 2, "infer B": 2}),
+        "BCP": Row("bcp", one_teacher),
+        "MCNet": Row("mcnet", {"train 2B": 1, "train interpolating decoder 2B": 1}),
+    }
+
+
+def passes(setting: Setting, context: Callable[[], Any]) -> dict[str, Callable[[], None]]:
+    """Forward (and backward) of networks of the planned shape; B: the batch."""
+    student, branch = setting.network(), setting.network(IMAGES + CLASSES)
+    interpolating = interpolate_instead_of_transposing(setting.network())
+    image = torch.randn(setting.batch, IMAGES, *setting.patch, device=setting.device)
+    noisy = torch.randn(setting.batch, IMAGES + CLASSES, *setting.patch, device=setting.device)
+    with torch.no_grad():
+        skips = [x.requires_grad_() for x in interpolating.encoder(torch.cat([image, image]))]
+    return {
+        "train B": partial(training_pass, student, context, image),
+        "train 2B": partial(training_pass, student, context, torch.cat([image] * 2)),
+        "train 3B": partial(training_pass, student, context, torch.cat([image] * 3)),
+        "infer B": partial(forward_pass, student, context, image),
+        "train branch 2B": partial(training_pass, branch, context, torch.cat([noisy] * 2)),
+        "infer branch B": partial(forward_pass, branch, context, noisy),
+        "train interpolating 2B": partial(training_pass, interpolating, context, torch.cat([image] * 2)),
+        "train interpolating decoder 2B": partial(training_pass, interpolating.decoder, context, skips),
+    }
+
+
+def training_pass(network: nn.Module, context: Callable[[], Any], *inputs: Any) -> None:
     """Forward and backward, no loss."""
     with context():
         outputs = network(*inputs)
@@ -123,14 +149,21 @@ def forward_pass(network: nn.Module, context: Callable[[], Any], *inputs: torch.
         network(*inputs)
 
 
-def full_step(method: SemiMethod, step: OptimizationStep, batch: SemiBatch) -> None:
+def full_step(method: SemiMethod, step: OptimizationStep, batch: SemiBatch, t: float = 0.5) -> None:
+    """What the trainer does with a batch."""
     step.optimizer.zero_grad(set_to_none=True)
-    weights = method.weights(0.5)
+    weights = method.weights(t)
     with step.autocast():
-        terms = method(batch, 0.5)
-        loss = sum(weights[k] * terms[k] for k in terms)
+        terms = method(batch, t)
+        loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0)
     step.take(loss)  # type: ignore[arg-type]
-    method.after_step(batch, 0.5)
+    method.after_step(batch, t)
+
+
+def method_class(module: str) -> type[SemiMethod]:
+    """The method of nnssl.methods.`module`."""
+    found = importlib.import_module(f"nnssl.methods.{module}")
+    return next(c for c in vars(found).values() if isinstance(c, type) and issubclass(c, SemiMethod) and c.__module__ == found.__name__)
 
 
 def make(cls: type[SemiMethod], config: Any, setting: Setting) -> tuple[SemiMethod, OptimizationStep, SemiBatch]:
@@ -157,61 +190,62 @@ def data_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(setting: Setting, ddim_steps: int, max_tokens: int, repeats: int) -> dict[str, float]:
-    config = DiffCLConfig(ddim_steps=ddim_steps, hfm_max_tokens=max_tokens)
-    no_hfm = DiffCLConfig(ddim_steps=ddim_steps, hfm_stages=0)
-    supervised, diffcl, bare = (make(c, k, setting) for c, k in ((Supervised, SupervisedConfig()), (DiffCL, config), (DiffCL, no_hfm)))
-    context = supervised[1].autocast
-    image = torch.randn(setting.batch, IMAGES, *setting.patch, device=setting.device)
-    noisy = torch.randn(setting.batch, IMAGES + CLASSES, *setting.patch, device=setting.device)
-    student, branch, hfm_student = setting.network(), setting.network(IMAGES + CLASSES), diffcl[0].student
-    both = torch.cat([image, image])
-    seconds = interleaved_medians(
-        {
-            "supervised step": partial(full_step, *supervised),
-            "Diff-CL step": partial(full_step, *diffcl),
-            "Diff-CL step without HFM": partial(full_step, *bare),
-            "supervised floor": partial(training_pass, student, context, image),
-            "student, forward and backward": partial(training_pass, student, context, both),
-            "student, weak forward": partial(forward_pass, student, context, image),
-            "diffusion branch, forward and backward": partial(training_pass, branch, context, torch.cat([noisy, noisy])),
-            "DDIM, one forward": partial(forward_pass, branch, context, noisy),
-            "student with HFM, forward and backward": partial(training_pass, hfm_student, context, both),
-            "student with HFM, weak forward": partial(forward_pass, hfm_student, context, image),
-            **{f"data, {k}": v for k, v in data_parts(setting).items()},
-        },
-        repeats,
-        setting.device,
-    )
-    seconds["DDIM"] = ddim_steps * seconds.pop("DDIM, one forward")
-    seconds["HFM"] = sum(seconds.pop(f"student with HFM, {k}") - seconds[f"student, {k}"] for k in ("forward and backward", "weak forward"))
-    return seconds
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    setting = Setting(args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, device, args.amp)
+    chosen = {k: r for k, r in rows(args.ddim_steps, args.max_tokens).items() if k in ("Supervised", *args.methods) or not args.methods}
+    steps, networks = {}, {}
+    for name, row in chosen.items():
+        cls = method_class(row.method)
+        built = make(cls, cls.config_class(**(row.section or {})), setting)
+        steps[name], networks[name] = partial(full_step, *built, row.t), built[0].student
+        context = built[1].autocast
+    needed = {p for row in chosen.values() for p in row.floor}
+    parts: dict[str, Callable[[], Any]] = {k: p for k, p in passes(setting, context).items() if k in needed}
+    if "DiffCL" in chosen:
+        image = torch.randn(setting.batch, IMAGES, *setting.patch, device=device)
+        parts["train HFM 2B"] = partial(training_pass, networks["DiffCL"], context, torch.cat([image] * 2))
+        parts["infer HFM B"] = partial(forward_pass, networks["DiffCL"], context, image)
+    parts |= {f"data, {k}": v for k, v in data_parts(setting).items()}
+    tile = torch.randn(1, IMAGES, *setting.patch, device=device)
+    parts["prediction of a tile"] = partial(forward_pass, networks["Supervised"].eval(), context, tile)
+    seconds = medians({**{f"step {k}": v for k, v in steps.items()}, **parts}, args.repeats, device)
+    return {"seconds": seconds, "machine": machine(device), "floors": {k: r.floor for k, r in chosen.items()}}
 
 
-NETWORKS = ("student, forward and backward", "student, weak forward", "diffusion branch, forward and backward", "DDIM")
+def report(results: dict[str, Any], args: argparse.Namespace) -> str:
+    amp = args.amp if args.device == "cuda" or args.amp == "bfloat16" else "off"
+    shape = f"patch {args.patch}, features {args.features}, batch {args.batch}, autocast {amp}, DDIM steps {args.ddim_steps}"
+    lines, split, data = [], [], []
+    for allocator, result in results.items():
+        s, floors = result["seconds"], result["floors"]
+        supervised, data_both = s["step Supervised"], s["data, labeled"] + s["data, unlabeled"]
+        for name, passes_of in floors.items():
+            floor, value = sum(n * s[p] for p, n in passes_of.items()), s[f"step {name}"]
+            content = ", ".join(p if n == 1 else f"{n} x {p}" for p, n in passes_of.items())
+            over, outside = f"{100 * (value / floor - 1):.1f} %", f"{100 * (1 - floor / (value + data_both)):.1f} %"
+            lines.append([allocator, name, 1e3 * value, f"{value / supervised:.2f}", content, 1e3 * floor, over, outside])
+        if "step DiffCL" in s:
+            split += [[allocator, *line] for line in diffcl_parts(s, floors["DiffCL"])]
+        data.append([allocator, 1e3 * s["data, labeled"], 1e3 * s["data, unlabeled"], f"{100 * data_both / supervised:.1f} %"])
+        data[-1].append(1e3 * s["prediction of a tile"])
+    parts = [next(iter(results.values()))["machine"] + "; " + shape]
+    header = ["allocator", "step", "ms", "x supervised", "floor", "floor, ms", "overhead on the floor", "outside the floor, with data"]
+    parts.append(table(header, lines))
+    if split:
+        parts.append(table(["allocator", "part of a Diff-CL step", "ms", "share of the step"], split))
+    names = ["labeled batch, ms", "unlabeled batch, ms", "both to a supervised step", "prediction of a tile, ms"]
+    parts.append("Augmentation, before the step, and inference:\n\n" + table(["allocator", *names], data))
+    return "\n\n".join(parts)
 
 
-def report(s: dict[str, float], ddim_steps: int) -> str:
-    floor = sum(s[k] for k in NETWORKS)
-    step, bare, data = s["Diff-CL step"], s["Diff-CL step without HFM"], s["data, labeled"] + s["data, unlabeled"]
-    lines = ["| step | ms | x supervised | floor, ms | overhead on the floor |", "|---|---|---|---|---|"]
-    for name, value, base in (
-        ("supervised", s["supervised step"], s["supervised floor"]),
-        (f"Diff-CL, S = {ddim_steps}", step, floor),
-        (f"Diff-CL without HFM, S = {ddim_steps}", bare, floor),
-    ):
-        lines.append(
-            f"| {name} | {1e3 * value:.0f} | {value / s['supervised step']:.2f} | {1e3 * base:.0f} | {100 * (value / base - 1):.1f} % |"
-        )
-    lines += ["", "| part of a Diff-CL step | ms | share of the step |", "|---|---|---|"]
-    rest = step - floor - s["HFM"]
-    parts = {**{k: s[k] for k in NETWORKS}, "HFM": s["HFM"], "losses, views' mixing, averages, optimizer, rest": rest}
-    lines += [f"| {k} | {1e3 * v:.0f} | {100 * v / step:.1f} % |" for k, v in parts.items()]
-    streams = f"labeled {1e3 * s['data, labeled']:.0f}, unlabeled {1e3 * s['data, unlabeled']:.0f}"
-    lines += [f"| data ({streams}; before the step) | {1e3 * data:.0f} | |"]
-    outside = (bare - floor + data) / (bare + data)
-    lines += ["", f"Outside the networks, without HFM, data included: {100 * outside:.1f} % of step and data."]
-    return "\n".join(lines)
+def diffcl_parts(s: dict[str, float], floor: dict[str, int]) -> list[list[Any]]:
+    parts = {p: n * s[p] for p, n in floor.items()}
+    parts["HFM"] = s["train HFM 2B"] - s["train 2B"] + s["infer HFM B"] - s["infer B"]
+    step = s["step DiffCL"]
+    parts["losses, mixing of views, averages, optimizer, rest"] = step - sum(parts.values())
+    return [[k, 1e3 * v, f"{100 * v / step:.1f} %"] for k, v in parts.items()]
 
 
 def parse_strides(texts: list[str]) -> list[list[int]]:
@@ -220,6 +254,7 @@ def parse_strides(texts: list[str]) -> list[list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=[], help="steps to measure beside the supervised one (default: all)")
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--strides", nargs="+", default=["1", "2", "2", "1,2,2"])
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 40, 48])
@@ -227,24 +262,17 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, default=2.5)
     parser.add_argument("--ddim-steps", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    setting = Setting(args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, torch.device(args.device), args.amp)
-    seconds = measure(setting, args.ddim_steps, args.max_tokens, args.repeats)
-    text = report(seconds, args.ddim_steps)
-    print(text)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    name = f"steps_{args.device}" + ("" if args.amp == "float16" else f"_{args.amp}")
-    amp = args.amp if args.device == "cuda" or args.amp == "bfloat16" else "off"
-    machine = f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
-    shape = f"patch {args.patch}, features {args.features}, batch {args.batch}, autocast {amp}"
-    (folder / f"{name}.md").write_text(f"{machine}; {shape}\n\n{text}\n")
-    (folder / f"{name}.json").write_text(json.dumps({"arguments": vars(args), "torch": torch.__version__, "seconds": seconds}, indent=1))
+    if args.json:
+        print(json.dumps(measure(args)))
+        return
+    results = under_both_allocators("benchmarks.speed.steps", sys.argv[1:]) if args.device == "cpu" else {"": measure(args)}
+    save(f"steps_{args.device}" + ("" if args.amp == "float16" else f"_{args.amp}"), report(results, args), results)
 
 
 if __name__ == "__main__":
