@@ -115,7 +115,7 @@ ROWS = {
             "consistency": {"student", "auxiliary", "attention"},
             "correlation": {"student", "auxiliary", "attention", "head_v", "head_a"},
         },
-        lambda t: {"supervised": 0.5, "supervised_aux": 0.5, "consistency": _ramp(t), "correlation": 0.05 * _ramp(t)},
+        lambda t: {"supervised": 1.0, "supervised_aux": 1.0, "consistency": 2 * _ramp(t), "correlation": 0.1 * _ramp(t)},
         warm_up=2,
     ),
     "MeanTeacher": Row(

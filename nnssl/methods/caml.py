@@ -1,6 +1,6 @@
 """CAML: correlation-aware mutual learning of two networks (Gao et al., MICCAI 2023).
 
-    L   = 0.5 (L_sup(v) + L_sup(a)) + r(t) (lambda_c L_c + lambda_o L_o)
+    L   = L_sup(v) + L_sup(a) + r(t) (lambda_c L_c + lambda_o L_o)
     L_c = mse(p_v, sharpen p_a) + mse(p_a, sharpen p_v)                 on x_l and x_u; sharpen p = p^(1/T) / sum_c p_c^(1/T)
     L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_u, rows j of the bank
     c   = softmax_j(q_i . m_j / T_o),  q = predictor(projector(features of the last decoder stage))
@@ -11,10 +11,11 @@ a         auxiliary, the planned network with interpolation instead of transpose
 i         voxels that v and a call the same class, per class those of which v is most certain
 m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case and class; per class
           so many are drawn over all cases, a class with fewer is left out
-x_u       unlabeled patch, spatial transform only, the same for both networks
+x_u       unlabeled patch, augmented as labeled ones are (the strong view), the same for both networks
 r(t)      Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; sharpened probabilities are targets without gradient (the
+Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice the published one, so that
+each network learns from L_sup at nnU-Net's learning rate; sharpened probabilities are targets without gradient (the
 public code differentiates them too); a's interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without
 dropout and the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels alone with the same
 result (the public ones normalise over all voxels that agree); the bank keeps the last rows of every case and class rather than all voxels
@@ -45,9 +46,9 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class CAMLConfig:
-    weight_supervised: float = 0.5  # of each network's L_sup
-    weight_consistency: float = 1.0  # lambda_c
-    weight_correlation: float = 0.05  # lambda_o
+    weight_supervised: float = 1.0  # of each network's L_sup; this and the next two: twice the published (ours)
+    weight_consistency: float = 2.0  # lambda_c
+    weight_correlation: float = 0.1  # lambda_o
     ramp_fraction: float = 0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
     sharpening: float = 0.1  # T
     temperature: float = 0.1  # T_o
@@ -70,7 +71,6 @@ class CAML(SemiMethod):
     name = "CAML"
     config_class = CAMLConfig
     config: CAMLConfig
-    num_strong_views = 0
 
     def build(self) -> None:
         c, features = self.config, self.student.encoder.output_channels
@@ -87,7 +87,7 @@ class CAML(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        images = torch.cat([batch.labeled, batch.weak])  # one pass for both streams: CMA looks across them
+        images = torch.cat([batch.labeled, batch.strong[0]])  # one pass for both streams: CMA looks across them
         outputs_v, features_v = self.walk(self.student, images)
         outputs_a, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
