@@ -22,6 +22,7 @@ from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
+from nnssl.methods.uamt import UAMT, UAMTConfig
 from tests.building import Task
 
 
@@ -67,7 +68,7 @@ ROWS = {
         SemSim,
         SemSimConfig(threshold=0.0, width=16, max_tokens=256),  # untrained networks are certain of nothing
         {"supervised": {"student"}, "pseudo": {"student"}, "intra": {"student", "fusion"}, "cross": {"student", "fusion"}},
-        lambda t: {"supervised": 0.5, "pseudo": 0.25, "intra": 0.125, "cross": 0.125},
+        lambda t: {"supervised": 1.0, "pseudo": 0.5 * _ramp(t), "intra": 0.25 * _ramp(t), "cross": 0.25 * _ramp(t)},
     ),
     "Supervised": Row(Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}),
     "DiffCL": Row(
@@ -145,6 +146,13 @@ ROWS = {
         BCPConfig(),
         {"supervised": {"student"}, "pseudo": {"student"}},
         lambda t: {"supervised": 1.0, "pseudo": 0.5 * (t >= 2 / 17)},
+        frozen={"teacher"},
+    ),
+    "UAMT": Row(
+        UAMT,
+        UAMTConfig(threshold=1.0),  # untrained networks are certain of nothing
+        {"supervised": {"student"}, "consistency": {"student"}},
+        lambda t: {"supervised": 1.0, "consistency": 0.1 * _ramp(t, 1.0)},
         frozen={"teacher"},
     ),
 }

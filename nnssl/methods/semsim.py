@@ -1,6 +1,6 @@
 """SemSim: semantic similarity refines pseudo-labels, within an image and across images (arXiv 2410.13486).
 
-    L = 1/2 (L_sup + 0.5 L_u + 0.25 L_intra + 0.25 L_cross)
+    L = L_sup + r(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
     L_sup   = nnU-Net's loss of f(x_l) against y_l
     L_u     = dice(p_w -> p_s1)
     L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2   of x_w and x_s1
@@ -11,15 +11,17 @@
 f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no gradient
 x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak predictions p_w, p1_w, p2_w are cut
             with the box of the view they are compared with
+r(t)        Gaussian ramp over the first 40 % of training
 dice(a->b)  soft Dice of b against harden a over the voxels where a is certain, max a >= T
 e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens` voxels; never ships
 G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the sub-region lacks c
 
-Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; SFM takes its three deepest encoder stages; windows and sub-regions are
-at most 4 per axis and at least 2 voxels wide, so fewer on small grids; labels and predictions are averaged onto the grid of e (voxels
-belong to classes in part); channel dropout acts on all encoder features of the strong views, before decoding and fusion; a class that a
-labeled image lacks takes part in no mean over images, and L_cross leaves out what p_w calls a class that none of them has; weights carry
-no gradient; regions are two-class problems, each with its complement.
+Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; the whole objective is twice the published one, so that f learns from
+L_sup at nnU-Net's learning rate; a ramp, because networks trained from nothing are soon certain of wrong labels; SFM takes its three
+deepest encoder stages; windows and sub-regions are at most 4 per axis and at least 2 voxels wide, so fewer on small grids; labels and
+predictions are averaged onto the grid of e (voxels belong to classes in part); channel dropout acts on all encoder features of the strong
+views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over images, and L_cross leaves out what p_w
+calls a class that none of them has; weights carry no gradient; regions are two-class problems, each with its complement.
 
 Deviations, because the published constants are dead: un-tempered cosines give no p_cr above 0.95 (with two classes 0.88 at most), r = 1000
 no weight above 0, and with s = 1 M averages the image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence
@@ -59,11 +61,11 @@ SCALES = 3  # of the encoder that SFM fuses
 
 @dataclass(frozen=True)
 class SemSimConfig:
-    weight_supervised: float = 0.5  # 1/2
-    weight_pseudo: float = 0.25  # 1/2 * 0.5, of L_u
-    weight_intra: float = 0.125  # 1/2 * 0.25
-    weight_cross: float = 0.125  # 1/2 * 0.25
-    ramp_fraction: float = 0.0  # share of training over which the unlabeled weights rise; 0: none, as published
+    weight_supervised: float = 1.0  # this and the next three: twice the published (ours)
+    weight_pseudo: float = 0.5  # of L_u
+    weight_intra: float = 0.25
+    weight_cross: float = 0.25
+    ramp_fraction: float = 0.4  # share of training over which r rises (ours); 0: no ramp, as published
     threshold: float = 0.95  # T
     cutmix_probability: float = 0.5  # of a box per sample and view (UniMatch)
     channel_dropout: float = 0.5  # of the strong views' encoder features
