@@ -18,7 +18,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.run.run_training import get_trainer_from_args
 from tqdm import tqdm
 
-from nnssl.method import inference
+from nnssl.method import full_resolution, inference
 from nnssl.randomness import seed_everything
 
 STEPS = (1, 2, 4, 10)
@@ -57,25 +57,30 @@ def main() -> None:
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hidden)
     scores: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
+
+    def record(key: str, probabilities: torch.Tensor, duration: float) -> None:
+        seconds[key] = seconds.get(key, 0) + duration
+        scores.setdefault(key, []).append(foreground_dice(method.labels.harden(probabilities), label))
+
     seed_everything(0)
     for case in tqdm(hidden):
         data, seg, _, _ = dataset.load_case(case)
         image = torch.from_numpy(central_patch(data, patch, 0)).float()[None]
         label = central_patch(seg, patch, 0)
-        with inference(method.student, method.sampler, method.denoiser):
-            start = time.perf_counter()
-            logits = method.student(image)
-            logits = logits[0] if isinstance(logits, list) else logits
-            seconds["y_f"] = seconds.get("y_f", 0) + time.perf_counter() - start
-            scores.setdefault("y_f", []).append(foreground_dice(method.labels.harden(method.probabilities(logits)), label))
-            noise = torch.randn_like(logits)
-            for name, network in (("y_g", method.sampler), ("y_g without averaging", method.denoiser)):
+        with inference(method.student, method.teacher, method.sampler):
+            for name, network in (("student", method.student), ("y_f", method.teacher)):
+                start = time.perf_counter()
+                p_f = method.probabilities(full_resolution(network(image)))
+                record(name, p_f, time.perf_counter() - start)
+            noise = torch.randn_like(p_f)
+            for share in (method.config.sampling_start, 1.0):
                 for steps in STEPS:
                     start = time.perf_counter()
-                    x = method.diffusion.ddim_sample(lambda x, tau, n=network, i=image: method.estimate(n(x, tau, i)), noise, steps)
-                    key = f"{name}, S = {steps}"
-                    seconds[key] = seconds.get(key, 0) + time.perf_counter() - start
-                    scores.setdefault(key, []).append(foreground_dice(method.labels.harden((x + 1) / 2), label))
+                    taus = method.diffusion.trailing_steps(steps, share)
+                    x = noise if share == 1 else method.diffusion.q_sample(2 * p_f - 1, torch.tensor(taus[:1]), noise)
+                    x = method.diffusion.ddim_sample(lambda x, tau, i=image: method.estimate(method.sampler(x, tau, i)), x, taus)
+                    origin = "noise" if share == 1 else f"p_f at tau = {taus[0]}"
+                    record(f"y_g from {origin}, S = {steps}", (x + 1) / 2, time.perf_counter() - start)
     print("| pseudo-label | mean Dice | sd | s per patch |\n|---|---|---|---|")
     for key, values in scores.items():
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} | {seconds[key] / len(hidden):.3f} |")
