@@ -5,7 +5,7 @@
 
 High-pass: features (2, 32, *grid), forward and backward, relative to one 3x3x3 convolution 32 -> 32 on them; separable (what HFM uses) and
 by rfftn with the same box as a mask (also the price of any other mask). Networks: nnU-Net's plan for left atria of 2.5 mm at half its
-features; HFM's stage follows from the limit of its tokens.
+features; HFM's stage follows from the limit of its tokens. Layouts: the block alone on contiguous and on channels_last features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
 from benchmarks.speed.timing import machine, medians, save, table, under_both_allocators
-from nnssl.networks.hf_mamba import box_radii, describe_hfm, high_pass, insert_hfm
+from nnssl.networks.hf_mamba import HighFrequencyMamba, box_radii, describe_hfm, high_pass, insert_hfm
 
 GRIDS = ((12, 20, 24), (16, 32, 32), (24, 40, 48), (33, 47, 29))
 CUTOFFS = (0.25, 0.5)
@@ -89,19 +89,37 @@ def networks(repeats: int, device: torch.device) -> dict[str, Any]:
     return {"training": medians(trained, repeats, device), "prediction": medians(predicted, repeats, device)}
 
 
+def layouts(channels: int, grid: tuple[int, ...], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of one block, forward and backward on 2 patches, for both memory formats of its features and their gradient."""
+    block = HighFrequencyMamba(channels, [1.0] * len(grid)).to(device)
+    nn.init.ones_(block.gate)
+    x, grad = torch.randn(2, channels, *grid, device=device), torch.randn(2, channels, *grid, device=device)
+
+    def call(memory_format: torch.memory_format) -> None:
+        inputs = x.to(memory_format=memory_format).requires_grad_()
+        torch.autograd.grad(block(inputs), [inputs, *block.parameters()], grad.to(memory_format=memory_format))
+
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+    return {"channels": channels, "grid": grid, "seconds": medians({k: partial(call, f) for k, f in formats.items()}, repeats, device)}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
+    blocks = [layouts(64, (6, 10, 12), args.repeats, device), layouts(32, (12, 20, 24), args.repeats, device)]
     passes = [high_passes(grid, cutoff, args.repeats, device) for grid in GRIDS for cutoff in CUTOFFS]
-    return {"high_passes": passes, "networks": networks(args.repeats, device), "machine": machine(device)}
+    return {"high_passes": passes, "layouts": blocks, "networks": networks(args.repeats, device), "machine": machine(device)}
 
 
 def report(results: dict[str, Any]) -> str:
-    filters, whole = [], []
+    filters, whole, blocks = [], [], []
     for allocator, result in results.items():
         for entry in result["high_passes"]:
             s, grid = entry["seconds"], " x ".join(map(str, entry["grid"]))
             relative = [f"{s[k] / s['convolution']:.2f}" for k in ("separable", "rfftn")]
             filters.append([allocator, grid, f"{entry['cutoff']:g}", *(1e3 * v for v in s.values()), *relative])
+        for entry in result["layouts"]:
+            s, grid = entry["seconds"], " x ".join(map(str, entry["grid"]))
+            blocks.append([allocator, f"{entry['channels']} channels, {grid}", *(1e3 * v for v in s.values())])
         training, prediction = result["networks"]["training"], result["networks"]["prediction"]
         for name in training:
             ratios = [f"{t[name] / t['planned']:.2f}x" for t in (training, prediction)]
@@ -119,7 +137,8 @@ def report(results: dict[str, Any]) -> str:
     network_header = ["allocator", "network", "training pass, ms", "to planned", "prediction of a tile, ms", "to planned"]
     voxels = math.prod(PATCH)
     shape = f"Networks: features {FEATURES}, patch {' x '.join(map(str, PATCH))} = {voxels} voxels."
-    return "\n\n".join([next(iter(results.values()))["machine"], table(header, filters), shape, table(network_header, whole)])
+    block_table = table(["allocator", "block alone", "contiguous, ms", "channels_last, ms"], blocks)
+    return "\n\n".join([next(iter(results.values()))["machine"], table(header, filters), block_table, shape, table(network_header, whole)])
 
 
 def main() -> None:
