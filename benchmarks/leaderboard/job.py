@@ -1,0 +1,240 @@
+"""One row of the leaderboard: train, let nnU-Net predict the validation cases with the last checkpoint, score, write the row."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, lock, run, tail, write_whole
+from benchmarks.leaderboard.suite import Row, Suite
+
+TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
+PREDICT = ("nnunetv2.inference.predict_from_raw_data:predict_entry_point", "nnUNetv2_predict")
+PACKAGES = ("nnunetv2", "torch", "numpy", "medpy")
+
+
+class Job:
+    """A row of a suite in its work folder."""
+
+    def __init__(self, suite: Suite, row: Row, work: Path, results: Path) -> None:
+        self.suite, self.row = suite, row
+        self.space = Workspace(work / suite.name, suite)
+        self.result = results / suite.name / f"{row.name}.json"
+        self.panel = results / suite.name / "panels" / f"{row.name}.png"
+        self.plans = f"{row.name}_{row.fingerprint}"
+        self.log = self.space.folder / "logs" / f"{self.plans}.log"
+        self.usage = self.space.folder / "logs" / f"{self.plans}.jsonl"
+        self.lock = self.space.folder / "locks" / self.plans
+        self.epochs = int(row.settings["num_epochs"])
+
+    def state(self) -> str:
+        """finished | failed | outdated (of other settings) | absent, by the row on disk."""
+        if not self.result.is_file():
+            return "absent"
+        found = json.loads(self.result.read_text())
+        return found["status"] if found["fingerprint"] == self.row.fingerprint else "outdated"
+
+    def run(self) -> str:
+        """All that is missing; returns the row's status, or `busy` where another process works on it."""
+        with lock(self.lock) as mine:
+            if not mine:
+                return "busy"
+            if self.state() == "finished":
+                return "finished"
+            commit = self.commit()
+            try:
+                folder = self.self_training() if self.row.kind == "self_training" else self.train(self.space, self.plans, self.row.settings)
+                row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, commit)}
+            except Exception as error:
+                with open(self.log, "a") as file:
+                    traceback.print_exc(file=file)
+                self.fail(f"{type(error).__name__}: {error}")
+                return "failed"
+            self.write(row)
+            return "finished"
+
+    def train(self, space: Workspace, plans: str, settings: Any, fold: int | None = None, batch_size: int | None = None) -> Path:
+        """A training to its end, from its last checkpoint if it has one; returns nnU-Net's folder of the fold."""
+        fold = self.row.fold if fold is None else fold
+        name = f"{self.row.trainer}__{plans}__{self.suite.configuration}"
+        folder = space.folder / "results" / self.suite.dataset / name / f"fold_{fold}"
+        if not (folder / "validation" / "summary.json").is_file():
+            space.write_plans(plans, settings, batch_size)
+            arguments = [space.identifier, self.suite.configuration, str(fold), "-tr", self.row.trainer, "-p", plans, "--c"]
+            self.nnunet(space, *TRAIN, *arguments)
+        return folder
+
+    def nnunet(self, space: Workspace, *command: str) -> None:
+        environment = space.environment()
+        if self.suite.device == "cpu":
+            environment.setdefault("nnUNet_n_proc_DA", "0")
+        launch = [sys.executable, "-m", "benchmarks.leaderboard.launch", "1", str(self.usage)]
+        run(self.log, [*launch, *command, "-device", self.suite.device], environment)
+
+    def self_training(self) -> Path:
+        """What a user of stock nnU-Net does with unlabeled scans: train, predict them, train anew on both.
+
+        Each round takes half of the row's steps. Round two draws its batch, as large as the labeled and the unlabeled batch of the other
+        methods together, from the labeled cases and the pseudo-labeled scans; labeled cases stand in its list so many times that the
+        expected number of labeled samples per step is the others'. Pseudo-labels come from the last checkpoint of round one. Both rounds
+        are nnUNetTrainerSupervised: stock nnU-Net with a schedule and a seed.
+        """
+        settings, half = dict(self.row.settings), self.epochs // 2
+        first = self.train(self.space, f"{self.plans}_r1", {**settings, "num_epochs": half})
+        second = Workspace(self.space.folder / "self_training" / self.plans, self.suite)
+        split = json.loads((self.space.preprocessed / "splits_final.json").read_text())[self.row.fold]
+        ending = json.loads((self.space.raw / "dataset.json").read_text())["file_ending"]
+        images = {name: sorted((self.space.raw / name).glob(f"*{ending}")) for name in ("imagesTr", "imagesUn")}
+        case = lambda path: path.name.removesuffix(ending)[:-5]  # noqa: E731  # without the channel number
+        pseudo, scans = second.folder / "pseudo", second.folder / "scans"
+        unlabeled = {case(p): None for p in images["imagesUn"]} | dict.fromkeys(split["unlabeled"])
+        if not (second.folder / "predicted").is_file():
+            shutil.rmtree(pseudo, ignore_errors=True)
+            for path in (*images["imagesTr"], *images["imagesUn"]):
+                if case(path) in unlabeled:
+                    link(path, scans / path.name)
+            model = ["-d", self.space.identifier, "-c", self.suite.configuration, "-f", str(self.row.fold), "-tr", self.row.trainer]
+            last = ["-p", f"{self.plans}_r1", "-chk", "checkpoint_final.pth", "-npp", "0", "-nps", "0", "--disable_progress_bar"]
+            self.nnunet(self.space, *PREDICT, "-i", str(scans), "-o", str(pseudo), *model, *last)
+            (second.folder / "predicted").touch()
+        if not (second.folder / "prepared").is_file():
+            for path in (*images["imagesTr"], *images["imagesUn"]):
+                link(path, second.raw / "imagesTr" / path.name)
+            for name in (*split["train"], *split["val"]):
+                link(self.space.raw / "labelsTr" / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
+            for name in unlabeled:
+                link(pseudo / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
+            dataset = json.loads((self.space.raw / "dataset.json").read_text())
+            write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": len(second.cases())}))
+            second.preprocessed.mkdir(parents=True, exist_ok=True)
+            write_whole(second.preprocessed / f"{BASE_PLAN}.json", json.dumps(self.space.plans()))
+            second.preprocess(self.log, BASE_PLAN, 1)
+            (second.folder / "prepared").touch()
+        plans = self.space.plans(f"{self.plans}_r1")
+        batch = plans["configurations"][self.suite.configuration]["batch_size"]
+        more = settings.get("unlabeled_batch_size") or batch
+        times = max(1, round(len(unlabeled) * batch / (more * len(split["train"]))))
+        train = sorted(split["train"] * times + list(unlabeled))
+        write_whole(second.preprocessed / "splits_final.json", json.dumps([{"train": train, "val": split["val"]}]))
+        folder = self.train(second, self.plans, {**settings, "num_epochs": self.epochs - half}, fold=0, batch_size=batch + more)
+        self.rounds = [first, folder]
+        return folder
+
+    # the row
+
+    def identity(self, status: str) -> dict[str, Any]:
+        row, split = self.row, self.space.preprocessed / "splits_final.json"
+        labeled = row.labeled
+        if labeled is None and split.is_file():
+            labeled = len(json.loads(split.read_text())[row.fold]["train"])
+        what = {"suite": self.suite.name, "method": row.method, "trainer": row.trainer, "dataset": self.suite.dataset, "labeled": labeled}
+        return {**what, "seed": row.seed, "fold": row.fold, "dice": None, "status": status, "fingerprint": row.fingerprint}
+
+    def fail(self, reason: str) -> None:
+        """A visible row for a training that ended early; the next run tries again from its last checkpoint."""
+        lines = reason.splitlines()
+        self.write({**self.identity("failed"), "error": lines[0] if lines else "", "log": tail(self.log).splitlines()})
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.result, "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n}\n")
+
+    def scores(self, folder: Path) -> dict[str, Any]:
+        """Metrics of every validation case, their means, the panel."""
+        import SimpleITK as sitk
+
+        from benchmarks.leaderboard.metrics import score_case
+        from benchmarks.leaderboard.panel import write_panel
+
+        dataset = json.loads((self.space.raw / "dataset.json").read_text())
+        ending = dataset["file_ending"]
+        structures = {k: v for k, v in dataset["labels"].items() if isinstance(v, int) and v > 0 and k != "ignore"}
+        names = json.loads((self.space.preprocessed / "splits_final.json").read_text())[self.row.fold]["val"]
+        table: dict[str, list[list[float | None]]] = {}
+        volumes = []
+        for name in names:
+            truth = sitk.ReadImage(str(self.space.raw / "labelsTr" / f"{name}{ending}"))
+            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "validation" / f"{name}{ending}")))
+            reference = sitk.GetArrayFromImage(truth)
+            volumes.append(int((reference > 0).sum()))
+            for metric, values in score_case(prediction, reference, truth.GetSpacing()[::-1], list(structures.values())).items():
+                table.setdefault(metric, []).append(values)
+        middle = names[int(np.argsort(volumes, kind="stable")[len(names) // 2])]  # the same case for every method
+        aspect = write_panel(self.space.raw, folder / "validation", middle, ending, self.panel)
+        means = {metric: float(np.mean([v for row in values for v in row if v is not None])) for metric, values in table.items()}
+        return {
+            "dice": means["dice"],
+            "metrics": {k: round(v, 5) for k, v in means.items()},
+            "structures": list(structures),
+            "cases": names,
+            "per_case": table,
+            "panel": {"case": middle, "aspect": aspect},
+        }
+
+    def provenance(self, folder: Path, commit: str) -> dict[str, Any]:
+        """Curves, resolved configuration, plan, versions, hardware, time and memory."""
+        import torch
+
+        seconds, config = 0.0, {}
+        curve: dict[str, list[float | None]] = {}
+        for one in getattr(self, "rounds", [folder]):
+            checkpoint = torch.load(one / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+            log = checkpoint["logging"]
+            seconds += sum(log["epoch_end_timestamps"]) - sum(log["epoch_start_timestamps"])
+            for name, key in (("train_loss", "train_losses"), ("val_loss", "val_losses"), ("pseudo_dice", "mean_fg_dice")):
+                values = [float(v) for v in log[key]]
+                curve[name] = curve.get(name, []) + [round(v, 5) if math.isfinite(v) else None for v in values]
+            config = checkpoint["nnssl"]["config"]
+        plan = json.loads((folder.parent / "plans.json").read_text())["configurations"][self.suite.configuration]
+        network = plan["architecture"]["arch_kwargs"]
+        used = [json.loads(line) for line in self.usage.read_text().splitlines()]
+        return {
+            "curve": curve,
+            "config": config,
+            "plan": {
+                **{k: plan[k] for k in ("spacing", "patch_size", "batch_size", "normalization_schemes")},
+                **{"network": plan["architecture"]["network_class_name"].split(".")[-1], "features": network["features_per_stage"]},
+            },
+            "commit": commit,
+            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+            "hardware": hardware(self.suite.device),
+            "train_seconds": round(seconds),
+            **{key: max(u[key] for u in used if key in u) for key in sorted({k for u in used for k in u})},
+        }
+
+    @staticmethod
+    def commit() -> str:
+        """Of the code that trains, `+` where it was edited since; empty outside a checkout."""
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        edited = subprocess.run([*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, text=True).stdout.strip()
+        return head + "+" * bool(edited)
+
+
+def hardware(device: str) -> str:
+    """The GPU, or the processor of which one thread was used."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, one thread"
+
+
+def run_job(suite: Suite, row: Row, work: Path, results: Path) -> str:
+    """What the executor's processes call."""
+    os.chdir(ROOT)
+    return Job(suite, row, work, results).run()

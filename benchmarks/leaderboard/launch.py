@@ -1,0 +1,42 @@
+"""`python -m benchmarks.leaderboard.launch THREADS USAGE MODULE:FUNCTION ARGUMENTS...`: one nnU-Net command in a process of its own.
+
+It runs with so many threads (nnU-Net's `-device cpu` asks for one per core), ends when its parent does, however that ended, and adds what
+it used to the file USAGE, a JSON object per line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import threading
+import time
+
+
+def end_with(parent: int) -> None:
+    """Leave at once when `parent` is gone: nobody would take the result, and the next run must find the folder at rest."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    threads, usage, target, *arguments = sys.argv[1:]
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    multiprocessing.cpu_count = lambda: int(threads)
+    sys.argv = arguments
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)()
+    peak = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_reserved() // 2**20
+    with open(usage, "a") as file:
+        file.write(json.dumps(peak) + "\n")
+
+
+if __name__ == "__main__":
+    main()

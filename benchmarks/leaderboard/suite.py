@@ -1,0 +1,191 @@
+"""Suites: what is compared, as one small TOML file. Everything in it is checked before anything runs.
+
+    title = "Left atrium, 2.5 mm"
+    dataset = "Dataset501_LeftAtrium"        # an nnU-Net raw dataset below --data
+    configuration = "3d_fullres"
+    validation = 20                          # the last so many names; or a list of names
+    budgets = [2, 4]                         # labeled cases: the first in name order; all others but the validation cases are unlabeled
+    seeds = [0]
+    methods = ["supervised", "supervised_all", "self_training", "nnUNetTrainerDiffCL"]
+
+    [plan]                                   # edits of nnU-Net's plan, all optional
+    spacing = [2.5, 2.5, 2.5]
+    features_divisor = 4
+
+    [schedule]                               # general keys of the section `nnssl` of a plans file, the same for every row
+    num_epochs = 15
+
+    [method.nnUNetTrainerDiffCL]             # optional, for one method
+    seeds = [0, 1]
+    options = { ddim_steps = 2 }             # the method's own section
+
+`supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases (the upper bound),
+`self_training` what a user of stock nnU-Net would do (run.py). Any other method is a trainer; a second row of the same trainer with other
+settings takes any name and says `trainer = "nnUNetTrainer..."`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent
+SPECIAL = ("supervised", "supervised_all", "self_training")
+PLAN_KEYS = {"spacing": list, "features_divisor": int, "batch_size": int, "patch_size": list}
+METHOD_KEYS = {"trainer": str, "seeds": list, "budgets": list, "options": dict, "schedule": dict}
+PUBLISHED_KEYS = {"method": str, "labeled": int, "source": str, "dice": float, "jaccard": float, "hd95": float, "asd": float, "note": str}
+SECTIONS = ("plan", "schedule", "method", "published", "environment")
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be used; the message names file and key."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: a line of the leaderboard before the mean over seeds."""
+
+    method: str  # as shown
+    trainer: str
+    kind: str  # trainer | supervised_all | self_training
+    labeled: int | None  # None: all but the validation cases
+    fold: int  # of splits_final.json: one per budget, the last one with all labels
+    seed: int
+    settings: Mapping[str, Any]  # the section `nnssl` of its plans file
+    fingerprint: str  # over everything that decides its numbers
+
+    @property
+    def name(self) -> str:
+        budget = "all" if self.labeled is None else f"n{self.labeled}"
+        return re.sub(r"[^A-Za-z0-9_]+", "-", self.method) + f"_{budget}_s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked suite file; `rows` is what it asks for."""
+
+    name: str
+    title: str
+    dataset: str
+    configuration: str
+    validation: int | list[str]
+    budgets: list[int]
+    seeds: list[int]
+    methods: list[str]
+    device: str = "cpu"  # or cuda
+    converter: str = ""  # how a missing dataset is made: a name of `convert`
+    note: str = ""  # printed below the table
+    plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    published: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the trainings, e.g. nnUNet_n_proc_DA
+
+    @property
+    def iterations(self) -> int:
+        return self.schedule["num_epochs"] * self.schedule["num_iterations_per_epoch"]
+
+    def rows(self) -> list[Row]:
+        """Every training, lower bounds first, then method by method."""
+        found = []
+        for method in self.methods:
+            own = self.method.get(method, {})
+            kind = method if method in SPECIAL[1:] else "trainer"
+            trainer = own.get("trainer", "nnUNetTrainerSupervised" if method in SPECIAL else method)
+            budgets = [None] if kind == "supervised_all" else own.get("budgets", self.budgets)
+            for labeled in budgets:
+                fold = len(self.budgets) if labeled is None else self.budgets.index(labeled)
+                for seed in own.get("seeds", self.seeds):
+                    settings = {**self.schedule, **own.get("schedule", {}), "seed": seed}
+                    if own.get("options"):
+                        settings[trainer.removeprefix("nnUNetTrainer")] = own["options"]
+                    decides = [self.dataset, self.configuration, self.validation, self.plan, self.device, trainer, kind, labeled, settings]
+                    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+                    found.append(Row(method.removeprefix("nnUNetTrainer"), trainer, kind, labeled, fold, seed, settings, digest))
+        return found
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by path, or by the name of one in `suites/`; SuiteError with file, key and what is valid."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / "suites" / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (FOLDER / "suites").glob("*.toml")))
+        raise SuiteError(f"{path} is absent. Suites here: {known}; or give the path of a .toml file.")
+    try:
+        content = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise SuiteError(f"{path}: {error}") from error
+    try:
+        return _checked(path.stem, content)
+    except (SuiteError, ValueError) as error:
+        raise SuiteError(f"{path}: {error}") from error
+
+
+def _checked(name: str, content: dict[str, Any]) -> Suite:
+    from nnssl.config import GeneralConfig, build
+
+    types = {"title": str, "dataset": str, "configuration": str, "validation": (int, list), "budgets": list, "seeds": list, "methods": list}
+    optional = {"device": str, "converter": str, "note": str, "plan": dict, "schedule": dict, "method": dict, "published": list}
+    _check_types(content, {**types, **optional, "environment": dict}, "the file", required=types)
+    suite = Suite(name=name, **content)
+    if not re.fullmatch(r"Dataset\d{3}_\w+", suite.dataset):
+        raise SuiteError(f"dataset must be named like Dataset501_LeftAtrium, found {suite.dataset!r}")
+    if suite.device not in ("cpu", "cuda"):
+        raise SuiteError(f"device must be cpu or cuda, found {suite.device!r}")
+    _check_numbers(suite.budgets, 1, "budgets")
+    _check_numbers(suite.seeds, 0, "seeds")
+    if isinstance(suite.validation, int):
+        _check_numbers([suite.validation], 1, "validation")
+    if not suite.methods or len(set(suite.methods)) < len(suite.methods) or not all(isinstance(m, str) for m in suite.methods):
+        raise SuiteError(f"methods must be a list of different names, found {suite.methods}")
+    _check_types(suite.plan, PLAN_KEYS, "[plan]")
+    for key in ("features_divisor", "batch_size"):
+        _check_numbers([suite.plan.get(key, 1)], 1, f"[plan] {key}")
+    schedule = build(GeneralConfig, suite.schedule, "schedule")
+    suite = dataclasses.replace(suite, schedule={k: v for k, v in dataclasses.asdict(schedule).items() if k != "seed"})
+    if "seed" in content.get("schedule", {}):
+        raise SuiteError("[schedule] seed: use the list `seeds`")
+    if unknown := sorted(set(suite.method) - set(suite.methods)):
+        raise SuiteError(f"[method.{unknown[0]}] is not in methods = {suite.methods}")
+    for method in suite.methods:
+        own = suite.method.get(method, {})
+        _check_types(own, METHOD_KEYS, f"[method.{method}]")
+        _check_numbers(own.get("seeds", [0]), 0, f"[method.{method}] seeds")
+        if extra := sorted(set(own.get("budgets", [])) - set(suite.budgets)):
+            raise SuiteError(f"[method.{method}] budgets: {extra} not in budgets = {suite.budgets}")
+        build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
+        if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
+            raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
+    if any(int(suite.method.get(m, {}).get("schedule", {}).get("num_epochs", suite.schedule["num_epochs"])) < 2 for m in suite.methods):
+        raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
+    for entry in suite.published:
+        _check_types(entry, PUBLISHED_KEYS, "[[published]]", required=("method", "labeled", "source"))
+    return suite
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str, required: Any = ()) -> None:
+    if missing := [key for key in required if key not in values]:
+        raise SuiteError(f"{where}: {', '.join(missing)} missing")
+    for key, value in values.items():
+        if key not in types:
+            raise SuiteError(f"{where}: unknown key {key!r}; valid keys are {', '.join(types)}")
+        expected = (int, float) if types[key] is float else types[key]
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise SuiteError(f"{where}: {key} must be {getattr(types[key], '__name__', 'a number or a list')}, found {value!r}")
+
+
+def _check_numbers(values: list[Any], least: int, where: str) -> None:
+    if not values or len(set(map(str, values))) < len(values) or not all(type(v) is int and v >= least for v in values):
+        raise SuiteError(f"{where}: expected different whole numbers from {least}, found {values}")
