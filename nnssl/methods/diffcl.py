@@ -17,11 +17,11 @@ q           unit embeddings of the last decoder stage of f; c_k = mean of a bank
 mu(t)       Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
-CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models are
-sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema, so g
-corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in short
-schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). Pseudo-labels count where their source is certain; where both
-sources are certain of different things neither network learns. Regions are
+CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models
+are sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema,
+so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in
+short schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). f learns where both sources are certain of the same, for a
+denoiser is also certain of what f_ema is not; g learns where f_ema is certain and g_ema is not certain of something else. Regions are
 independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain
 voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
 (the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
@@ -143,7 +143,7 @@ class DiffCL(SemiMethod):
         probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
         certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g))
-        undisputed = 1 - certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)  # both certain, but of different things
+        both_certain, agreed = certain_f * certain_g, (pseudo_f == pseudo_g).all(1, keepdim=True)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
@@ -160,10 +160,10 @@ class DiffCL(SemiMethod):
         logits_f = full_resolution(unlabeled_f)
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain_g * undisputed),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, both_certain * agreed),
             "contrast": self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain_f),
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f * undisputed),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f - both_certain * ~agreed),
         }
 
     def weights(self, t: float) -> dict[str, float]:

@@ -50,16 +50,20 @@ def test_uncertain_pseudo_labels_carry_no_loss() -> None:
     assert all(m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)])
 
 
-def test_voxels_of_which_both_networks_are_certain_but_disagree_carry_no_loss() -> None:
+def test_f_learns_where_both_are_certain_of_the_same_and_g_where_f_is_certain_and_g_not_of_something_else() -> None:
     m, batch = method(), Task().batch()
     certain = torch.zeros(2, 2, 8, 12, 16)
     certain[:, 0] = 1
-    m.pseudo_probabilities = lambda weak: (certain, certain.flip(1))  # type: ignore[method-assign]
-    terms = m(batch, 0.5)
-    assert terms["pseudo"].item() == terms["diffusion_pseudo"].item() == 0
-    m.pseudo_probabilities = lambda weak: (certain, certain)  # type: ignore[method-assign]
-    terms = m(batch, 0.5)
-    assert terms["pseudo"].item() > 0 and terms["diffusion_pseudo"].item() > 0
+    unsure = torch.full_like(certain, 0.5)
+    for p_f, p_g, f_learns, g_learns in (
+        (certain, certain, True, True),
+        (certain, certain.flip(1), False, False),
+        (certain, unsure, False, True),
+        (unsure, certain, False, False),
+    ):
+        m.pseudo_probabilities = lambda weak, p=(p_f, p_g): p  # type: ignore[method-assign]
+        terms = m(batch, 0.5)
+        assert (terms["pseudo"].item() > 0, terms["diffusion_pseudo"].item() > 0) == (f_learns, g_learns)
 
 
 @pytest.mark.parametrize(("start", "sees_estimate"), [(0.002, True), (1.0, False)])
