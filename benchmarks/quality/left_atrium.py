@@ -1,4 +1,4 @@
-"""Left atrium, few labels, one CPU thread: Diff-CL beside nnU-Net alone, from raw scans to a table and pictures.
+"""Left atrium, few labels, one CPU thread: the methods beside nnU-Net alone, from raw scans to a table and pictures.
 
     python -m benchmarks.quality.left_atrium prepare --data DATA --work WORK      # raw nnU-Net dataset -> plan, split, preprocessed
     python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed 0          # resumes; two at once on two cores
@@ -6,7 +6,8 @@
 
 DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled` keep their labels, the last 20
 are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100 iterations, nnU-Net's augmentation,
-bfloat16. Dice: nnU-Net's own evaluation of the validation cases with the last checkpoint.
+bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all see equally many labeled patches. Dice: nnU-Net's own evaluation
+of the validation cases with the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ RESULTS = Path(__file__).parent / "results"
 SCHEDULE: dict[str, Any] = {
     "num_epochs": 15,
     "num_iterations_per_epoch": 100,
-    "num_val_iterations_per_epoch": 10,
+    "num_val_iterations_per_epoch": 4,
     "save_every": 1,
     "amp": "bfloat16",
     "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
 }
-TRAINERS = ("Supervised", "DiffCL")
+EPOCHS = {"ACTION": 20}
+TRAINERS = ("Supervised", "FixMatch", "DiffCL", "CAML", "SemSim", "ACTION")
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -47,8 +49,8 @@ def environment(work: Path) -> dict[str, str]:
     return {**os.environ, **folders, **single}
 
 
-def plans_name(labeled: int, seed: int) -> str:
-    return f"la{labeled}s{seed}"
+def plans_name(trainer: str, labeled: int, seed: int) -> str:
+    return f"la{labeled}s{seed}" + (f"e{EPOCHS[trainer]}" if trainer in EPOCHS else "")
 
 
 def prepare(data: Path, work: Path, labeled: int) -> None:
@@ -66,24 +68,24 @@ def prepare(data: Path, work: Path, labeled: int) -> None:
 def run(work: Path, trainer: str, labeled: int, seed: int) -> None:
     folder = work / "preprocessed" / DATASET
     plans = json.loads((folder / f"{BASE}.json").read_text())
-    plans["plans_name"] = plans_name(labeled, seed)
+    plans["plans_name"] = name = plans_name(trainer, labeled, seed)
     configuration = plans["configurations"][CONFIGURATION]
     configuration["batch_size"] = 2
     kwargs = configuration["architecture"]["arch_kwargs"]
     kwargs["features_per_stage"] = [f // 2 for f in kwargs["features_per_stage"]]
-    plans["nnssl"] = {**SCHEDULE, "seed": seed}
-    (folder / f"{plans_name(labeled, seed)}.json").write_text(json.dumps(plans, indent=1))
+    plans["nnssl"] = {**SCHEDULE, "num_epochs": EPOCHS.get(trainer, SCHEDULE["num_epochs"]), "seed": seed}
+    (folder / f"{name}.json").write_text(json.dumps(plans, indent=1))
     # nnUNetv2_train -device cpu takes every core; this is the same function with one thread
     code = (
         "import sys, torch; torch.set_num_threads(1); from nnunetv2.run.run_training import run_training; "
         f"run_training('501', '{CONFIGURATION}', 0, sys.argv[1], sys.argv[2], continue_training=True, device=torch.device('cpu'))"
     )
-    arguments = [sys.executable, "-c", code, f"nnUNetTrainer{trainer}", plans_name(labeled, seed)]
+    arguments = [sys.executable, "-c", code, f"nnUNetTrainer{trainer}", name]
     subprocess.run(arguments, env={**environment(work), "nnUNet_n_proc_DA": "0"}, check=True)
 
 
 def fold_folder(work: Path, trainer: str, labeled: int, seed: int) -> Path:
-    return work / "results" / DATASET / f"nnUNetTrainer{trainer}__{plans_name(labeled, seed)}__{CONFIGURATION}" / "fold_0"
+    return work / "results" / DATASET / f"nnUNetTrainer{trainer}__{plans_name(trainer, labeled, seed)}__{CONFIGURATION}" / "fold_0"
 
 
 def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
@@ -126,8 +128,8 @@ def table(rows: list[dict[str, Any]], labeled: int) -> str:
     versions = {k: v for r in rows for k, v in r["versions"].items()}
     note = (
         f"Validation Dice (%) of 20 scans, last checkpoint, nnU-Net's own evaluation. {DATASET} at 2.5 mm, features/2, batch 2, "
-        f"15 x 100 iterations, bfloat16, one thread of a CPU with AMX; {', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. "
-        f"Commands: `benchmarks/quality/left_atrium.py`."
+        "15 x 100 iterations (ACTION 20 x 100, a quarter of them without labels), bfloat16, one thread of a CPU with AMX; "
+        f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Commands: `benchmarks/quality/left_atrium.py`."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -138,20 +140,20 @@ def pictures(work: Path, labeled: int, seed: int) -> None:
     from nnssl.figures import draw_curve, draw_overlay
 
     folders = {t: fold_folder(work, t, labeled, seed) for t in TRAINERS}
+    folders = {t: f for t, f in folders.items() if (f / "validation" / "summary.json").is_file()}
     read = lambda path: sitk.GetArrayFromImage(sitk.ReadImage(str(path)))  # noqa: E731
-    dice = [
-        c["metrics"]["1"]["Dice"] for c in json.loads((folders["DiffCL"] / "validation" / "summary.json").read_text())["metric_per_case"]
-    ]
-    names = sorted(p.name for p in (folders["DiffCL"] / "validation").glob("*.nii.gz"))
-    name = names[int(np.argsort(dice)[len(dice) // 2])]  # the median case
+    summary = json.loads((next(iter(folders.values())) / "validation" / "summary.json").read_text())
+    dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
+    name = Path(summary["metric_per_case"][int(np.argsort(dice)[len(dice) // 2])]["prediction_file"]).name  # the first method's median case
     raw = work / "raw" / DATASET
     image, truth = read(raw / "imagesTr" / name.replace(".nii.gz", "_0000.nii.gz")), read(raw / "labelsTr" / name)
     rows = {f"{t}, {name[:6]}": (image, truth, read(f / "validation" / name)) for t, f in folders.items()}
     draw_overlay(rows, ["left atrium"], RESULTS / f"left_atrium_{labeled}_overlay.png")
-    with open(folders["DiffCL"] / "losses.csv", newline="") as file:
-        losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    log = torch.load(folders["DiffCL"] / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
-    draw_curve(losses, log["dice_per_class_or_region"], ["left atrium"], RESULTS / f"left_atrium_{labeled}_diffcl.png")
+    for trainer, folder in folders.items():
+        with open(folder / "losses.csv", newline="") as file:
+            losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        log = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
+        draw_curve(losses, log["dice_per_class_or_region"], ["left atrium"], RESULTS / f"left_atrium_{labeled}_{trainer.lower()}.png")
 
 
 def report(work: Path, labeled: int, seeds: list[int]) -> None:
