@@ -21,7 +21,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import machine, medians, save, table, under_both_allocators
+from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
 from nnssl.networks.hf_mamba import HighFrequencyMamba, box_radii, describe_hfm, high_pass, insert_hfm
 
 GRIDS = ((12, 20, 24), (16, 32, 32), (24, 40, 48), (33, 47, 29))
@@ -86,7 +86,8 @@ def networks(repeats: int, device: torch.device) -> dict[str, Any]:
 
     trained = {name: partial(train, network) for name, network in candidates.items()}
     predicted = {name: partial(predict, network) for name, network in candidates.items()}
-    return {"training": medians(trained, repeats, device), "prediction": medians(predicted, repeats, device)}
+    peaks = {name: peak_bytes(call, device) for name, call in trained.items()}
+    return {"training": medians(trained, repeats, device), "prediction": medians(predicted, repeats, device), "peaks": peaks}
 
 
 def layouts(channels: int, grid: tuple[int, ...], repeats: int, device: torch.device) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def report(results: dict[str, Any]) -> str:
         training, prediction = result["networks"]["training"], result["networks"]["prediction"]
         for name in training:
             ratios = [f"{t[name] / t['planned']:.2f}x" for t in (training, prediction)]
-            whole.append([allocator, name, 1e3 * training[name], ratios[0], 1e3 * prediction[name], ratios[1]])
+            peak = result["networks"]["peaks"][name] / 2**20
+            whole.append([allocator, name, 1e3 * training[name], ratios[0], peak, 1e3 * prediction[name], ratios[1]])
     header = [
         "allocator",
         "grid",
@@ -134,7 +136,7 @@ def report(results: dict[str, Any]) -> str:
         "separable / convolution",
         "rfftn / convolution",
     ]
-    network_header = ["allocator", "network", "training pass, ms", "to planned", "prediction of a tile, ms", "to planned"]
+    network_header = ["allocator", "network", "training pass, ms", "to planned", "its peak, MiB", "prediction of a tile, ms", "to planned"]
     voxels = math.prod(PATCH)
     shape = f"Networks: features {FEATURES}, patch {' x '.join(map(str, PATCH))} = {voxels} voxels."
     block_table = table(["allocator", "block alone", "contiguous, ms", "channels_last, ms"], blocks)

@@ -28,7 +28,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from benchmarks.speed.timing import machine, medians, save, table, under_both_allocators
+from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
 from nnssl.batch import SemiBatch
 from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
@@ -211,7 +211,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tile = torch.randn(1, IMAGES, *setting.patch, device=device)
     parts["prediction of a tile"] = partial(forward_pass, networks["Supervised"].eval(), context, tile)
     seconds = medians({**{f"step {k}": v for k, v in steps.items()}, **parts}, args.repeats, device)
-    return {"seconds": seconds, "machine": machine(device), "floors": {k: r.floor for k, r in chosen.items()}}
+    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+    return {"seconds": seconds, "peaks": peaks, "machine": machine(device), "floors": {k: r.floor for k, r in chosen.items()}}
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
@@ -225,13 +226,24 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
             floor, value = sum(n * s[p] for p, n in passes_of.items()), s[f"step {name}"]
             content = ", ".join(p if n == 1 else f"{n} x {p}" for p, n in passes_of.items())
             over, outside = f"{100 * (value / floor - 1):.1f} %", f"{100 * (1 - floor / (value + data_both)):.1f} %"
-            lines.append([allocator, name, 1e3 * value, f"{value / supervised:.2f}", content, 1e3 * floor, over, outside])
+            peak = result["peaks"][name] / 2**20
+            lines.append([allocator, name, 1e3 * value, f"{value / supervised:.2f}", content, 1e3 * floor, over, outside, peak])
         if "step DiffCL" in s:
             split += [[allocator, *line] for line in diffcl_parts(s, floors["DiffCL"])]
         data.append([allocator, 1e3 * s["data, labeled"], 1e3 * s["data, unlabeled"], f"{100 * data_both / supervised:.1f} %"])
         data[-1].append(1e3 * s["prediction of a tile"])
     parts = [next(iter(results.values()))["machine"] + "; " + shape]
-    header = ["allocator", "step", "ms", "x supervised", "floor", "floor, ms", "overhead on the floor", "outside the floor, with data"]
+    header = [
+        "allocator",
+        "step",
+        "ms",
+        "x supervised",
+        "floor",
+        "floor, ms",
+        "overhead on the floor",
+        "outside the floor, with data",
+        "peak, MiB",
+    ]
     parts.append(table(header, lines))
     if split:
         parts.append(table(["allocator", "part of a Diff-CL step", "ms", "share of the step"], split))

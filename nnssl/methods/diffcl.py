@@ -158,10 +158,14 @@ class DiffCL(SemiMethod):
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
         logits_f = full_resolution(unlabeled_f)
+        if self.config.weight_contrast > 0:
+            contrast = self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
+        else:
+            contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
             "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, both_certain * agreed),
-            "contrast": self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain_f),
+            "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, batch.target),
             "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f - both_certain * ~agreed),
         }

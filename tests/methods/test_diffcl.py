@@ -50,6 +50,12 @@ def test_uncertain_pseudo_labels_carry_no_loss() -> None:
     assert all(m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)])
 
 
+def test_a_contrast_without_weight_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = method(config=replace(SMALL, weight_contrast=0.0))
+    monkeypatch.setattr(DiffCL, "contrast", lambda *a: pytest.fail("computed"))
+    assert m(Task().batch(), 0.5)["contrast"].item() == 0
+
+
 def test_f_learns_where_both_are_certain_of_the_same_and_g_where_f_is_certain_and_g_not_of_something_else() -> None:
     m, batch = method(), Task().batch()
     certain = torch.zeros(2, 2, 8, 12, 16)
