@@ -19,6 +19,7 @@ from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
+from nnssl.methods.mcnet import MCNet, MCNetConfig
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
@@ -154,6 +155,12 @@ ROWS = {
         {"supervised": {"student"}, "consistency": {"student"}},
         lambda t: {"supervised": 1.0, "consistency": 0.1 * _ramp(t, 1.0)},
         frozen={"teacher"},
+    ),
+    "MCNet": Row(
+        MCNet,
+        MCNetConfig(),
+        {"supervised": {"student"}, "supervised_second": {"student", "second"}, "consistency": {"student", "second"}},
+        lambda t: {"supervised": 1.0, "supervised_second": 1.0, "consistency": 2.0 * _ramp(t)},
     ),
 }
 

@@ -1,0 +1,84 @@
+"""MC-Net: mutual consistency of two decoders (Wu et al., MICCAI 2021).
+
+    L    = L_sup(f) + L_sup(h) + lambda(t) L_mc
+    L_mc = mse(p_f, sharpen p_h) + mse(p_h, sharpen p_f)            on x_l and x_u; sharpen p = p^(1/T) / sum_c p_c^(1/T)
+
+f         student, the planned network: encoder and decoder; deployed
+h         the same encoder with a second decoder, which interpolates where the planned one has transposed convolutions
+x_u       unlabeled patch, augmented as labeled ones are (the strong view), the same for both decoders
+lambda(t) Gaussian ramp over the first 40 % of training
+
+Differs from the paper (ours): nnU-Net's compound loss with deep supervision as L_sup, where theirs is Dice; the whole objective is twice
+the published one, so that each decoder learns from L_sup at nnU-Net's learning rate; sharpened probabilities are targets without gradient
+(the public code differentiates them too); interpolation follows a 1x1 convolution; regions are sharpened one by one against 1 - p. Ignored
+voxels carry no loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.batch import SemiBatch
+from nnssl.losses.consistency import mse_consistency, sharpen
+from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
+from nnssl.networks.features import decode, encode
+from nnssl.networks.upsampling import interpolate_instead_of_transposing
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class MCNetConfig:
+    weight_supervised: float = 1.0  # beta, of each decoder's L_sup; this and the next: twice the public code's (ours)
+    weight_consistency: float = 2.0  # lambda_max
+    ramp_fraction: float = 0.4  # share of training over which lambda rises (the public code: 6k of 15k steps)
+    temperature: float = 0.1  # T of the sharpening
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        if not 0 <= self.ramp_fraction <= 1:
+            raise ValueError(f"ramp_fraction must be in [0, 1], found {self.ramp_fraction}")
+
+
+class MCNet(SemiMethod):
+    name = "MCNet"
+    config_class = MCNetConfig
+    config: MCNetConfig
+
+    def build(self) -> None:
+        network = self.planned.build_network(self.planned.input_channels, self.labels.channels)
+        self.second = interpolate_instead_of_transposing(network).decoder
+        del self.second.encoder  # nnU-Net's decoders hold their encoder; this one reads the student's features
+        self.both = self.planned.compiled(two_decoders)
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        n = len(batch.labeled)
+        outputs_f, outputs_h = self.both(self.student, self.second, torch.cat([batch.labeled, batch.strong[0]]))
+        logits = [full_resolution(o) for o in (outputs_f, outputs_h)]
+        p_f, p_h = (self.probabilities(z) for z in logits)
+        with torch.no_grad():
+            sharp_f, sharp_h = (sharpen(z, self.config.temperature, self.labels) for z in logits)
+            mask = torch.ones_like(p_f[:, :1])
+            labeled_mask = self.labels.encode(batch.full_target())[1]
+            if labeled_mask is not None:
+                mask[:n] = labeled_mask.float()
+        return {
+            "supervised": self.supervised_loss(split_batch(outputs_f, n)[0], batch.target),
+            "supervised_second": self.supervised_loss(split_batch(outputs_h, n)[0], batch.target),
+            "consistency": mse_consistency(p_f, sharp_h, mask) + mse_consistency(p_h, sharp_f, mask),
+        }
+
+    def weights(self, t: float) -> dict[str, float]:
+        c = self.config
+        consistency = c.weight_consistency * gaussian_ramp(t, c.ramp_fraction)
+        return {"supervised": c.weight_supervised, "supervised_second": c.weight_supervised, "consistency": consistency}
+
+
+def two_decoders(network: Any, second: nn.Module, x: Tensor) -> tuple[Outputs, Outputs]:
+    """Outputs of the planned network and of a second decoder on its encoder's features."""
+    skips = encode(network, x)
+    return decode(network, skips)[0], second(skips)
