@@ -116,7 +116,8 @@ class Job:
             for name in unlabeled:
                 link(pseudo / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
             dataset = json.loads((self.space.raw / "dataset.json").read_text())
-            write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": len(second.cases())}))
+            count = len({*split["train"], *split["val"], *unlabeled})
+            write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": count}))
             second.preprocessed.mkdir(parents=True, exist_ok=True)
             write_whole(second.preprocessed / f"{BASE_PLAN}.json", json.dumps(self.space.plans()))
             second.preprocess(self.log, BASE_PLAN, 1)

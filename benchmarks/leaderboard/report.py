@@ -157,17 +157,19 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
     several = lambda key: "; ".join(sorted({str(r[key]) for r in finished}))  # noqa: E731
     versions = sorted({f"{k} {v}" for r in finished for k, v in r["versions"].items()})
     steps = f"{schedule['num_epochs']} x {schedule['num_iterations_per_epoch']} iterations"
-    batch = f"batch {plan_batch(finished)} labeled + {schedule['unlabeled_batch_size'] or plan_batch(finished)} unlabeled"
+    batch = f"batch {plan_batch(finished)} labeled + {schedule.get('unlabeled_batch_size') or plan_batch(finished)} unlabeled"
     seconds = sum(r["train_seconds"] for r in finished)
+    spacing, patch = " x ".join(f"{s:g}" for s in plan["spacing"]), " x ".join(map(str, plan["patch_size"]))
     text = (
-        f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last checkpoint (never the best one), nnU-Net's "
-        f"own inference, evaluated at the resolution of the labels. Schedule of every row: {steps}, {batch}, {schedule['amp']}, spacing "
-        f"{' x '.join(f'{s:g}' for s in plan['spacing'])} mm, patch {' x '.join(map(str, plan['patch_size']))}, {plan['network']} with features "
-        f"{', '.join(map(str, plan['features']))}. Self-training: two rounds of half the steps each. {several('hardware')}; "
-        f"{', '.join(versions)}. Training of the {len(finished)} rows took {seconds / 3600:.1f} hours.\n\n"
+        f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last checkpoint (never the best one), "
+        "nnU-Net's own inference, evaluated at the resolution of the labels. "
+        f"Schedule of every row: {steps}, {batch}, {schedule.get('amp', 'float16')}, spacing {spacing} mm, patch {patch}, "
+        f"{plan['network']} with features {', '.join(map(str, plan['features']))}. Self-training: two rounds of half the steps each. "
+        f"{several('hardware')}; {', '.join(versions)}. Training of the {len(finished)} rows took {seconds / 3600:.1f} hours.\n\n"
         "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` and `asd`, in voxels and mm; a "
         "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "
-        f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). Gap closed: share of the way from supervised only to all labels."
+        f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "
+        "Gap closed: share of the way from supervised only to all labels."
     )
     return text + (f"\n\n{suite.note}" if suite.note else "")
 
@@ -191,11 +193,12 @@ def published_table(suite: Suite, table: Sequence[Mapping[str, Any]]) -> list[st
         "|" + "---|" * len(heads),
     ]
     for entry in suite.published:
-        mine = ours.get((entry["method"].removeprefix("nnUNetTrainer"), entry["labeled"]), {})
+        name = entry["method"].removeprefix("nnUNetTrainer")
+        mine = ours.get((name, entry["labeled"]), {})
         printed = [f"{entry[c]:g}" if c in entry else "" for c in columns]
-        measured = [number(mine.get(name), factor) for name, factor in keys.values()]
+        measured = [number(mine.get(key), factor) for key, factor in keys.values()]
         source = entry["source"] + (f"; {entry['note']}" if "note" in entry else "")
-        lines.append(f"| {' | '.join([entry['method'], str(entry['labeled']), *printed, *measured, source])} |")
+        lines.append(f"| {' | '.join([name, str(entry['labeled']), *printed, *measured, source])} |")
     return lines
 
 

@@ -46,7 +46,6 @@ SPECIAL = ("supervised", "supervised_all", "self_training")
 PLAN_KEYS = {"spacing": list, "features_divisor": int, "batch_size": int, "patch_size": list}
 METHOD_KEYS = {"trainer": str, "seeds": list, "budgets": list, "options": dict, "schedule": dict}
 PUBLISHED_KEYS = {"method": str, "labeled": int, "source": str, "dice": float, "jaccard": float, "hd95": float, "asd": float, "note": str}
-SECTIONS = ("plan", "schedule", "method", "published", "environment")
 
 
 class SuiteError(ValueError):
@@ -153,9 +152,9 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     _check_types(suite.plan, PLAN_KEYS, "[plan]")
     for key in ("features_divisor", "batch_size"):
         _check_numbers([suite.plan.get(key, 1)], 1, f"[plan] {key}")
-    schedule = build(GeneralConfig, suite.schedule, "schedule")
-    suite = dataclasses.replace(suite, schedule={k: v for k, v in dataclasses.asdict(schedule).items() if k != "seed"})
-    if "seed" in content.get("schedule", {}):
+    build(GeneralConfig, suite.schedule, "schedule")
+    _check_types(suite.schedule, dict.fromkeys(suite.schedule, object), "[schedule]", required=("num_epochs", "num_iterations_per_epoch"))
+    if "seed" in suite.schedule:
         raise SuiteError("[schedule] seed: use the list `seeds`")
     if unknown := sorted(set(suite.method) - set(suite.methods)):
         raise SuiteError(f"[method.{unknown[0]}] is not in methods = {suite.methods}")
@@ -168,7 +167,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
-    if any(int(suite.method.get(m, {}).get("schedule", {}).get("num_epochs", suite.schedule["num_epochs"])) < 2 for m in suite.methods):
+    if "self_training" in suite.methods and suite.method.get("self_training", {}).get("schedule", suite.schedule).get("num_epochs", 2) < 2:
         raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
     for entry in suite.published:
         _check_types(entry, PUBLISHED_KEYS, "[[published]]", required=("method", "labeled", "source"))
