@@ -15,8 +15,8 @@ ABSENT = -1e30  # logarithm of the share of a class that does not take part; fin
 def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """(p_i + sum_j M_ij p_j) / 2 with M_ij = softmax_j(scale * cos(e_i, e_j)): (B, K, S), float32.
 
-    The sum is scaled-dot-product attention with Q = K = unit features and V = p, padded to equal width, without which the fused kernels
-    are not chosen: the matrix M (V x V for V voxels) is never in memory.
+    The sum is scaled-dot-product attention with Q = K = unit features and V = p, padded to equal width and contiguous, without which
+    the fused kernels are not chosen: the matrix M (N x N for N voxels) is never in memory.
 
     Args:
         features: e, (B, D, S).
@@ -24,10 +24,10 @@ def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """
     kind = probabilities.dtype if probabilities.dtype == torch.float64 else torch.float32
     with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(features.to(kind).flatten(2).mT, dim=-1)  # (B, V, D)
+        unit = F.normalize(features.to(kind).flatten(2).mT, dim=-1)  # (B, N, D)
         p = probabilities.to(kind).flatten(2).mT
         width = max(unit.shape[-1], p.shape[-1])
-        q, v = (F.pad(x, (0, width - x.shape[-1]))[:, None] for x in (unit, p))
+        q, v = (F.pad(x, (0, width - x.shape[-1])).contiguous()[:, None] for x in (unit, p))
         mixed = F.scaled_dot_product_attention(q, q, v, scale=scale)[:, 0, :, : p.shape[-1]]
         return ((p + mixed) / 2).mT.reshape(probabilities.shape)
 

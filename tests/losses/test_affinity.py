@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.speed.timing import peak_bytes
+from nnssl.labels import LabelSpace
+from nnssl.losses.affinity import (
+    agreement,
+    confident_dice,
+    cross_image_log_probabilities,
+    cross_image_loss,
+    prototype_similarity,
+    prototypes,
+    refine,
+)
+from tests.reference import semsim as reference
+
+REGION = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shares(b: int, k: int, seed: int = 1) -> torch.Tensor:
+    """(b, k, 9) shares of classes in voxels; many are 0."""
+    hard = torch.nn.functional.one_hot(torch.randint(k, (b, 9), generator=torch.Generator().manual_seed(seed)), k).mT.double()
+    hard[..., ::4] = 0.7 * hard[..., ::4] + 0.3 * hard[..., ::4].roll(1, 1)  # some voxels belong to two classes
+    return hard
+
+
+# within an image
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("classes", [2, 7])  # fewer and more than the width of the features
+def test_refinement_equals_the_explicit_matrix(scale: float, classes: int) -> None:
+    e, p = randn(2, 5, 3, 4, 2), randn(2, classes, 3, 4, 2, seed=1).softmax(1)
+    expected = reference.refine(e.flatten(2), p.flatten(2), scale)
+    torch.testing.assert_close(refine(e, p, scale).flatten(2), expected)
+    torch.testing.assert_close(refine(e.float(), p.float(), scale).flatten(2), expected.float())
+
+
+def test_equal_features_give_half_the_mean_of_the_image() -> None:
+    p = randn(2, 3, 4, 5).softmax(1)
+    mean = p.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(refine(torch.ones(2, 6, 4, 5, dtype=torch.float64), p, 20.0), (p + mean) / 2)
+
+
+def test_orthogonal_clusters_average_within_themselves_when_the_scale_is_large() -> None:
+    cluster = torch.tensor([0, 1, 1, 0, 2, 0])
+    e = 3 * torch.eye(3)[cluster].T[None]
+    p = torch.tensor([[0.9, 0.1, 0.3, 0.6, 0.2, 0.0]])[None]
+    expected = (p + torch.tensor([0.5, 0.2, 0.2, 0.5, 0.2, 0.5])) / 2
+    torch.testing.assert_close(refine(e, p, 100.0), expected)
+
+
+def test_refined_probabilities_are_probabilities() -> None:
+    refined = refine(randn(1, 4, 3, 3), randn(1, 3, 3, 3).softmax(1), 5.0)
+    assert refined.min() >= 0
+    torch.testing.assert_close(refined.sum(1), torch.ones(1, 3, 3, dtype=torch.float64))
+
+
+def test_gradients_of_the_refinement_are_right() -> None:
+    e, p = randn(1, 3, 2, 3).requires_grad_(), randn(1, 2, 2, 3, seed=1).softmax(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda e, p: refine(e, p, 4.0), (e, p))
+
+
+def test_zero_features_keep_gradients_finite() -> None:
+    e = torch.zeros(1, 3, 4, requires_grad=True)  # ReLU may silence a voxel in all channels
+    refine(e, torch.rand(1, 2, 4), 20.0).sum().backward()
+    assert torch.isfinite(e.grad).all()
+
+
+def test_the_matrix_is_never_in_memory() -> None:
+    """8,192 voxels: M alone would take 256 MiB in the forward pass, and as much again in the backward pass."""
+    e, p = torch.randn(1, 128, 8192, requires_grad=True), torch.rand(1, 2, 8192)
+
+    def call() -> None:
+        refine(e, p, 20.0).square().sum().backward()
+
+    assert peak_bytes(call, torch.device("cpu")) < 8192 * 8192 * 4 / 4
+
+
+# across images
+
+
+def test_prototypes_equal_the_loop_and_fall_back_to_the_image() -> None:
+    e, member = randn(2, 4, 9), shares(2, 3)
+    member[0, 1] = 0  # absent in image 0
+    member[1, 2, :5] = 0  # absent in regions 0 and 1 of image 1
+    member[1, 2, 6] = 1
+    g, known = prototypes(e, member, REGION, 3)
+    assert known.tolist() == [[True, False, True], [True, True, True]]
+    for j in range(2):
+        for c in range(3):
+            for r in range(3):
+                expected = reference.prototype(e[j], member[j, c], REGION, r)
+                torch.testing.assert_close(g[j, c, r], torch.zeros(4).double() if expected is None else expected)
+    torch.testing.assert_close(g[1, 2, 0], g[1, 2, 1])
+
+
+@pytest.mark.parametrize("absent", [[], [(0, 1)], [(0, 1), (0, 2)], [(0, 1), (1, 1)]])
+def test_cross_image_probabilities_and_weights_equal_the_loop(absent: list[tuple[int, int]]) -> None:
+    e_u, e_l, member = randn(2, 4, 9), randn(2, 4, 9, seed=2), shares(2, 3)
+    for j, c in absent:
+        member[j, c] = 0
+    expected_p, expected_weight = reference.cross_image(e_u, e_l, member, REGION, 0.3, 2.0)
+    g, known = prototypes(e_l, member, REGION, 3)
+    m = prototype_similarity(e_u, g, REGION)[:, :, None] / 0.3
+    p = cross_image_log_probabilities(m, known[:, None]).exp()
+    torch.testing.assert_close(p[:, 0].mT, torch.tensor(expected_p, dtype=torch.float64))
+    torch.testing.assert_close(agreement(m, known[:, None], 2.0)[:, 0], torch.tensor(expected_weight, dtype=torch.float64))
+
+
+def test_with_all_classes_known_it_is_the_papers_sum_over_images() -> None:
+    m = randn(2, 3, 1, 4, 5)
+    e = m.exp().sum(1)
+    torch.testing.assert_close(cross_image_log_probabilities(m, torch.ones(3, 1, 4, dtype=torch.bool)), (e / e.sum(2, keepdim=True)).log())
+
+
+def test_identical_prototypes_give_uniform_probabilities_and_full_weight() -> None:
+    g = randn(4)[None, None, None].expand(2, 3, 3, 4)
+    m = prototype_similarity(randn(2, 4, 9), g, REGION)[:, :, None] / 0.1
+    known = torch.ones(2, 1, 3, dtype=torch.bool)
+    torch.testing.assert_close(cross_image_log_probabilities(m, known), torch.full((2, 1, 3, 9), -math.log(3), dtype=torch.float64))
+    torch.testing.assert_close(agreement(m, known, 1000.0), torch.ones(2, 1, 9, dtype=torch.float64))
+
+
+def test_images_that_contradict_each_other_weigh_two_to_the_minus_r() -> None:
+    m = torch.tensor([[50.0, -50.0], [-50.0, 50.0]])[None, :, None, :, None]
+    assert agreement(m, torch.ones(2, 1, 2, dtype=torch.bool), 3.0).item() == pytest.approx(2**-3)
+
+
+def test_an_image_with_one_class_does_not_vote() -> None:
+    m = torch.tensor([[50.0, 0.0], [-50.0, 50.0]])[None, :, None, :, None]
+    assert agreement(m, torch.tensor([[[True, False]], [[True, True]]]), 1000.0).item() == 1
+
+
+def test_untempered_cosines_cannot_reach_the_published_threshold() -> None:
+    best = torch.tensor([1.0, -1.0]).expand(2, 2)[None, :, None, :, None]
+    p = cross_image_log_probabilities(best, torch.ones(2, 1, 2, dtype=torch.bool)).exp()
+    assert p.max().item() == pytest.approx(0.8808, abs=1e-4)
+
+
+def test_r_over_temperature_squared_is_what_counts() -> None:
+    """KL is quadratic in small differences: r = 10 at temperature 0.1 weighs as the published r = 1000 without temperature."""
+    cosines = 0.5 + 0.01 * randn(4, 2, 1, 3, 50)
+    known = torch.ones(2, 1, 3, dtype=torch.bool)
+    torch.testing.assert_close(agreement(cosines / 0.1, known, 10.0), agreement(cosines, known, 1000.0), atol=5e-3, rtol=0)
+    assert agreement(cosines / 0.1, known, 1000.0).mean() < 0.5 < agreement(cosines / 0.1, known, 10.0).min()
+
+
+def test_gradients_across_images_are_right() -> None:
+    e_u, e_l, member = randn(1, 3, 9).requires_grad_(), randn(2, 3, 9, seed=2).requires_grad_(), shares(2, 2)
+    target = torch.nn.functional.one_hot(torch.arange(9) % 2, 2).mT[None, None].double()
+    mask = randn(1, 1, 9).abs()
+
+    def loss(e_u: torch.Tensor, e_l: torch.Tensor) -> torch.Tensor:
+        g, known = prototypes(e_l, member, REGION, 3)
+        m = prototype_similarity(e_u, g, REGION)[:, :, None] / 0.5
+        return cross_image_loss(cross_image_log_probabilities(m, known[:, None]), target, mask)
+
+    assert torch.autograd.gradcheck(loss, (e_u, e_l))
+
+
+@pytest.mark.parametrize("labeled", [0.0, 1.0])
+def test_unknown_classes_and_unlabeled_images_keep_gradients_finite(labeled: float) -> None:
+    e_u, e_l = randn(1, 3, 9).float().requires_grad_(), randn(2, 3, 9).float().requires_grad_()
+    member = torch.zeros(2, 2, 9)
+    member[:, 0] = labeled  # background only, or nothing at all
+    g, known = prototypes(e_l, member, REGION, 3)
+    m = prototype_similarity(e_u, g, REGION)[:, :, None] / 0.01
+    log_p = cross_image_log_probabilities(m, known[:, None])
+    target = torch.zeros(1, 1, 2, 9)
+    target[:, :, 0] = 1
+    loss = cross_image_loss(log_p, target, agreement(m, known[:, None], 10.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(0 if labeled else math.log(2), abs=1e-6)
+    assert torch.isfinite(e_u.grad).all() and torch.isfinite(e_l.grad).all()
+
+
+def test_masked_voxels_get_no_gradient() -> None:
+    logits = randn(1, 1, 2, 4).requires_grad_()
+    target = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
+    cross_image_loss(logits.log_softmax(2), target, torch.tensor([[[1.0, 0.0, 0.0, 0.5]]])).backward()
+    assert not logits.grad[..., 1:3].any() and logits.grad[..., [0, 3]].all()
+
+
+# confident Dice
+
+
+def test_confident_dice_looks_at_certain_voxels_only() -> None:
+    foreground = torch.tensor([0.99, 0.97, 0.6, 0.02, 0.4])
+    source = torch.stack([1 - foreground, foreground])[None]
+    b = torch.tensor([0.8, 0.4, 0.0, 0.3, 1.0])
+    prediction = torch.stack([1 - b, b])[None].requires_grad_()
+    loss = confident_dice(source, prediction, LabelSpace(2), 0.95)
+    loss.backward()
+    assert loss.item() == pytest.approx(1 - 2 * (0.8 + 0.4) / (2 + 0.8 + 0.4 + 0.3), abs=1e-5)
+    assert not prediction.grad[..., [2, 4]].any()
+
+
+def test_confident_dice_of_regions_counts_every_region() -> None:
+    source = torch.tensor([[0.99, 0.01, 0.5], [0.99, 0.99, 0.99]])[None]  # (1, 2 regions, 3 voxels): the last is unsure of region 0
+    prediction = torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.5, 0.0]])[None]
+    loss = confident_dice(source, prediction, LabelSpace(2, has_regions=True), 0.95)
+    assert loss.item() == pytest.approx(1 - (1 + 2 * 1 / 3) / 2, abs=1e-4)
