@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,12 +14,13 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 
 ROOT = Path(__file__).resolve().parents[1]
 SCANS = Path(os.environ.get("NNSSL_TEST_DATA", ROOT.parent / "shared" / "data"))
-DATASET = "Dataset501_LeftAtrium"
+DATASET, HIPPOCAMPUS = "Dataset501_LeftAtrium", "Dataset504_Hippocampus"
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,23 +61,11 @@ class Shell:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Seven labeled scans (one of them to be hidden), two in imagesUn, planned and preprocessed coarsely, small networks."""
-    shell = Shell(tmp_path_factory.mktemp("commands"))
-    raw = shell.folder / "raw" / DATASET
-    for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs"):
-        (raw / name).mkdir(parents=True)
-    for i in range(1, 8):
-        shutil.copy(SCANS / DATASET / "imagesTr" / f"LA_{i:03d}_0000.nii.gz", raw / "imagesTr")
-        shutil.copy(SCANS / DATASET / "labelsTr" / f"LA_{i:03d}.nii.gz", raw / "labelsTr")
-    for i, folder in ((8, "imagesUn"), (9, "imagesUn"), (10, "imagesTs")):
-        shutil.copy(SCANS / DATASET / "imagesTr" / f"LA_{i:03d}_0000.nii.gz", raw / folder)
-    content = json.loads((SCANS / DATASET / "dataset.json").read_text())
-    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 7}))
-    spacing = ("-overwrite_target_spacing", "3.5", "3.5", "3.5")
-    shell("nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres", *spacing, "-np", "2", "-npfp", "2")
-    plans = shell.folder / "preprocessed" / DATASET / "nnUNetPlans.json"
+def plan(shell: Shell, dataset: str, spacing: str) -> None:
+    """Plans and preprocesses coarsely, then makes the plan small and the schedule short."""
+    options = ("-overwrite_target_spacing", spacing, spacing, spacing, "-np", "2", "-npfp", "2")
+    shell("nnssl", "plan-and-preprocess", "-d", dataset[7:10], "-c", "3d_fullres", *options)
+    plans = shell.folder / "preprocessed" / dataset / "nnUNetPlans.json"
     edited = json.loads(plans.read_text())
     configuration = edited["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
@@ -90,6 +80,42 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
         "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
     }
     plans.write_text(json.dumps(edited))
+
+
+def copy_cases(shell: Shell, dataset: str, labeled: list[str], unlabeled: list[str], test: list[str]) -> None:
+    source, raw = SCANS / dataset, shell.folder / "raw" / dataset
+    for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs"):
+        (raw / name).mkdir(parents=True)
+    for folder, cases in (("imagesTr", labeled), ("imagesUn", unlabeled), ("imagesTs", test)):
+        for case in cases:
+            shutil.copy(source / "imagesTr" / f"{case}_0000.nii.gz", raw / folder)
+    for case in labeled:
+        shutil.copy(source / "labelsTr" / f"{case}.nii.gz", raw / "labelsTr")
+    content = json.loads((source / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": len(labeled)}))
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Seven labeled scans (one of them to be hidden), two in imagesUn, planned and preprocessed coarsely, small networks."""
+    shell = Shell(tmp_path_factory.mktemp("commands"))
+    cases = [f"LA_{i:03d}" for i in range(1, 11)]
+    copy_cases(shell, DATASET, cases[:7], cases[7:9], cases[9:])
+    plan(shell, DATASET, "3.5")
+    shell("nnssl", "split", "-d", "501", "--labeled", "4", "--val", "LA_006", "LA_007", "--first")
+    return shell
+
+
+@pytest.fixture(scope="module")
+def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Two classes; seven labeled scans, one of them hidden, two in imagesUn."""
+    if not (SCANS / HIPPOCAMPUS).is_dir():
+        pytest.skip(f"no {HIPPOCAMPUS} below {SCANS} (set NNSSL_TEST_DATA)")
+    shell = Shell(tmp_path_factory.mktemp("hippocampus"))
+    cases = sorted(p.name.removesuffix(".nii.gz") for p in (SCANS / HIPPOCAMPUS / "labelsTr").glob("*.nii.gz"))
+    copy_cases(shell, HIPPOCAMPUS, cases[:7], cases[7:9], cases[9:10])
+    plan(shell, HIPPOCAMPUS, "1.5")
+    shell("nnssl", "split", "-d", "504", "--labeled", "4", "--val", *cases[5:7], "--first")
     return shell
 
 
@@ -101,7 +127,6 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     """The journey of the README; a run killed with SIGKILL and continued gives the losses of an uninterrupted one to 1e-6."""
     assert "Going on with the existing plan" in shell("nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres")
-    shell("nnssl", "split", "-d", "501", "--labeled", "4", "--val", "LA_006", "LA_007", "--first")
     folds = json.loads((shell.folder / "preprocessed" / DATASET / "splits_final.json").read_text())
     assert folds == [{"train": ["LA_001", "LA_002", "LA_003", "LA_004"], "val": ["LA_006", "LA_007"], "unlabeled": ["LA_005"]}]
     assert "nnUNetTrainerDiffCL" in shell("nnssl", "trainers")
@@ -145,6 +170,25 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     for one, other in zip(continued, whole, strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
     shell(*train, "--val")
+
+
+@pytest.mark.parametrize("method", ["CAML", "SemSim", "ACTION"])
+@pytest.mark.parametrize("dataset", [DATASET, HIPPOCAMPUS])
+def test_every_system_trains_and_predicts_both_datasets(method: str, dataset: str, request: pytest.FixtureRequest) -> None:
+    shell = request.getfixturevalue("shell" if dataset == DATASET else "hippocampus")
+    common = ("-d", dataset[7:10], "-c", "3d_fullres", "-f", "0", "-tr", f"nnUNetTrainer{method}", "-device", "cpu")
+    log = shell("nnUNetv2_train", dataset[7:10], "3d_fullres", "0", *common[6:], nnUNet_n_proc_DA="0")
+    fold = shell.folder / "results" / dataset / f"nnUNetTrainer{method}__nnUNetPlans__3d_fullres" / "fold_0"
+    trained = rows(fold)
+    assert len(trained) == 4 and all(math.isfinite(value) for row in trained for value in row.values())
+    if method == "ACTION":
+        assert all(f"phase {i} of 3" in log for i in (1, 2, 3))
+    images, out = shell.folder / "raw" / dataset / "imagesTs", shell.folder / f"out_{method}_{dataset}"
+    shell("nnUNetv2_predict", "-i", str(images), "-o", str(out), *common, "-npp", "1", "-nps", "1")
+    image = next(images.glob("*.nii.gz"))
+    predicted = sitk.ReadImage(str(out / image.name.replace("_0000", "")))
+    assert predicted.GetSize() == sitk.ReadImage(str(image)).GetSize()
+    assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1, 2}
 
 
 def test_find_best_configuration_accepts_our_trainers(shell: Shell) -> None:
