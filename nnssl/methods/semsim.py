@@ -1,6 +1,6 @@
 """SemSim: semantic similarity refines pseudo-labels, within an image and across images (arXiv 2410.13486).
 
-    L = L_sup + r(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
+    L = L_sup + lambda(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
     L_sup   = nnU-Net's loss of f(x_l) against y_l
     L_u     = dice(p_w -> p_s1)
     L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2   of x_w and x_s1
@@ -11,7 +11,7 @@
 f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no gradient
 x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak predictions p_w, p1_w, p2_w are cut
             with the box of the view they are compared with
-r(t)        Gaussian ramp over the first 40 % of training
+lambda(t)   Gaussian ramp over the first 40 % of training
 dice(a->b)  soft Dice of b against harden a over the voxels where a is certain, max a >= T
 e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens` voxels; never ships
 G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the sub-region lacks c
@@ -65,7 +65,7 @@ class SemSimConfig:
     weight_pseudo: float = 0.5  # of L_u
     weight_intra: float = 0.25
     weight_cross: float = 0.25
-    ramp_fraction: float = 0.4  # share of training over which r rises (ours); 0: no ramp, as published
+    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours); 0: no ramp, as published
     threshold: float = 0.95  # T
     cutmix_probability: float = 0.5  # of a box per sample and view (UniMatch)
     channel_dropout: float = 0.5  # of the strong views' encoder features
