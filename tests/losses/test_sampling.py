@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from nnssl.losses.sampling import gather_voxels, sample_members, top_members
+from nnssl.losses.sampling import draw_members, gather_interpolated, gather_voxels, sample_members, top_members
 
 
 def test_samples_are_members_and_differ_from_each_other() -> None:
@@ -53,3 +55,35 @@ def test_gathered_voxels_are_those_of_the_flattened_map() -> None:
     flat = features.movedim(1, -1).reshape(-1, 4)
     assert torch.equal(gather_voxels(features, index), flat[index])
     assert torch.autograd.gradcheck(lambda f: gather_voxels(f, index), features)
+
+
+@pytest.mark.parametrize(
+    ("low", "size"), [((3, 4, 5), (6, 8, 10)), ((2, 3, 4), (2, 12, 7)), ((1, 5, 2), (4, 5, 6)), ((3, 4), (12, 9)), ((4, 5), (4, 5))]
+)
+def test_interpolating_at_voxels_equals_gathering_the_interpolated_map(low: tuple[int, ...], size: tuple[int, ...]) -> None:
+    features = torch.randn(2, 3, *low, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 2 * torch.Size(size).numel(), (4, 50))
+    dense = F.interpolate(features, size, mode="trilinear" if len(size) == 3 else "bilinear", align_corners=False)
+    found, expected = gather_interpolated(features, index, size), gather_voxels(dense, index)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    weight = torch.randn_like(found)
+    gradients = [torch.autograd.grad((x * weight).sum(), features)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
+
+
+def test_draws_are_uniform_members_of_the_asked_rows() -> None:
+    torch.manual_seed(0)
+    member = torch.rand(3, 11) > 0.5
+    member[1] = torch.arange(11) == 10
+    row = torch.randint(0, 3, (300, 40))
+    index = draw_members(member, row)
+    assert index.shape == row.shape and member[row, index].all()
+    for k in range(3):
+        found = torch.bincount(index[row == k], minlength=11) / (row == k).sum()
+        torch.testing.assert_close(found, member[k] / member[k].sum(), atol=0.03, rtol=0)
+
+
+def test_rows_without_members_give_some_index() -> None:
+    member = torch.zeros(2, 5, dtype=torch.bool)
+    index = draw_members(member, torch.tensor([0, 1, 1]))
+    assert ((index >= 0) & (index < 5)).all()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnssl.data.classmix import classmix_mask
+from nnssl.data.cutmix import cutmix
+from nnssl.labels import LabelSpace
+
+
+def members(label: torch.Tensor, classes: int) -> torch.Tensor:
+    return torch.stack([label == k for k in range(classes)])
+
+
+@pytest.mark.parametrize(("classes", "pasted"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_half_of_the_neighbours_classes_are_pasted_whole(classes: int, pasted: int) -> None:
+    torch.manual_seed(0)
+    label = torch.stack([torch.arange(24).view(2, 3, 4) % classes] * 3)
+    mask = classmix_mask(members(label, classes + 2))
+    assert mask.shape == (3, 1, 2, 3, 4) and mask.dtype == torch.bool
+    for sample, neighbour in ((0, 2), (1, 0), (2, 1)):
+        shown = [mask[sample, 0][label[neighbour] == k] for k in range(classes)]
+        assert all(s.all() or not s.any() for s in shown) and sum(int(s.all()) for s in shown) == pasted
+
+
+def test_every_class_is_equally_likely() -> None:
+    torch.manual_seed(0)
+    label = torch.arange(4).expand(2, 4)
+    counts = sum(classmix_mask(members(label, 6))[0, 0].float() for _ in range(1000))
+    assert (counts / 500 - 1).abs().max() < 0.1
+
+
+def test_pasted_voxels_bring_the_pasted_classes() -> None:
+    """After mixing, a voxel inside the mask has the neighbour's label, and it is one of the drawn classes."""
+    g = torch.Generator().manual_seed(1)
+    label = torch.randint(4, (3, 5, 6), generator=g)
+    mask = classmix_mask(members(label, 4), g)
+    mixed, image = cutmix(label[:, None], mask), cutmix(10.0 * label[:, None], mask)
+    assert torch.equal(image, 10.0 * mixed)
+    for b in range(3):
+        neighbour = label[b - 1]
+        assert torch.equal(mixed[b, 0][mask[b, 0]], neighbour[mask[b, 0]]) and torch.equal(mixed[b, 0][~mask[b, 0]], label[b][~mask[b, 0]])
+        assert len(mixed[b, 0][mask[b, 0]].unique()) == 2
+
+
+def test_overlapping_regions_are_pasted_whole() -> None:
+    torch.manual_seed(0)
+    regions = torch.zeros(2, 2, 8)
+    regions[:, 0, 2:] = 1
+    regions[:, 1, 5:] = 1
+    member = LabelSpace(2, has_regions=True).classes(regions)  # complement, region, region within it
+    seen = {tuple(classmix_mask(member)[0, 0].int().tolist()) for _ in range(50)}
+    complement, outer, inner = (1, 1, 0, 0, 0, 0, 0, 0), (0, 0, 1, 1, 1, 1, 1, 1), (0, 0, 0, 0, 0, 1, 1, 1)
+    unions = {tuple(max(a, b) for a, b in zip(x, y, strict=True)) for x, y in ((complement, outer), (complement, inner), (outer, inner))}
+    assert seen == unions
+
+
+def test_a_single_sample_is_mixed_with_itself() -> None:
+    label = torch.randint(3, (1, 4, 4))
+    assert torch.equal(cutmix(label[:, None], classmix_mask(members(label, 3))), label[:, None])
+
+
+def test_the_same_generator_draws_the_same() -> None:
+    label = torch.randint(5, (4, 9, 9))
+    a, b = (classmix_mask(members(label, 5), torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b)

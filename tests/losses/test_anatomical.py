@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnssl.losses.anatomical import _draw_classes, anatomical_contrast, class_chances, dense_anatomical_contrast
+from nnssl.losses.sampling import gather_voxels
+from tests.reference import action as reference
+
+SMALL = {"num_queries": 8, "num_negatives": 6, "temperature": 0.5}
+
+
+def example(classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Representation (2, 5, 6, 7), one-hot label, mask, probabilities; classes differ and lie at unequal distances."""
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(classes, (2, 6, 7), generator=g)
+    center = torch.randn(classes, 5, generator=g)
+    rep = (center[label] + 0.7 * torch.randn(*label.shape, 5, generator=g)).movedim(-1, 1)
+    onehot = F.one_hot(label, classes).movedim(-1, 1).float()
+    mask = (torch.rand(2, 1, 6, 7, generator=g) > 0.1).float()
+    return rep, onehot, mask, torch.rand(onehot.shape, generator=g)
+
+
+def members(onehot: torch.Tensor, mask: torch.Tensor, probabilities: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    member = (onehot * mask).movedim(1, 0).flatten(1).bool()
+    return member, probabilities.movedim(1, 0).flatten(1) < threshold
+
+
+@cache
+def losses_of_the_loop(n: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.stack([reference.anatomical_contrast(*example(), 0.6, 8, 6, 0.5) for _ in range(n)])
+
+
+@pytest.mark.parametrize(("negatives", "candidates"), [("exact", 4096), ("shared", 4096), ("shared", 12)])
+def test_the_mean_over_seeds_is_that_of_the_published_algorithm(negatives: str, candidates: int) -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    torch.manual_seed(0)
+    options = {**SMALL, "negatives": negatives, "num_candidates": candidates}
+    found = torch.stack([dense_anatomical_contrast(rep, member, hard, **options) for _ in range(400)])
+    loop = losses_of_the_loop(100)
+    error = math.sqrt(found.var() / len(found) + loop.var() / len(loop))
+    assert error < 0.012 * loop.mean() and abs(found.mean() - loop.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("negatives", ["exact", "shared"])
+def test_gradients_agree_in_the_mean_with_the_published_algorithm(negatives: str) -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    rep.requires_grad_()
+    torch.manual_seed(0)
+    options = {"num_queries": 100, "num_negatives": 40, "negatives": negatives}
+    found = sum(torch.autograd.grad(dense_anatomical_contrast(rep, member, hard, **options), rep)[0] for _ in range(20)) / 20
+    loop = sum(torch.autograd.grad(reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), rep)[0] for _ in range(4)) / 4
+    untouched = ~(member & hard).any(0).view(2, 6, 7)
+    assert not found.movedim(1, -1)[untouched].any()
+    assert F.cosine_similarity(found.flatten(), loop.flatten(), dim=0) > 0.97
+    assert found.norm().item() == pytest.approx(loop.norm().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("negatives", ["exact", "shared"])
+def test_orthogonal_classes_have_a_closed_form(negatives: str) -> None:
+    rep = torch.eye(2).repeat_interleave(10, dim=0).T[None]  # (1, 2, 20): ten voxels of either class
+    member = torch.stack([torch.arange(20) < 10, torch.arange(20) >= 10])
+    value = dense_anatomical_contrast(rep, member, torch.ones_like(member), **{**SMALL, "negatives": negatives})
+    assert value.item() == pytest.approx(math.log(1 + 6 * math.exp(-1 / 0.5)), rel=1e-5)
+
+
+@pytest.mark.parametrize("negatives", ["exact", "shared"])
+def test_gradcheck_with_keys_held_fixed(negatives: str) -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    keys = rep.double().movedim(1, -1).reshape(-1, 5)
+
+    def loss(queries: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        embed = lambda index: (queries if torch.is_grad_enabled() else keys)[index]  # noqa: E731
+        return anatomical_contrast(embed, member, hard, negatives=negatives, **SMALL)
+
+    assert torch.autograd.gradcheck(loss, keys.clone().requires_grad_(), fast_mode=True)
+
+
+def test_keys_carry_no_gradient() -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    hard[1:] = False  # queries of class 0 alone: every other class is only a key
+    rep.requires_grad_()
+    dense_anatomical_contrast(rep, member, hard, **SMALL).backward()
+    touched = rep.grad.movedim(1, -1).reshape(-1, 5).any(1)
+    assert touched.any() and not touched[~(member[0] & hard[0])].any()
+
+
+def test_means_are_those_of_the_candidates_unless_given() -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    embed, means = partial(gather_voxels, rep), torch.stack([rep.movedim(1, -1).reshape(-1, 5)[m].mean(0) for m in member])
+    values = []
+    for given in (None, means):
+        torch.manual_seed(2)
+        values.append(anatomical_contrast(embed, member, hard, means=given, **SMALL).item())
+    torch.manual_seed(2)
+    values.append(dense_anatomical_contrast(rep, member, hard, **SMALL).item())
+    assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-5)
+    torch.manual_seed(2)
+    assert anatomical_contrast(embed, member, hard, means=-means, **SMALL).item() > 1.2 * values[0]
+
+
+def test_negative_classes_follow_the_similarity_of_the_means() -> None:
+    center = F.normalize(torch.tensor([[1.0, 0], [0.8, 0.6], [-1, 0], [0, 1]]), dim=1)
+    present = torch.tensor([True, True, True, False])
+    chances = class_chances(center, present, 0.5)
+    ratio = math.exp((0.8 - (-1.0)) / 0.5)
+    torch.testing.assert_close(chances[0], torch.tensor([0, ratio, 1, 0]) / (1 + ratio))
+    assert not chances[:3].diagonal().any() and not chances[:, 3].any()
+    torch.manual_seed(0)
+    drawn = _draw_classes(chances, 100, 200)
+    assert drawn.shape == (4, 100, 200)
+    for k in range(3):
+        found = torch.bincount(drawn[k].flatten(), minlength=4) / 20_000
+        torch.testing.assert_close(found, chances[k], atol=0.015, rtol=0)
+        assert not found[chances[k] == 0].any()
+
+
+def test_absent_classes_do_not_count_and_classes_without_hard_voxels_add_zero() -> None:
+    rep, onehot, mask, p = example(classes=3)
+    member, hard = members(onehot, mask, p, 2.0)
+    wider = torch.cat([member, torch.zeros_like(member[:1])])
+
+    def value(m: torch.Tensor, h: torch.Tensor) -> float:
+        torch.manual_seed(0)
+        values = [dense_anatomical_contrast(rep, m, h, num_queries=50, num_negatives=500, temperature=0.5) for _ in range(10)]
+        return torch.stack(values).mean().item()
+
+    full = value(member, hard)
+    assert value(wider, torch.ones_like(wider)) == pytest.approx(full, rel=0.01)
+    parts = [value(member, hard & (torch.arange(3) == k)[:, None]) for k in range(3)]
+    assert sum(parts) == pytest.approx(full, rel=0.01)
+
+
+@pytest.mark.parametrize("negatives", ["exact", "shared"])
+@pytest.mark.parametrize("case", ["empty", "one_class", "nothing_hard"])
+def test_degenerate_batches_give_a_differentiable_zero(negatives: str, case: str) -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    if case == "empty":
+        member = member & False
+    elif case == "one_class":
+        member[1:] = False
+    else:
+        hard = hard & False
+    rep.requires_grad_()
+    loss = dense_anatomical_contrast(rep, member, hard, **{**SMALL, "negatives": negatives})
+    loss.backward()
+    assert loss.item() == 0 and not rep.grad.any() and torch.isfinite(rep.grad).all()
+
+
+def test_bfloat16_embeddings_are_compared_in_float32() -> None:
+    rep, onehot, mask, p = example()
+    member, hard = members(onehot, mask, p, 0.6)
+    values = []
+    for r in (rep.bfloat16(), rep.bfloat16().float()):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            values.append(anatomical_contrast(partial(gather_voxels, r), member, hard, **SMALL))
+    assert torch.equal(*values) and values[0].dtype == torch.float32
+
+
+def test_unknown_negatives_are_refused() -> None:
+    rep, onehot, mask, p = example()
+    with pytest.raises(ValueError, match="negatives must be"):
+        dense_anatomical_contrast(rep, *members(onehot, mask, p, 0.6), negatives="all")
