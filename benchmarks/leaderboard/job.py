@@ -79,7 +79,7 @@ class Job:
         environment = space.environment()
         if self.suite.device == "cpu":
             environment.setdefault("nnUNet_n_proc_DA", "0")
-        launch = [sys.executable, "-m", "benchmarks.leaderboard.launch", "1", str(self.usage)]
+        launch = [sys.executable, "-m", "benchmarks.leaderboard.launch", str(os.getpid()), str(self.usage)]
         run(self.log, [*launch, *command, "-device", self.suite.device], environment)
 
     def self_training(self) -> Path:

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.leaderboard.launch THREADS USAGE MODULE:FUNCTION ARGUMENTS...`: one nnU-Net command in a process of its own.
+"""`python -m benchmarks.leaderboard.launch PARENT USAGE MODULE:FUNCTION ARGUMENTS...`: one nnU-Net command in a process of its own.
 
-It runs with so many threads (nnU-Net's `-device cpu` asks for one per core), ends when its parent does, however that ended, and adds what
-it used to the file USAGE, a JSON object per line.
+It runs with one thread (nnU-Net's `-device cpu` asks for one per core), ends when the process PARENT does, however that ended, and adds
+what it used to the file USAGE, a JSON object per line.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import time
 
 
 def end_with(parent: int) -> None:
-    """Leave at once when `parent` is gone: nobody would take the result, and the next run must find the folder at rest."""
+    """Leave at once when the process `parent` is gone: nobody would take the result, and the next run must find the folder at rest."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main() -> None:
-    threads, usage, target, *arguments = sys.argv[1:]
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    multiprocessing.cpu_count = lambda: int(threads)
+    parent, usage, target, *arguments = sys.argv[1:]
+    threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+    multiprocessing.cpu_count = lambda: 1
     sys.argv = arguments
     module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)()

@@ -171,6 +171,9 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
         f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "
         "Gap closed: share of the way from supervised only to all labels."
     )
+    own = {m.removeprefix("nnUNetTrainer"): {**s.get("schedule", {}), **s.get("options", {})} for m, s in suite.method.items()}
+    settings = "; ".join(f"{m} ({', '.join(f'{k} = {v}' for k, v in s.items())})" for m, s in own.items() if s)
+    text += f" Settings of single methods: {settings}." if settings else ""
     return text + (f"\n\n{suite.note}" if suite.note else "")
 
 
@@ -303,15 +306,17 @@ def draw_overlay(suite: Suite, rows: Sequence[Mapping[str, Any]], panels: Path) 
     strips = {method: matplotlib.image.imread(panels / f"{row['name']}.png") for method, row in chosen.items()}
     height, width = next(iter(strips.values())).shape[:2]
     aspect = next(iter(chosen.values()))["panel"]["aspect"]
-    inches = 7.5 * height * aspect / width
-    figure = Figure(figsize=(9, inches * len(strips) + 0.5), layout="constrained")
-    for axis, (method, strip) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items(), strict=True):
+    columns = 1 if len(strips) < 5 else 2
+    lines = -(-len(strips) // columns)
+    figure = Figure(figsize=(6.6 * columns, (5.2 * height * aspect / width + 0.06) * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).T.ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (method, strip) in zip(axes, strips.items(), strict=False):
         axis.imshow(strip, aspect=aspect, interpolation="nearest")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
         dice = np.nanmean([v if v is not None else np.nan for v in case_dice(chosen[method])])
-        axis.set_ylabel(f"{NAMES.get(method, method)}\n{100 * dice:.1f}", rotation=0, ha="right", va="center", fontsize=8)
+        name = NAMES.get(method, method).replace(", ", ",\n")
+        axis.text(-0.01, 0.5, f"{name}\n{100 * dice:.1f}", transform=axis.transAxes, ha="right", va="center", fontsize=8)
     case = next(iter(chosen.values()))["panel"]["case"]
     figure.suptitle(f"{case}, {suite.budgets[0]} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9)
     return figure

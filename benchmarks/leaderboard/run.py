@@ -48,15 +48,17 @@ def executor(folder: Path, suite: Suite, slurm: Mapping[str, Any] | None, slot: 
         dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     )
     if slurm is not None:
-        chosen = submitit.AutoExecutor(folder=folder, cluster="slurm")
-        chosen.update_parameters(name=f"leaderboard-{suite.name}", **slurm)
-        return chosen
+        cluster = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        cluster.update_parameters(name=f"leaderboard-{suite.name}", **slurm)
+        return cluster
     local = submitit.LocalExecutor(folder=folder)
     gpus: dict[str, Any] = {}
     if suite.device == "cuda":
         import torch
 
-        gpus = {"gpus_per_node": 1, "visible_gpus": (slot % max(1, torch.cuda.device_count()),)}
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        known = [int(n) for n in chosen.split(",")] if chosen else list(range(max(1, torch.cuda.device_count())))
+        gpus = {"gpus_per_node": 1, "visible_gpus": (known[slot % len(known)],)}
     local.update_parameters(timeout_min=YEAR_MINUTES, stderr_to_stdout=True, **gpus)
     return local
 

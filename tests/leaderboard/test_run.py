@@ -223,9 +223,10 @@ def test_a_launched_command_ends_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(
         "import os, pathlib, time\ndef main():\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(60)\n"
     )
-    launch = [sys.executable, "-m", "benchmarks.leaderboard.launch", "1", str(tmp_path / "usage"), "sleeper:main", "sleeper"]
     environment = {"PYTHONPATH": f"{prepare.ROOT}:{tmp_path}", "PATH": ""}
-    code = f"import subprocess; subprocess.run({launch!r}, env={environment!r}, cwd={str(tmp_path)!r})"
+    rest = [str(tmp_path / "usage"), "sleeper:main", "sleeper"]
+    launch = f"[{sys.executable!r}, '-m', 'benchmarks.leaderboard.launch', str(os.getpid()), *{rest!r}]"
+    code = f"import os, subprocess; subprocess.run({launch}, env={environment!r}, cwd={str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
             time.sleep(0.05)
