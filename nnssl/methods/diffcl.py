@@ -20,7 +20,7 @@ Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba i
 CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models
 are sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema,
 so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in
-short schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). f learns where both sources are certain of the same, for a
+short schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). f learns y_g where f_ema is certain of the same, for a
 denoiser is also certain of what f_ema is not; g learns where f_ema is certain and g_ema is not certain of something else. Regions are
 independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain
 voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
@@ -55,7 +55,7 @@ from nnssl.schedules import gaussian_ramp
 @dataclass(frozen=True)
 class DiffCLConfig:
     weight_pseudo: float = 0.5  # maximum of mu1 = mu2 (ours)
-    weight_contrast: float = 0.1  # eta (ours)
+    weight_contrast: float = 0.01  # eta (ours; at 0.1 the contrast moves f as much as L_sup does)
     threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
@@ -143,7 +143,8 @@ class DiffCL(SemiMethod):
         probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
         certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g))
-        both_certain, agreed = certain_f * certain_g, (pseudo_f == pseudo_g).all(1, keepdim=True)
+        agreed = (pseudo_f == pseudo_g).all(1, keepdim=True)
+        taught_f, taught_g = certain_f * agreed, certain_f * (1 - certain_g * ~agreed)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
@@ -164,10 +165,10 @@ class DiffCL(SemiMethod):
             contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, both_certain * agreed),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, taught_f),
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain_f - both_certain * ~agreed),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, taught_g),
         }
 
     def weights(self, t: float) -> dict[str, float]:

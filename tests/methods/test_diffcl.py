@@ -56,7 +56,7 @@ def test_a_contrast_without_weight_costs_nothing(monkeypatch: pytest.MonkeyPatch
     assert m(Task().batch(), 0.5)["contrast"].item() == 0
 
 
-def test_f_learns_where_both_are_certain_of_the_same_and_g_where_f_is_certain_and_g_not_of_something_else() -> None:
+def test_f_learns_where_f_is_certain_of_the_same_and_g_where_f_is_certain_and_g_not_of_something_else() -> None:
     m, batch = method(), Task().batch()
     certain = torch.zeros(2, 2, 8, 12, 16)
     certain[:, 0] = 1
@@ -64,7 +64,8 @@ def test_f_learns_where_both_are_certain_of_the_same_and_g_where_f_is_certain_an
     for p_f, p_g, f_learns, g_learns in (
         (certain, certain, True, True),
         (certain, certain.flip(1), False, False),
-        (certain, unsure, False, True),
+        (certain, 0.6 * certain + 0.4 * certain.flip(1), True, True),
+        (certain, 0.4 * certain + 0.6 * certain.flip(1), False, True),
         (unsure, certain, False, False),
     ):
         m.pseudo_probabilities = lambda weak, p=(p_f, p_g): p  # type: ignore[method-assign]
