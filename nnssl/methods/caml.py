@@ -1,8 +1,8 @@
 """CAML: correlation-aware mutual learning of two networks (Gao et al., MICCAI 2023).
 
     L   = L_sup(v) + L_sup(a) + r(t) (lambda_c L_c + lambda_o L_o)
-    L_c = mse(p_v, sharpen p_a) + mse(p_a, sharpen p_v)                 on x_l and x_u; sharpen p = p^(1/T) / sum_c p_c^(1/T)
-    L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_u, rows j of the bank
+    L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)               on x_l and x_s; sharpen p = p^(1/T) / sum_c p_c^(1/T)
+    L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_s, rows j of the bank
     c   = softmax_j(q_i . m_j / T_o),  q = predictor(projector(features of the last decoder stage))
 
 v         student, the planned network; deployed
@@ -11,16 +11,19 @@ a         auxiliary, the planned network with interpolation instead of transpose
 i         voxels that v and a call the same class, per class those of which v is most certain
 m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case and class; per class
           so many are drawn over all cases, a class with fewer is left out
-x_u       unlabeled patch, augmented as labeled ones are (the strong view), the same for both networks
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, the same for both networks
+p'        p without gradient; where p is of x_s, p' is of x_w and cut alike
 r(t)      Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice the published one, so that
-each network learns from L_sup at nnU-Net's learning rate; sharpened probabilities are targets without gradient (the
-public code differentiates them too); a's interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without
-dropout and the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels alone with the same
-result (the public ones normalise over all voxels that agree); the bank keeps the last rows of every case and class rather than all voxels
-of its last patch, and is written after the step. For regions, the complement of all of them is a class too; v's certainty there is
-min_k(1 - p_k), sharpening is per region against 1 - p. Ignored voxels carry no loss and never enter the bank.
+each network learns from L_sup at nnU-Net's learning rate; targets of unlabeled patches come from another view than their predictions, for
+on the same view two such networks soon agree and L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium);
+sharpened probabilities are targets without gradient (the public code differentiates them too); a's interpolation follows a 1x1 convolution
+and costs about what it replaces; CMA is pre-norm, without dropout and the identity at the start; the heads have no batch norm, so that
+they can be evaluated at the chosen voxels alone with the same result (the public ones normalise over all voxels that agree); the bank
+keeps the last rows of every case and class rather than all voxels of its last patch, and is written after the step. For regions, the
+complement of all of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region against 1 - p. Ignored voxels
+carry no loss and never enter the bank.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 
 from nnssl.bank import CaseBank
 from nnssl.batch import SemiBatch
+from nnssl.data.cutmix import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import omni_correlation
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
@@ -50,6 +54,7 @@ class CAMLConfig:
     weight_consistency: float = 2.0  # lambda_c
     weight_correlation: float = 0.1  # lambda_o
     ramp_fraction: float = 0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
+    cutmix_probability: float = 0.5  # of a box from the neighbouring sample in x_s (ours)
     sharpening: float = 0.1  # T
     temperature: float = 0.1  # T_o
     embedding: int = 64  # width of projections and q
@@ -62,6 +67,8 @@ class CAMLConfig:
         for name in ("embedding", "rows", "queries", "attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 <= self.cutmix_probability <= 1:
+            raise ValueError(f"cutmix_probability must be in [0, 1], found {self.cutmix_probability}")
         for name in ("sharpening", "temperature", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
@@ -87,7 +94,9 @@ class CAML(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        images = torch.cat([batch.labeled, batch.strong[0]])  # one pass for both streams: CMA looks across them
+        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+        weak_v, weak_a = (cutmix(z, box) for z in self.weak_logits(batch))
+        images = torch.cat([batch.labeled, cutmix(batch.strong[0], box)])  # one pass for both streams: CMA looks across them
         outputs_v, features_v = self.walk(self.student, images)
         outputs_a, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
@@ -95,7 +104,8 @@ class CAML(SemiMethod):
         logits_v, logits_a = full_resolution(outputs_v), full_resolution(outputs_a)
         p_v, p_a = self.probabilities(logits_v), self.probabilities(logits_a)
         with torch.no_grad():
-            sharp_v, sharp_a = (sharpen(z, self.config.sharpening, self.labels) for z in (logits_v, logits_a))
+            views = (torch.cat([strong[:n], weak]) for strong, weak in ((logits_v, weak_v), (logits_a, weak_a)))
+            sharp_v, sharp_a = (sharpen(z, self.config.sharpening, self.labels) for z in views)
             agreed = self.labels.classes(self.labels.harden(p_v)) & self.labels.classes(self.labels.harden(p_a))  # (K', B + U, S)
             right = agreed[:, :n] & self.labels.classes(onehot)
             mask = None
@@ -124,6 +134,12 @@ class CAML(SemiMethod):
         if self._bank_update is not None:
             self.bank.push([self.case_index[case] for case in batch.labeled_cases], *self._bank_update)
             self._bank_update = None
+
+    @torch.no_grad()
+    def weak_logits(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
+        """Logits (U, K, S) of v and a on the weak views; a as in training, with CMA across labeled and unlabeled samples."""
+        outputs_a, _ = self.walk_auxiliary(self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage)
+        return full_resolution(self.student(batch.weak)), full_resolution(split_batch(outputs_a, len(batch.labeled))[1])
 
     @torch.no_grad()
     def labeled_rows(self, features_v: Tensor, features_a: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +180,7 @@ class CorrelationHead(nn.Module):
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width))
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, width))
 
 
 def _forward_auxiliary(network: Any, x: Tensor, attention: nn.Module, stage: int) -> tuple[Outputs, list[Tensor]]:
