@@ -1,0 +1,140 @@
+"""The pictures of a report: bars, label-budget curves, training curves, overlay panel. Nothing in them depends on when they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.leaderboard.suite import Suite
+
+PLAIN, BOUND, BASE = "#4878a8", "#9aa0a6", "#e39c37"
+NAMES = {
+    "supervised": "supervised only",
+    "supervised_all": "supervised, all labels",
+    "self_training": "self-training",
+}
+
+
+def write_pictures(suite: Suite, table: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]], results: Path) -> None:
+    """All pictures of a suite, as PNG and, but for the overlay, SVG."""
+    with matplotlib.rc_context({"svg.hashsalt": "leaderboard", "font.family": "DejaVu Sans"}):
+        save(draw_bars(suite, table), results / f"{suite.name}_bars")
+        save(draw_budgets(suite, table), results / f"{suite.name}_budgets")
+        save(draw_curves(suite, finished), results / f"{suite.name}_curves")
+        save(draw_overlay(suite, finished, results / suite.name / "panels"), results / f"{suite.name}_overlay", svg=False)
+
+
+def colour(method: str) -> str:
+    return BOUND if method.startswith("supervised") else BASE if method == "self_training" else PLAIN
+
+
+def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Dice of every method, a panel per budget."""
+    shown = [b for b in suite.budgets if any(e["budget"] == b for e in table)]
+    most = max(len([e for e in table if e["budget"] == b]) for b in shown)
+    figure = Figure(figsize=(4.6 * len(shown) + 0.6, 0.32 * most + 1.4), layout="constrained")
+    lowest = min(100 * e["dice"] for e in table)
+    for axis, budget in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        entries = sorted((e for e in table if e["budget"] == budget), key=lambda e: (e["dice"], e["method"]))
+        values = [100 * e["dice"] for e in entries]
+        errors = [100 * (e["dice_sd"] or 0) for e in entries]
+        axis.barh(range(len(entries)), values, xerr=errors, color=[colour(e["method"]) for e in entries], height=0.7)
+        for k, value in enumerate(values):
+            axis.text(value, k, f" {value:.1f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(entries)), [NAMES.get(e["method"], e["method"]) for e in entries], fontsize=9)
+        axis.set(title=f"{budget} labeled", xlabel="Dice % (axis does not start at 0)", xlim=(max(0, lowest - 3), max(values) + 2))
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_budgets(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Dice over the number of labeled cases."""
+    figure = Figure(figsize=(6.8, 4.6), layout="constrained")
+    axis = figure.subplots()
+    colours = matplotlib.colormaps["tab20"]
+    for k, method in enumerate(dict.fromkeys(e["method"] for e in table)):
+        entries = [e for e in table if e["method"] == method]
+        if method == "supervised_all":
+            axis.axhline(100 * entries[0]["dice"], color="black", linestyle="--", linewidth=1, label=f"all {entries[0]['labeled']} labels")
+            continue
+        style = {"color": "black", "linewidth": 2} if method == "supervised" else {"color": colours(k % 20)}
+        errors = [100 * (e["dice_sd"] or 0) for e in entries]
+        axis.errorbar(
+            [e["labeled"] for e in entries],
+            [100 * e["dice"] for e in entries],
+            errors,
+            marker="o",
+            label=NAMES.get(method, method),
+            **style,
+        )
+    axis.set(xlabel="labeled cases", ylabel="Dice %", xticks=suite.budgets)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def draw_curves(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Supervised training loss and pseudo Dice of every method at the smallest budget, first seed."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["bound"] or row["labeled"] == suite.budgets[0]:
+            chosen.setdefault(row["method"], row)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    colours = matplotlib.colormaps["tab20"]
+    for k, (method, row) in enumerate(chosen.items()):
+        for axis, key in zip(axes, ("val_loss", "pseudo_dice"), strict=True):
+            values = [np.nan if v is None else v for v in row["curve"][key]]
+            axis.plot(
+                range(1, len(values) + 1), values, color=colours(k % 20), label=NAMES.get(method, method) if key == "val_loss" else None
+            )
+    axes[0].set_ylabel("nnU-Net's loss, validation patches")
+    axes[1].set(ylabel="pseudo Dice, validation patches", xlabel=f"epoch of {suite.schedule['num_iterations_per_epoch']} iterations")
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{suite.budgets[0]} labeled; self-training: two rounds one after the other", fontsize=10)
+    figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def draw_overlay(suite: Suite, rows: Sequence[Mapping[str, Any]], panels: Path) -> Figure:
+    """The rows' strips under each other, smallest budget, first seed: image, labels, prediction, error on the same slice."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if (row["bound"] or row["labeled"] == suite.budgets[0]) and (panels / f"{row['name']}.png").is_file():
+            chosen.setdefault(row["method"], row)
+    strips = {method: matplotlib.image.imread(panels / f"{row['name']}.png") for method, row in chosen.items()}
+    height, width = next(iter(strips.values())).shape[:2]
+    aspect = next(iter(chosen.values()))["panel"]["aspect"]
+    columns = 1 if len(strips) < 5 else 2
+    lines = -(-len(strips) // columns)
+    figure = Figure(figsize=(6.6 * columns, (5.2 * height * aspect / width + 0.06) * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).T.ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (method, strip) in zip(axes, strips.items(), strict=False):
+        axis.imshow(strip, aspect=aspect, interpolation="nearest")
+        dice = np.nanmean([v if v is not None else np.nan for v in case_dice(chosen[method])])
+        name = NAMES.get(method, method).replace(", ", ",\n")
+        axis.text(-0.01, 0.5, f"{name}\n{100 * dice:.1f}", transform=axis.transAxes, ha="right", va="center", fontsize=8)
+    case = next(iter(chosen.values()))["panel"]["case"]
+    figure.suptitle(f"{case}, {suite.budgets[0]} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9)
+    return figure
+
+
+def case_dice(row: Mapping[str, Any]) -> list[float | None]:
+    return row["per_case"]["dice"][row["cases"].index(row["panel"]["case"])]
+
+
+def save(figure: Figure, stem: Path, svg: bool = True) -> None:
+    figure.savefig(stem.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    if svg:
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
