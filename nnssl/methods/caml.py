@@ -21,9 +21,9 @@ on the same view two such networks soon agree and L_c teaches nothing (0.01; no 
 sharpened probabilities are targets without gradient (the public code differentiates them too); a's interpolation follows a 1x1 convolution
 and costs about what it replaces; CMA is pre-norm, without dropout and the identity at the start; the heads have no batch norm, so that
 they can be evaluated at the chosen voxels alone with the same result (the public ones normalise over all voxels that agree); the bank
-keeps the last rows of every case and class rather than all voxels of its last patch, and is written after the step. For regions, the
-complement of all of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region against 1 - p. Ignored voxels
-carry no loss and never enter the bank.
+keeps the last rows of every case and class rather than all voxels of its last patch, and is written after the step; queries are a share
+of small patches. For regions, the complement of all of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region
+against 1 - p. Ignored voxels carry no loss and never enter the bank.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class CAMLConfig:
     embedding: int = 64  # width of projections and q
     rows: int = 256  # per class, drawn from the bank in a step; as many are kept per case and class (ours)
     queries: int = 12_800  # voxels i per class, at most
+    query_share: float = 0.05  # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of theirs)
     attention_heads: int = 4  # of CMA; where the stage's width is no multiple, their greatest common divisor
     mlp_ratio: float = 4.0  # of CMA
 
@@ -72,6 +73,8 @@ class CAMLConfig:
         for name in ("sharpening", "temperature", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if not 0 < self.query_share <= 1:
+            raise ValueError(f"query_share must be in (0, 1], found {self.query_share}")
 
 
 class CAML(SemiMethod):
@@ -159,7 +162,8 @@ class CAML(SemiMethod):
         certainty = p_v.movedim(1, 0)
         if self.labels.has_regions:
             certainty = torch.cat([1 - certainty.amax(0, keepdim=True), certainty])
-        index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), self.config.queries)
+        limit = min(self.config.queries, math.ceil(self.config.query_share * certainty[0].numel()))
+        index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), limit)
         q_v, q_a = (head(gather_voxels(f, index)) for head, f in ((self.head_v, features_v), (self.head_a, features_a)))
         rows, filled = self.bank.sample(self.config.rows)
         row_valid = filled & (filled.sum(1, keepdim=True) >= self.config.rows)
