@@ -61,6 +61,23 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("-c", metavar="CONFIG", help="configuration (default: those that are preprocessed)")
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     check.set_defaults(run=_check)
+
+    export = commands.add_parser(
+        "export",
+        help="a trained model as one of plain nnU-Net, to predict where nnssl is not installed",
+        description="Writes DIR/nnUNetTrainer__PLANS__CONFIG for nnUNetv2_predict_from_modelfolder, and a .zip of the same name for "
+        "nnUNetv2_install_pretrained_model_from_zip (which replaces a model that nnUNetTrainer trained with the same plan).",
+        allow_abbrev=False,
+    )
+    export.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    export.add_argument("-c", required=True, metavar="CONFIG", help="configuration")
+    export.add_argument("-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases")
+    export.add_argument("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
+    export.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    export.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint (default: checkpoint_final.pth)")
+    export.add_argument("-o", required=True, metavar="DIR", help="output folder")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -136,6 +153,14 @@ def _check(args: argparse.Namespace) -> int:
     from nnssl.check import run_checks
 
     return run_checks(args.d, args.c, args.p)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from nnssl.export import export_model
+
+    folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
+    print(f"{folder}: nnUNetv2_predict_from_modelfolder -m {folder} -f {' '.join(args.f)} -i IMAGES -o PREDICTIONS")
+    print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {archive}")
 
 
 def _split(args: argparse.Namespace) -> None:
