@@ -119,7 +119,8 @@ class Job:
             count = len({*split["train"], *split["val"], *unlabeled})
             write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": count}))
             second.preprocessed.mkdir(parents=True, exist_ok=True)
-            write_whole(second.preprocessed / f"{BASE_PLAN}.json", json.dumps(self.space.plans()))
+            for name in (f"{BASE_PLAN}.json", "dataset_fingerprint.json"):
+                shutil.copy(self.space.preprocessed / name, second.preprocessed)
             second.preprocess(self.log, BASE_PLAN, 1)
             (second.folder / "prepared").touch()
         plans = self.space.plans(f"{self.plans}_r1")

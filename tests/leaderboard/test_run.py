@@ -174,7 +174,7 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     space.preprocessed.mkdir(parents=True)
     split = {"train": names[:5], "val": names[25:], "unlabeled": names[5:25]}
     (space.preprocessed / "splits_final.json").write_text(json.dumps([split]))
-    for name in ("nnUNetPlansBase", f"{one.plans}_r1"):
+    for name in ("nnUNetPlansBase", f"{one.plans}_r1", "dataset_fingerprint"):
         (space.preprocessed / f"{name}.json").write_text(json.dumps(plans()))
     one.log.parent.mkdir()
     trained: list[tuple[Any, ...]] = []
