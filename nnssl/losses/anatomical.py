@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.losses.sampling import draw_members, gather_voxels, sample_members
+from nnssl.losses.sampling import draw_members, gather_voxels
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -26,11 +27,11 @@ def anatomical_contrast(
     num_candidates: int = 4096,
     means: Tensor | None = None,
 ) -> Tensor:
-    """Mean over present classes k, then over up to Q hard queries i of class k, of
+    """Mean over present classes k, then over Q hard queries i of class k, of
 
         -log( exp(cos(q_ki, c_k) / T) / ( exp(cos(q_ki, c_k) / T) + sum_{n=1}^M exp(cos(q_ki, e_n) / T) ) )
 
-    c_k: class mean. The M negatives e_n of every query are drawn with replacement: a class j != k with probability
+    c_k: class mean. Queries are drawn with replacement, and so are the M negatives e_n of every query: a class j != k with probability
     softmax_j(cos(c_k, c_j) / T), then a voxel of j. Keys carry no gradient. A present class without hard voxels adds 0; fewer than two
     present classes give a differentiable 0.
 
@@ -39,37 +40,34 @@ def anatomical_contrast(
         member: (K, N) bool, the voxels of every class; a voxel has at most one.
         hard: (K, N) bool; queries are drawn from `member & hard`.
         num_queries: Q. num_negatives: M. temperature: T, of both softmaxes.
-        negatives: "shared": all queries draw from the same random candidates of a class, so that one matrix product has all
-            similarities; every single negative has the distribution above, but those of two queries may coincide. "exact": every
-            query draws from all voxels of a class.
+        negatives: "shared": the queries of a class draw from the same candidates, themselves drawn as above, so that one matrix
+            product has all similarities; a query's negatives have the same distribution, but two queries may share some. "exact": every
+            query draws from all voxels.
         num_candidates: random voxels per class, for shared negatives and for means.
         means: (K, E) class means where they are known; None: the means of the candidates.
     """
     if negatives not in ("shared", "exact"):
         raise ValueError(f'negatives must be "shared" or "exact", found {negatives!r}')
-    present = member.any(1)
-    query, asked = sample_members(member & hard, num_queries)
-    candidate, usable = sample_members(member, num_candidates)  # usable ones come first
-    q = embed(query)
+    num_classes, asked = len(member), member & hard
+    classes = torch.arange(num_classes, device=member.device)[:, None]
+    q = embed(draw_members(asked, classes.expand(-1, num_queries)))
     keys = q.new_zeros(0)
     if negatives == "shared" or means is None:
         with torch.no_grad():
-            keys = _full(embed(candidate))
+            keys = _full(embed(draw_members(member, classes.expand(-1, num_candidates))))
+    present = member.any(1)
     with torch.autocast(q.device.type, enabled=False):
-        if means is None:
-            means = (keys * usable[..., None]).sum(1) / usable.sum(1, keepdim=True).clamp_min(1)
-        center = F.normalize(_full(means), dim=-1)
-        other = _draw_classes(class_chances(center, present, temperature), query.shape[1], num_negatives)
-        q = F.normalize(_full(q), dim=-1)
+        center = F.normalize(_full(keys.mean(1) if means is None else means), dim=1)
+        chances = class_chances(center, present, temperature)
+        q = F.normalize(_full(q), dim=2)
         pull = torch.einsum("kqe,ke->kq", q, center)
         if negatives == "shared":
-            push = _shared_similarities(q, F.normalize(keys, dim=-1), usable, other)
+            push = _shared_similarities(q, F.normalize(keys, dim=2), chances, num_negatives)
         else:
-            push = _exact_similarities(q, embed, member, other)
+            push = _exact_similarities(q, embed, member, _draw_classes(chances, num_queries * num_negatives))
         per_query = F.softplus(torch.logsumexp(push / temperature, dim=2) - pull / temperature)
-        per_class = (per_query * asked).sum(1) / asked.sum(1).clamp_min(1)
-        present = present & (present.sum() >= 2)
-        return (per_class * present).sum() / present.sum().clamp_min(1)
+        counted = asked.any(1) & (present.sum() >= 2)
+        return (per_query.mean(1) * counted).sum() / present.sum().clamp_min(1)
 
 
 def class_chances(center: Tensor, present: Tensor, temperature: float) -> Tensor:
@@ -82,38 +80,40 @@ def class_chances(center: Tensor, present: Tensor, temperature: float) -> Tensor
     return torch.softmax((center @ center.T / temperature).masked_fill(~allowed, torch.finfo(center.dtype).min), dim=1)
 
 
-def _draw_classes(chances: Tensor, queries: int, n: int) -> Tensor:
-    """Classes (K, Q, n) drawn from the rows of `chances`."""
+def _draw_classes(chances: Tensor, n: int) -> Tensor:
+    """n classes (K, n) drawn from every row of `chances`."""
     edges = chances.cumsum(1)
     edges = edges / edges[:, -1:]  # the last edge is exactly 1, so that no draw falls behind it
-    draw = torch.rand((len(chances), queries * n), device=chances.device, dtype=chances.dtype)
-    return torch.searchsorted(edges, draw, right=True).view(len(chances), queries, n)
+    return torch.searchsorted(edges, torch.rand((len(chances), n), device=chances.device, dtype=chances.dtype), right=True)
 
 
-def _shared_similarities(q: Tensor, keys: Tensor, usable: Tensor, other: Tensor) -> Tensor:
-    """(K, Q, M) cosines of every query with a random usable candidate of each drawn class. keys: (K, C, E), usable first."""
-    count = usable.sum(1)
-    place = (torch.rand(other.shape, device=q.device) * count[other]).long()
-    column = other * keys.shape[1] + place.clamp_max(keys.shape[1] - 1)
-    similarity = (q.flatten(0, 1) @ keys.flatten(0, 1).T).unflatten(0, q.shape[:2])
-    return similarity.gather(2, column)
+def _shared_similarities(q: Tensor, keys: Tensor, chances: Tensor, n: int) -> Tensor:
+    """(K, Q, n) cosines of every query with random ones of C negatives, drawn for its class from the keys (K, C, E) of all classes."""
+    size = keys.shape[1]
+    other = _draw_classes(chances, size)
+    candidates = keys[other, torch.randint(size, other.shape, device=q.device)]  # (K, C, E)
+    return (q @ candidates.mT).gather(2, torch.randint(size, (*q.shape[:2], n), device=q.device))
 
 
 def _exact_similarities(q: Tensor, embed: Embed, member: Tensor, other: Tensor) -> Tensor:
-    """(K, Q, M) cosines of every query with a random voxel of each drawn class."""
+    """(K, Q, M) cosines of every query with random voxels of the drawn classes (K, Q M)."""
     with torch.no_grad():
-        keys = _full(embed(draw_members(member, other)))
-        length = torch.linalg.vector_norm(keys, dim=-1).clamp_min(1e-12)
-    return torch.einsum("kqe,kqme->kqm", q, keys) / length
+        keys = _full(embed(draw_members(member, other))).unflatten(1, (q.shape[1], -1))
+        length = torch.linalg.vector_norm(keys, dim=3).clamp_min(1e-12)
+    return (keys @ q[..., None])[..., 0] / length
 
 
-def dense_anatomical_contrast(embeddings: Tensor, member: Tensor, hard: Tensor, **options: object) -> Tensor:
-    """`anatomical_contrast` on a map of embeddings (B, E, S), exact class means included. member, hard: (K, B * V) bool."""
-    with torch.no_grad():
-        by_sample = member.unflatten(1, (len(embeddings), -1)).to(embeddings.dtype)  # (K, B, V)
-        sums = torch.einsum("kbv,bev->ke", by_sample, embeddings.flatten(2))
-        means = sums / member.sum(1, keepdim=True).clamp_min(1)
-    return anatomical_contrast(partial(gather_voxels, embeddings), member, hard, means=means, **options)  # type: ignore[arg-type]
+def dense_anatomical_contrast(embeddings: Tensor, member: Tensor, hard: Tensor, negatives: str = "shared", **options: Any) -> Tensor:
+    """`anatomical_contrast` on a map of embeddings (B, E, S); exact negatives come with exact class means. member, hard: (K, B V) bool."""
+    if negatives != "exact":
+        return anatomical_contrast(partial(gather_voxels, embeddings), member, hard, negatives=negatives, **options)
+    rows = embeddings.detach().movedim(1, -1).flatten(0, -2)  # a copy, from which many keys are read faster
+
+    def embed(index: Tensor) -> Tensor:
+        return gather_voxels(embeddings, index) if torch.is_grad_enabled() else rows[index]
+
+    means = member.to(rows.dtype) @ rows / member.sum(1, keepdim=True).clamp_min(1)
+    return anatomical_contrast(embed, member, hard, negatives=negatives, means=means, **options)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -75,9 +75,10 @@ def draw_members(member: Tensor, row: Tensor) -> Tensor:
         member: (K, N) bool; rows without members give arbitrary indices.
         row: (...) int64 in 0 .. K - 1.
     """
-    count = member.sum(1)
-    before = count.cumsum(0) - count
+    upto = member.flatten().cumsum(0, dtype=torch.int32)
+    end = upto[member.shape[1] - 1 :: member.shape[1]]  # (K,) members in this row and those before
+    count = torch.diff(end, prepend=end.new_zeros(1))
     draw = torch.rand(row.shape, device=member.device, dtype=torch.float64)
-    place = before[row] + (draw * count[row]).long()
-    found = torch.searchsorted(member.flatten().cumsum(0), place + 1)  # the first voxel with that many members up to it
+    place = (end - count)[row] + (draw * count[row]).int()
+    found = torch.searchsorted(upto, place + 1)  # the first voxel with that many members up to it
     return found.clamp_max(member.numel() - 1) % member.shape[1]
