@@ -102,7 +102,7 @@ def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
         "Supervised": Row("supervised", {"train B": 1}),
         "DiffCL": Row("diffcl", diffcl_floor, section=diffcl),
         "DiffCL without HFM": Row("diffcl", diffcl_floor, section=diffcl | {"hfm_stages": 0}),
-        "CAML": Row("caml", {"train 2B": 1, "train interpolating 2B": 1}),
+        "CAML": Row("caml", {"train 2B": 1, "train interpolating 2B": 1, "infer B": 1, "infer interpolating 2B": 1}),
         "SemSim": Row("semsim", {"train 3B": 1, "infer B": 1}),
         "ACTION, phase 3": Row("action", one_teacher, t=0.9),
         "FixMatch": Row("fixmatch", one_teacher),
@@ -130,6 +130,7 @@ def passes(setting: Setting, context: Callable[[], Any]) -> dict[str, Callable[[
         "train branch 2B": partial(training_pass, branch, context, torch.cat([noisy] * 2)),
         "infer branch B": partial(forward_pass, branch, context, noisy),
         "train interpolating 2B": partial(training_pass, interpolating, context, torch.cat([image] * 2)),
+        "infer interpolating 2B": partial(forward_pass, interpolating, context, torch.cat([image] * 2)),
         "train interpolating decoder 2B": partial(training_pass, interpolating.decoder, context, skips),
     }
 
