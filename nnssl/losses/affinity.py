@@ -32,6 +32,11 @@ def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
         return ((p + mixed) / 2).mT.reshape(probabilities.shape)
 
 
+def purest(share: Tensor, purity: float = 0.9) -> Tensor:
+    """Voxels (B, K, V) bool that hold a class most purely: at least `purity` of its highest share in the image. share: (B, K, V) >= 0."""
+    return (share >= purity * share.amax(-1, keepdim=True)) & (share > 0)
+
+
 def prototypes(features: Tensor, member: Tensor, region: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
     """G = mean feature per (labeled image, class, region), (B, K, R, D), and whether the class is in the image at all, (B, K) bool.
 
@@ -39,16 +44,16 @@ def prototypes(features: Tensor, member: Tensor, region: Tensor, num_regions: in
 
     Args:
         features: (B, D, V).
-        member: (B, K, V) >= 0, share of class k in a voxel.
+        member: (B, K, V) bool.
         region: (V,) int64 in 0 .. R - 1, the region of each voxel.
     """
     within = F.one_hot(region, num_regions).to(features.dtype).mT  # (R, V)
     weight = member[:, :, None] * within  # (B, K, R, V)
-    mass = weight.sum(-1, keepdim=True)
+    count = weight.sum(-1, keepdim=True)
     total = (weight.flatten(1, 2) @ features.mT).unflatten(1, weight.shape[1:3])
-    image_mass, image_total = mass.sum(2, keepdim=True), total.sum(2, keepdim=True)
-    g = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1), image_total / torch.where(image_mass > 0, image_mass, 1))
-    return g, image_mass[:, :, 0, 0] > 0
+    image_count = count.sum(2, keepdim=True)
+    g = torch.where(count > 0, total / count.clamp_min(1), total.sum(2, keepdim=True) / image_count.clamp_min(1))
+    return g, image_count[:, :, 0, 0] > 0
 
 
 def prototype_similarity(features: Tensor, g: Tensor, region: Tensor) -> Tensor:

@@ -18,14 +18,16 @@ G_j^c       mean feature of class c in a sub-region of labeled image j; in the w
 
 Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; the whole objective is twice the published one, so that f learns from
 L_sup at nnU-Net's learning rate; a ramp, because networks trained from nothing are soon certain of wrong labels; SFM takes its three
-deepest encoder stages; windows and sub-regions are at most 4 per axis and at least 2 voxels wide, so fewer on small grids; labels and
-predictions are averaged onto the grid of e (voxels belong to classes in part); channel dropout acts on all encoder features of the strong
-views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over images, and L_cross leaves out what p_w
-calls a class that none of them has; weights carry no gradient; regions are two-class problems, each with its complement.
+deepest encoder stages; windows and sub-regions are at least 2 voxels wide, so fewer on small grids; labels and predictions are averaged
+onto the grid of e, and prototypes are made of the voxels that hold a class most purely; channel dropout acts on all encoder features of
+the strong views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over images; L_cross counts where
+p_w calls the same class as p2_w, for patches lie anywhere, and prototypes of a wrong place or of too few classes are certain all the
+same; its weights carry no gradient; regions are two-class problems, each with its complement.
 
-Deviations, because the published constants are dead: un-tempered cosines give no p_cr above 0.95 (with two classes 0.88 at most), r = 1000
-no weight above 0, and with s = 1 M averages the image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence
-temperature, r and scale below; `diagnostics` log which share of the voxels (of those called foreground) each term acts on.
+Deviations, because published constants do not act: without temperature no p_cr exceeds 0.88 (two classes), short of T; and with s = 1 M
+averages the whole image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence temperature and s below; r
+follows, U being quadratic in small differences: 10 at temperature 0.1 weighs as 1000 does without. `diagnostics` log the share of the
+voxels, and of those called foreground, that each term acts on, and the mean weight.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from nnssl.losses.affinity import (
     cross_image_loss,
     prototype_similarity,
     prototypes,
+    purest,
     refine,
 )
 from nnssl.losses.pseudo_label import confidence_mask
@@ -75,12 +78,13 @@ class SemSimConfig:
     mlp_ratio: float = 2.0  # hidden width of SFM's MLP / D (ours)
     max_tokens: int = 4096  # voxels of a scale of SFM and of e, at most (ours)
     scale: float = 20.0  # s, of the cosines within an image (1 in the paper: dead)
-    regions: int = 4  # N, sub-regions per axis
+    regions_2d: int = 4  # N, sub-regions per axis
+    regions_3d: int = 2  # the same in 3D (ours: random patches have fewer places in common than slices)
     temperature: float = 0.1  # of the cosines across images (1 in the paper: dead)
-    r: float = 10.0  # of the uncertainty weight (1000 in the paper: dead)
+    r: float = 10.0  # of the uncertainty weight (1000 in the paper, without temperature)
 
     def __post_init__(self) -> None:
-        for name in ("width", "windows", "heads", "max_tokens", "regions"):
+        for name in ("width", "windows", "heads", "max_tokens", "regions_2d", "regions_3d"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.width % self.heads:
@@ -117,7 +121,7 @@ class SemSim(SemiMethod):
             mlp_ratio=c.mlp_ratio,
         )
         self.grid = self.fusion.grid
-        self.regions_per_axis = windows_per_axis(self.grid, c.regions)
+        self.regions_per_axis = windows_per_axis(self.grid, c.regions_2d if len(self.grid) == 2 else c.regions_3d)
         index, place = cut_windows(self.grid, self.regions_per_axis)
         self.num_regions = len(index)
         self.register_buffer("region", place // index.shape[1], persistent=False)
@@ -172,27 +176,26 @@ class SemSim(SemiMethod):
 
         Args:
             e_l: (B, D, grid) of the labeled images; e_s, e_w: (U, D, grid) of the strong and the weak view.
-            p_w: (U, K, S), which tells where the unlabeled images hold a class that no labeled image of the batch knows.
+            p_w: (U, K, S), which must agree.
             box: (U, 1, grid) bool of the strong view.
         """
         c = self.config
         member = self.problems(*self.labels.encode(batch.full_target()))  # (B, P, C, V)
-        g, known = prototypes(e_l.flatten(2), member.flatten(1, 2), self.region, self.num_regions)
+        g, known = prototypes(e_l.flatten(2), purest(member.flatten(1, 2)), self.region, self.num_regions)
         known = known.unflatten(1, member.shape[1:3])  # (B, P, C)
 
         def similarity(e: Tensor, g: Tensor) -> Tensor:
             return prototype_similarity(e.flatten(2), g, self.region).unflatten(2, member.shape[1:3]) / c.temperature
 
         p2_w = cross_image_log_probabilities(similarity(e_w, g.detach()), known).exp()  # (U, P, C, V)
-        expected = self.problems(p_w, None).argmax(2, keepdim=True)
-        knowable = known.any(0)[None, ..., None].expand_as(p2_w).gather(2, expected)
-        p2_w, knowable = (cutmix(x, box.flatten(2)[:, None]) for x in (p2_w, knowable))
         confidence, called = p2_w.max(2, keepdim=True)
-        certain = ((confidence >= c.threshold) & knowable)[:, :, 0].float()  # (U, P, V)
+        certain = (confidence >= c.threshold) & (called == self.problems(p_w, None).argmax(2, keepdim=True))
+        certain, called = (cutmix(x, box.flatten(2)[:, None])[:, :, 0] for x in (certain, called))  # (U, P, V)
+        certain = certain.float()
         m = similarity(e_s, g)
         weight = agreement(m, known, c.r)
-        self.diagnostics |= shares("cross", certain, (called[:, :, 0] > 0).float()) | {"cross_weight": weight.mean()}
-        target = torch.zeros_like(p2_w).scatter_(2, called, 1.0)
+        self.diagnostics |= shares("cross", certain, (called > 0).float()) | {"cross_weight": weight.mean()}
+        target = torch.zeros_like(p2_w).scatter_(2, called[:, :, None], 1.0)
         return cross_image_loss(cross_image_log_probabilities(m, known), target, certain * weight)
 
     def problems(self, onehot: Tensor, labeled_mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from nnssl.losses.affinity import (
     cross_image_loss,
     prototype_similarity,
     prototypes,
+    purest,
     refine,
 )
 from tests.reference import semsim as reference
@@ -25,11 +26,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shares(b: int, k: int, seed: int = 1) -> torch.Tensor:
-    """(b, k, 9) shares of classes in voxels; many are 0."""
-    hard = torch.nn.functional.one_hot(torch.randint(k, (b, 9), generator=torch.Generator().manual_seed(seed)), k).mT.double()
-    hard[..., ::4] = 0.7 * hard[..., ::4] + 0.3 * hard[..., ::4].roll(1, 1)  # some voxels belong to two classes
-    return hard
+def members(b: int, k: int, seed: int = 1) -> torch.Tensor:
+    """(b, k, 9) bool, one class per voxel."""
+    label = torch.randint(k, (b, 9), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.one_hot(label, k).mT.bool()
 
 
 # within an image
@@ -88,8 +88,14 @@ def test_the_matrix_is_never_in_memory() -> None:
 # across images
 
 
+def test_the_purest_voxels_are_those_near_the_highest_share_of_the_image() -> None:
+    share = torch.tensor([[[1.0, 0.95, 0.89, 0.0], [0.0, 0.05, 0.11, 0.1], [0.0, 0.0, 0.0, 0.0]]])
+    expected = [[[True, True, False, False], [False, False, True, True], [False] * 4]]
+    assert purest(share).tolist() == reference.purest(share).tolist() == expected
+
+
 def test_prototypes_equal_the_loop_and_fall_back_to_the_image() -> None:
-    e, member = randn(2, 4, 9), shares(2, 3)
+    e, member = randn(2, 4, 9), members(2, 3)
     member[0, 1] = 0  # absent in image 0
     member[1, 2, :5] = 0  # absent in regions 0 and 1 of image 1
     member[1, 2, 6] = 1
@@ -105,7 +111,7 @@ def test_prototypes_equal_the_loop_and_fall_back_to_the_image() -> None:
 
 @pytest.mark.parametrize("absent", [[], [(0, 1)], [(0, 1), (0, 2)], [(0, 1), (1, 1)]])
 def test_cross_image_probabilities_and_weights_equal_the_loop(absent: list[tuple[int, int]]) -> None:
-    e_u, e_l, member = randn(2, 4, 9), randn(2, 4, 9, seed=2), shares(2, 3)
+    e_u, e_l, member = randn(2, 4, 9), randn(2, 4, 9, seed=2), members(2, 3)
     for j, c in absent:
         member[j, c] = 0
     expected_p, expected_weight = reference.cross_image(e_u, e_l, member, REGION, 0.3, 2.0)
@@ -155,7 +161,7 @@ def test_r_over_temperature_squared_is_what_counts() -> None:
 
 
 def test_gradients_across_images_are_right() -> None:
-    e_u, e_l, member = randn(1, 3, 9).requires_grad_(), randn(2, 3, 9, seed=2).requires_grad_(), shares(2, 2)
+    e_u, e_l, member = randn(1, 3, 9).requires_grad_(), randn(2, 3, 9, seed=2).requires_grad_(), members(2, 2)
     target = torch.nn.functional.one_hot(torch.arange(9) % 2, 2).mT[None, None].double()
     mask = randn(1, 1, 9).abs()
 
@@ -167,10 +173,10 @@ def test_gradients_across_images_are_right() -> None:
     assert torch.autograd.gradcheck(loss, (e_u, e_l))
 
 
-@pytest.mark.parametrize("labeled", [0.0, 1.0])
-def test_unknown_classes_and_unlabeled_images_keep_gradients_finite(labeled: float) -> None:
+@pytest.mark.parametrize("labeled", [False, True])
+def test_unknown_classes_and_unlabeled_images_keep_gradients_finite(labeled: bool) -> None:
     e_u, e_l = randn(1, 3, 9).float().requires_grad_(), randn(2, 3, 9).float().requires_grad_()
-    member = torch.zeros(2, 2, 9)
+    member = torch.zeros(2, 2, 9, dtype=torch.bool)
     member[:, 0] = labeled  # background only, or nothing at all
     g, known = prototypes(e_l, member, REGION, 3)
     m = prototype_similarity(e_u, g, REGION)[:, :, None] / 0.01

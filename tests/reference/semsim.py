@@ -20,15 +20,26 @@ def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     return refined
 
 
+def purest(share: Tensor) -> Tensor:
+    """(B, K, V) bool: voxels with at least 90 % of the class's highest share in the image."""
+    member = torch.zeros_like(share, dtype=torch.bool)
+    for b in range(share.shape[0]):
+        for k in range(share.shape[1]):
+            highest = max(share[b, k].tolist())
+            for v in range(share.shape[2]):
+                member[b, k, v] = highest > 0 and share[b, k, v] >= 0.9 * highest
+    return member
+
+
 def prototype(features: Tensor, member: Tensor, region: Tensor, r: int) -> Tensor | None:
     """Mean feature (D,) of one class of one image in region r; of the image where the region lacks it; None where the image does.
 
-    features (D, V), member (V,) shares, region (V,).
+    features (D, V), member (V,) bool, region (V,).
     """
     for inside in (region == r, torch.ones_like(region, dtype=torch.bool)):
-        voxels = [v for v in range(len(region)) if inside[v] and member[v] > 0]
+        voxels = [v for v in range(len(region)) if inside[v] and member[v]]
         if voxels:
-            return sum(member[v] * features[:, v] for v in voxels) / sum(member[v] for v in voxels)  # type: ignore[return-value]
+            return sum(features[:, v] for v in voxels) / len(voxels)  # type: ignore[return-value]
     return None
 
 
