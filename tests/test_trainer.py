@@ -393,6 +393,15 @@ def test_diagnostics_are_logged_as_epoch_means(place: Place) -> None:
     assert all(0.5 <= r["diagnostic/found"] <= 1 for r in rows)
 
 
+def test_phases_are_announced_in_the_log_when_they_begin(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 4}, ACTION={"embedding": 8, "candidates": 64})
+    trainer = run(place.trainer("nnUNetTrainerACTION"))
+    log = Path(trainer.log_file).read_text()
+    assert [log.count(f"phase {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
+    assert log.index("phase 1 of 3") < log.index("Epoch 1") < log.index("phase 2 of 3") < log.index("Epoch 2") < log.index("phase 3 of 3")
+    assert [r["weight/anatomical"] for r in losses(trainer)] == [0, 0.01, 0.01, 0.01]
+
+
 @pytest.mark.parametrize("deploy", ["student", "teacher"])
 def test_copies_are_made_from_pretrained_weights(place: Place, deploy: str) -> None:
     source = place.trainer("nnUNetTrainerSupervised")
