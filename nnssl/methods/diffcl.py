@@ -58,7 +58,7 @@ class DiffCLConfig:
     weight_contrast: float = 0.01  # eta (ours; at 0.1 the contrast moves f as much as L_sup does)
     threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
-    ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; UA-MT's and CAML's share)
+    ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 10  # S; 2 on CPU
     sampling_start: float = 0.5  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)

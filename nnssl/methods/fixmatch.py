@@ -33,7 +33,7 @@ class FixMatchConfig:
     weight_pseudo: float = 0.5  # lambda_max (UniMatch's share of the unlabeled loss)
     threshold: float = 0.9  # T (ours; 0.95 in both papers)
     cutmix_probability: float = 0.5  # of a box per sample (UniMatch)
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; UA-MT's share)
+    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; CAML's share)
     ema_decay: float = 0.99  # of the teacher (Mean Teacher); 0: the student itself gives the labels, as published
 
     def __post_init__(self) -> None:
