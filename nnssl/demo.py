@@ -51,7 +51,7 @@ def usable_cpus() -> int:
     """Cores that this process may use, by affinity and the container's quota; 8 at most, more do not help small patches."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    limit, _, period = quota.read_text(encoding="utf-8").partition(" ") if quota.is_file() else ("max", "", "")
     return min(8, count if limit == "max" else max(1, min(count, int(limit) // int(period))))
 
 
@@ -72,7 +72,7 @@ class Demo:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.done: list[str] = []
         if state.is_file():
-            found = json.loads(state.read_text())
+            found = json.loads(state.read_text(encoding="utf-8"))
             if found["settings"] != self.settings:
                 raise ValueError(
                     f"{self.folder} holds a demo with {found['settings']}, asked for {self.settings}: choose another --folder, or --fresh"
@@ -87,7 +87,7 @@ class Demo:
 
     def _save(self) -> None:
         partial = self.folder / (STATE + ".tmp")
-        partial.write_text(json.dumps({"settings": self.settings, "done": self.done}, indent=2))
+        partial.write_text(json.dumps({"settings": self.settings, "done": self.done}, indent=2), encoding="utf-8")
         os.replace(partial, self.folder / STATE)
 
     def run(self) -> None:
@@ -120,7 +120,7 @@ class Demo:
 
     def shorten(self) -> None:
         """Write a short schedule, a small network and a small patch into the plans file"""
-        plans = json.loads(self.plans.read_text())
+        plans = json.loads(self.plans.read_text(encoding="utf-8"))
         configuration = plans["configurations"][CONFIGURATION]
         network = configuration["architecture"]["arch_kwargs"]
         network["features_per_stage"] = [FEATURES * 2**i for i in range(network["n_stages"])]
@@ -129,7 +129,7 @@ class Demo:
         method = {"DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096}}
         plans["nnssl"] = {"num_epochs": self.settings["epochs"], **SCHEDULE, "seed": self.settings["seed"], **method}
         partial = self.plans.with_suffix(".tmp")
-        partial.write_text(json.dumps(plans, indent=4))
+        partial.write_text(json.dumps(plans, indent=4), encoding="utf-8")
         os.replace(partial, self.plans)
 
     def train(self) -> None:
@@ -161,7 +161,7 @@ class Demo:
         import torch
 
         log = torch.load(self.model / "fold_all" / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
-        with open(self.model / "fold_all" / "losses.csv", newline="") as file:
+        with open(self.model / "fold_all" / "losses.csv", encoding="utf-8", newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         draw_curve(rows, log["dice_per_class_or_region"], STRUCTURES, self.folder / "curve.png")
 
@@ -180,7 +180,7 @@ class Demo:
             print(f"  {what}: {where}")
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "predictions" / "summary.json").read_text())
+        return json.loads((self.folder / "predictions" / "summary.json").read_text(encoding="utf-8"))
 
     def cases(self) -> list[str]:
         return sorted(p.name.removesuffix(".nii.gz") for p in (self.raw / "labelsTs").glob("*.nii.gz"))
@@ -229,7 +229,7 @@ class Demo:
         environment = {**self.environment(), **(environment or {})}
         lines: list[str] = []
         with (
-            open(log, "w") as file,
+            open(log, "w", encoding="utf-8") as file,
             tqdm(
                 total=total, unit=unit, desc=f"      {stage}", disable=bar is None, mininterval=0.1 if sys.stderr.isatty() else 20
             ) as shown,

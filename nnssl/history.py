@@ -32,7 +32,7 @@ class History:
         columns = list(self.rows[0])
         lines = [",".join(columns), *(",".join(f"{r[c]:.10g}" for c in columns) for r in self.rows)]
         path = os.path.join(folder, "losses.csv")
-        with open(path + ".tmp", "w") as f:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.write("\n".join(lines) + "\n")
         os.replace(path + ".tmp", path)
         self._plot(os.path.join(folder, "losses.png"))

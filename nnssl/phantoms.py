@@ -142,6 +142,6 @@ def write_dataset(
             labels.mkdir(parents=True, exist_ok=True)
             _save(phantom.labels, phantom.spacing, labels / f"{name}_{n:03d}.nii.gz")
     dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": labeled, "file_ending": ".nii.gz"}
-    (partial / "dataset.json").write_text(json.dumps(dataset, indent=2))
+    (partial / "dataset.json").write_text(json.dumps(dataset, indent=2), encoding="utf-8")
     os.replace(partial, folder)
     return folder

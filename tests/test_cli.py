@@ -100,7 +100,7 @@ def test_planning_from_nothing_then_replanning(tmp_path: Path, monkeypatch: pyte
     assert stamps(tiny.preprocessed) == before
 
     assert preprocess("-c", "3d_fullres", "--replan", "-overwrite_target_spacing", "3", "1.8", "1.8") == 0
-    assert json.loads(Path(f"{tiny.plans_file}.bak").read_text()) == edited
+    assert json.loads(Path(f"{tiny.plans_file}.bak").read_text(encoding="utf-8")) == edited
     replanned = json.loads(tiny.plans_file.read_text())
     assert replanned["nnssl"] == {"num_epochs": 3}
     assert replanned["configurations"]["3d_fullres"]["spacing"] == [3, 1.8, 1.8]

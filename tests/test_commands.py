@@ -120,7 +120,7 @@ def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "losses.csv") as f:
+    with open(folder / "losses.csv", encoding="utf-8") as f:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
 

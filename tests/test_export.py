@@ -72,7 +72,7 @@ def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoin
     trainer.inference_allowed_mirroring_axes = (0, 2)
     trainer.save_checkpoint(os.path.join(trainer.output_folder, checkpoint))
     for file, content in (("plans.json", trainer.plans_manager.plans), ("dataset.json", trainer.dataset_json)):
-        Path(trainer.output_folder_base, file).write_text(json.dumps(content))
+        Path(trainer.output_folder_base, file).write_text(json.dumps(content), encoding="utf-8")
     return trainer
 
 
@@ -100,7 +100,7 @@ def test_the_folder_holds_a_plain_model_and_no_trace_of_nnssl(
 ) -> None:
     trainer = trained(drawn)
     (Path(trainer.output_folder_base) / "dataset_fingerprint.json").write_text("{}")
-    assert "nnssl" in json.loads(Path(trainer.output_folder_base, "plans.json").read_text())
+    assert "nnssl" in json.loads(Path(trainer.output_folder_base, "plans.json").read_text(encoding="utf-8"))
     capsys.readouterr()
     assert export(tmp_path / "out") == 0
     assert sorted(files(tmp_path / "out" / MODEL)) == [

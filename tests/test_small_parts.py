@@ -106,7 +106,7 @@ def test_history_writes_one_row_per_epoch_and_rewinds(tmp_path: Path) -> None:
     for epoch in (0, 1, 2, 1):  # the last: continued from a checkpoint after epoch 0
         history.add(epoch, 0.01, {"loss/a": epoch / 3, "loss/b": 1.0}, {"a": 1.0, "b": 0.5})
     history.write(str(tmp_path))
-    with open(tmp_path / "losses.csv") as f:
+    with open(tmp_path / "losses.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == ["epoch", "lr", "loss/a", "loss/b", "weight/a", "weight/b"]
     assert [r["epoch"] for r in rows] == ["0", "1"] and float(rows[1]["loss/a"]) == pytest.approx(1 / 3, abs=1e-9)

@@ -99,7 +99,7 @@ def place(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
 
 
 def losses(trainer: Any) -> list[dict[str, float]]:
-    with open(os.path.join(trainer.output_folder, "losses.csv")) as f:
+    with open(os.path.join(trainer.output_folder, "losses.csv"), encoding="utf-8") as f:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
 
@@ -396,7 +396,7 @@ def test_diagnostics_are_logged_as_epoch_means(place: Place) -> None:
 def test_phases_are_announced_in_the_log_when_they_begin(place: Place) -> None:
     place.plan(**{**SHORT, "num_epochs": 4}, ACTION={"embedding": 8, "candidates": 64})
     trainer = run(place.trainer("nnUNetTrainerACTION"))
-    log = Path(trainer.log_file).read_text()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert [log.count(f"phase {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
     assert log.index("phase 1 of 3") < log.index("Epoch 1") < log.index("phase 2 of 3") < log.index("Epoch 2") < log.index("phase 3 of 3")
     assert [r["weight/anatomical"] for r in losses(trainer)] == [0, 0.01, 0.01, 0.01]

@@ -74,8 +74,8 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
             sitk.WriteImage(picture, str(partial / f"{path}.nii.gz"), useCompression=True)
     labels = {"background": 0, **{label: k for k, label in enumerate(form.labels, 1)}}
     content = {"channel_names": {"0": form.channel}, "labels": labels, "numTraining": len(names), "file_ending": ".nii.gz"}
-    (partial / "dataset.json").write_text(json.dumps(content, indent=1))
-    (partial / "cases.json").write_text(json.dumps(renamed, indent=1))
+    (partial / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (partial / "cases.json").write_text(json.dumps(renamed, indent=1), encoding="utf-8")
     os.replace(partial, folder)
     return folder
 
@@ -83,7 +83,7 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
 def read_list(folder: Path, name: str) -> list[str]:
     """Case names of one of the papers' lists, in its order; a file of this name anywhere below `folder`."""
     path = find(folder, name)
-    return [line.strip().split(",")[0] for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip().split(",")[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def find(folder: Path, *patterns: str) -> Path:

@@ -42,7 +42,7 @@ class Job:
         """finished | failed | outdated (of other settings) | absent, by the row on disk."""
         if not self.result.is_file():
             return "absent"
-        found = json.loads(self.result.read_text())
+        found = json.loads(self.result.read_text(encoding="utf-8"))
         return found["status"] if found["fingerprint"] == self.row.fingerprint else "outdated"
 
     def run(self) -> str:
@@ -57,7 +57,7 @@ class Job:
                 folder = self.self_training() if self.row.kind == "self_training" else self.train(self.space, self.plans, self.row.settings)
                 row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, commit)}
             except Exception as error:
-                with open(self.log, "a") as file:
+                with open(self.log, "a", encoding="utf-8") as file:
                     traceback.print_exc(file=file)
                 self.fail(f"{type(error).__name__}: {error}")
                 return "failed"
@@ -93,8 +93,8 @@ class Job:
         settings, half = dict(self.row.settings), self.epochs // 2
         first = self.train(self.space, f"{self.plans}_r1", {**settings, "num_epochs": half})
         second = Workspace(self.space.folder / "self_training" / self.plans, self.suite)
-        split = json.loads((self.space.preprocessed / "splits_final.json").read_text())[self.row.fold]
-        ending = json.loads((self.space.raw / "dataset.json").read_text())["file_ending"]
+        split = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[self.row.fold]
+        ending = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
         images = {name: sorted((self.space.raw / name).glob(f"*{ending}")) for name in ("imagesTr", "imagesUn")}
         case = lambda path: path.name.removesuffix(ending)[:-5]  # noqa: E731  # without the channel number
         pseudo, scans = second.folder / "pseudo", second.folder / "scans"
@@ -115,7 +115,7 @@ class Job:
                 link(self.space.raw / "labelsTr" / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
             for name in unlabeled:
                 link(pseudo / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
-            dataset = json.loads((self.space.raw / "dataset.json").read_text())
+            dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
             count = len({*split["train"], *split["val"], *unlabeled})
             write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": count}))
             second.preprocessed.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class Job:
         row, split = self.row, self.space.preprocessed / "splits_final.json"
         labeled = row.labeled
         if labeled is None and split.is_file():
-            labeled = len(json.loads(split.read_text())[row.fold]["train"])
+            labeled = len(json.loads(split.read_text(encoding="utf-8"))[row.fold]["train"])
         what = {"suite": self.suite.name, "method": row.method, "trainer": row.trainer, "dataset": self.suite.dataset, "labeled": labeled}
         return {**what, "seed": row.seed, "fold": row.fold, "dice": None, "status": status, "fingerprint": row.fingerprint}
 
@@ -159,10 +159,10 @@ class Job:
         from benchmarks.leaderboard.metrics import score_case
         from benchmarks.leaderboard.panel import write_panel
 
-        dataset = json.loads((self.space.raw / "dataset.json").read_text())
+        dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
         ending = dataset["file_ending"]
         structures = {k: v for k, v in dataset["labels"].items() if isinstance(v, int) and v > 0 and k != "ignore"}
-        names = json.loads((self.space.preprocessed / "splits_final.json").read_text())[self.row.fold]["val"]
+        names = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[self.row.fold]["val"]
         table: dict[str, list[list[float | None]]] = {}
         volumes = []
         for name in names:
@@ -198,9 +198,9 @@ class Job:
                 values = [float(v) for v in log[key]]
                 curve[name] = curve.get(name, []) + [round(v, 5) if math.isfinite(v) else None for v in values]
             config = checkpoint["nnssl"]["config"]
-        plan = json.loads((folder.parent / "plans.json").read_text())["configurations"][self.suite.configuration]
+        plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][self.suite.configuration]
         network = plan["architecture"]["arch_kwargs"]
-        used = [json.loads(line) for line in self.usage.read_text().splitlines()]
+        used = [json.loads(line) for line in self.usage.read_text(encoding="utf-8").splitlines()]
         return {
             "curve": curve,
             "config": config,
@@ -231,7 +231,7 @@ def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor()}, one thread"
 

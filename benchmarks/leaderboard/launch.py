@@ -34,7 +34,7 @@ def main() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_reserved() // 2**20
-    with open(usage, "a") as file:
+    with open(usage, "a", encoding="utf-8") as file:
         file.write(json.dumps(peak) + "\n")
 
 

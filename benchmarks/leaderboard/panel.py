@@ -17,7 +17,7 @@ OPACITY = 0.6
 
 def write_panel(raw: Path, predictions: Path, case: str, ending: str, path: Path) -> float:
     """The strip of one case as a PNG, a pixel per voxel, on the slice with most of its smallest structure; returns its pixels' aspect."""
-    channel = sorted(json.loads((raw / "dataset.json").read_text())["channel_names"])[0]
+    channel = sorted(json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["channel_names"])[0]
     files = (raw / "imagesTr" / f"{case}_{int(channel):04d}{ending}", raw / "labelsTr" / f"{case}{ending}", predictions / f"{case}{ending}")
     scans = [sitk.ReadImage(str(f)) for f in files]
     image, truth, prediction = (np.array(sitk.GetArrayFromImage(s), ndmin=3) for s in scans)

@@ -28,7 +28,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     The kernel holds the lock, so that of a killed process is never stale; the file may stay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,7 +43,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 def write_whole(path: Path, text: str) -> None:
     """Whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -93,11 +93,11 @@ class Workspace:
 
     def cases(self) -> list[str]:
         """Sorted names of the labeled cases of the raw dataset."""
-        ending = json.loads((self.raw / "dataset.json").read_text())["file_ending"]
+        ending = json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
         return sorted(p.name.removesuffix(ending) for p in (self.raw / "labelsTr").iterdir() if p.name.endswith(ending))
 
     def plans(self, name: str = BASE_PLAN) -> dict[str, Any]:
-        return json.loads((self.preprocessed / f"{name}.json").read_text())
+        return json.loads((self.preprocessed / f"{name}.json").read_text(encoding="utf-8"))
 
     def write_plans(self, name: str, settings: Mapping[str, Any], batch_size: int | None = None) -> None:
         """The base plan with the suite's edits and the section `nnssl`, as `<name>.json`."""
@@ -138,7 +138,7 @@ class Workspace:
 
 def run(log: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
     """A command, its output added to `log`; RuntimeError where it fails."""
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
         status = subprocess.run(command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
@@ -148,7 +148,7 @@ def run(log: Path, command: Sequence[str], environment: Mapping[str, str]) -> No
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
 def folds(suite: Suite, cases: Sequence[str]) -> list[dict[str, list[str]]]:

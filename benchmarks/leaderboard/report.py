@@ -35,7 +35,7 @@ def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
     for row in suite.rows():
         path = results / suite.name / f"{row.name}.json"
         if path.is_file():
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             rows.append({**content, "name": row.name, "bound": row.kind == "supervised_all"})
             if content["fingerprint"] != row.fingerprint:
                 outdated.append(str(path))

@@ -123,7 +123,7 @@ def load_suite(name: str) -> Suite:
         known = ", ".join(sorted(p.stem for p in (FOLDER / "suites").glob("*.toml")))
         raise SuiteError(f"{path} is absent. Suites here: {known}; or give the path of a .toml file.")
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"{path}: {error}") from error
     try:

@@ -67,14 +67,14 @@ def prepare(data: Path, work: Path, labeled: int) -> None:
 
 def run(work: Path, trainer: str, labeled: int, seed: int) -> None:
     folder = work / "preprocessed" / DATASET
-    plans = json.loads((folder / f"{BASE}.json").read_text())
+    plans = json.loads((folder / f"{BASE}.json").read_text(encoding="utf-8"))
     plans["plans_name"] = name = plans_name(trainer, labeled, seed)
     configuration = plans["configurations"][CONFIGURATION]
     configuration["batch_size"] = 2
     kwargs = configuration["architecture"]["arch_kwargs"]
     kwargs["features_per_stage"] = [f // 2 for f in kwargs["features_per_stage"]]
     plans["nnssl"] = {**SCHEDULE, "num_epochs": EPOCHS.get(trainer, SCHEDULE["num_epochs"]), "seed": seed}
-    (folder / f"{name}.json").write_text(json.dumps(plans, indent=1))
+    (folder / f"{name}.json").write_text(json.dumps(plans, indent=1), encoding="utf-8")
     # nnUNetv2_train -device cpu takes every core; this is the same function with one thread
     code = (
         "import sys, torch; torch.set_num_threads(1); from nnunetv2.run.run_training import run_training; "
@@ -97,7 +97,7 @@ def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
             folder = fold_folder(work, trainer, labeled, seed)
             if not (folder / "validation" / "summary.json").is_file():
                 continue
-            summary = json.loads((folder / "validation" / "summary.json").read_text())
+            summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
             state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["nnssl"]
             dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
             rows.append(
@@ -142,7 +142,7 @@ def pictures(work: Path, labeled: int, seed: int) -> None:
     folders = {t: fold_folder(work, t, labeled, seed) for t in TRAINERS}
     folders = {t: f for t, f in folders.items() if (f / "validation" / "summary.json").is_file()}
     read = lambda path: sitk.GetArrayFromImage(sitk.ReadImage(str(path)))  # noqa: E731
-    summary = json.loads((next(iter(folders.values())) / "validation" / "summary.json").read_text())
+    summary = json.loads((next(iter(folders.values())) / "validation" / "summary.json").read_text(encoding="utf-8"))
     dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
     name = Path(summary["metric_per_case"][int(np.argsort(dice)[len(dice) // 2])]["prediction_file"]).name  # the first method's median case
     raw = work / "raw" / DATASET
@@ -150,7 +150,7 @@ def pictures(work: Path, labeled: int, seed: int) -> None:
     rows = {f"{t}, {name[:6]}": (image, truth, read(f / "validation" / name)) for t, f in folders.items()}
     draw_overlay(rows, ["left atrium"], RESULTS / f"left_atrium_{labeled}_overlay.png")
     for trainer, folder in folders.items():
-        with open(folder / "losses.csv", newline="") as file:
+        with open(folder / "losses.csv", encoding="utf-8", newline="") as file:
             losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         log = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
         draw_curve(losses, log["dice_per_class_or_region"], ["left atrium"], RESULTS / f"left_atrium_{labeled}_{trainer.lower()}.png")
@@ -163,8 +163,10 @@ def report(work: Path, labeled: int, seeds: list[int]) -> None:
         raise SystemExit(f"no finished run below {work / 'results' / DATASET}: use `run` first")
     text = table(rows, labeled)
     print(text)
-    (RESULTS / f"left_atrium_{labeled}.md").write_text(text)
-    (RESULTS / f"left_atrium_{labeled}.json").write_text(json.dumps({"nnssl": nnssl.__version__, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"left_atrium_{labeled}.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"left_atrium_{labeled}.json").write_text(
+        json.dumps({"nnssl": nnssl.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     pictures(work, labeled, seeds[0])
 
 

@@ -85,7 +85,7 @@ def main() -> None:
     for key, values in scores.items():
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} | {seconds[key] / len(hidden):.3f} |")
     if args.output:
-        with open(args.output, "w") as f:
+        with open(args.output, "w", encoding="utf-8") as f:
             json.dump({"cases": len(hidden), "dice": {k: float(np.mean(v)) for k, v in scores.items()}}, f, indent=1)
 
 

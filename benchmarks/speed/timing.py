@@ -67,7 +67,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         try:
             call()
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
             before = _resident("VmRSS")
             call()
             os.write(sender, str(_resident("VmHWM") - before).encode())
@@ -84,7 +84,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {key}")
@@ -106,7 +106,11 @@ def machine(device: torch.device, *packages: str) -> str:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         processor = models[0] if models else platform.machine()
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", *packages))
     load, cores = os.getloadavg()[0], os.cpu_count()
@@ -129,5 +133,5 @@ def save(name: str, text: str, data: Any) -> None:
     """Prints the text and keeps it, with the data, under results/."""
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -117,7 +117,7 @@ def write_splits(splits: list[Fold], splits_file: str) -> str | None:
 
 def write_json(content: Any, path: str) -> None:
     """Whole or not at all."""
-    with open(path + ".tmp", "w") as file:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=4)
     os.replace(path + ".tmp", path)
 

@@ -37,7 +37,7 @@ def test_killed_worker_is_an_error_that_names_the_remedy() -> None:
 def alive(pid: int) -> bool:
     """Running; a dead process that nobody has waited for is not."""
     stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see other processes")

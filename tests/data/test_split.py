@@ -16,7 +16,7 @@ CASES = [f"case_{index:02d}" for index in range(20)]
 
 
 def write(path: Path, *folds: dict[str, list[str]]) -> str:
-    path.write_text(json.dumps(folds))
+    path.write_text(json.dumps(folds), encoding="utf-8")
     return str(path)
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_kept_too(tmp_path: Path) -> None:
     file = tmp_path / "splits_final.json"
     file.write_text("[half")
     write_splits(make_splits(CASES, 1, None, None, True, 0), str(file))
-    assert Path(f"{file}.bak").read_text() == "[half"
+    assert Path(f"{file}.bak").read_text(encoding="utf-8") == "[half"
 
 
 def test_backup_never_overwrites(tmp_path: Path) -> None:

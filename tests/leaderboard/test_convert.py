@@ -28,8 +28,8 @@ def write_h5(path: Path, image: np.ndarray, label: np.ndarray) -> None:
 
 def write_lists(folder: Path, ending: str = "list") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"train.{ending}").write_text("zeta\nalpha\n")
-    (folder / f"test.{ending}").write_text("mid\n\n")
+    (folder / f"train.{ending}").write_text("zeta\nalpha\n", encoding="utf-8")
+    (folder / f"test.{ending}").write_text("mid\n\n", encoding="utf-8")
 
 
 def read(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
 
 
 def cases(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "cases.json").read_text())
+    return json.loads((folder / "cases.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,22 @@ def test_h5_volumes_keep_their_voxels_and_the_order_of_the_lists(tmp_path: Path,
         np.testing.assert_array_equal(image, written[case][0].transpose(2, 1, 0))
         np.testing.assert_array_equal(label, written[case][1].transpose(2, 1, 0))
         assert found == pytest.approx((spacing,) * 3)
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     assert content["numTraining"] == 3
     assert len(content["labels"]) == 2
     assert not list((tmp_path / "raw").glob("*.partial"))
 
 
 def test_acdc_volumes_keep_their_three_structures_and_slices_first(tmp_path: Path) -> None:
-    (tmp_path / "train.list").write_text("patient099_frame01\npatient099_frame02\n")
-    (tmp_path / "test.list").write_text("patient001_frame01\n")
+    (tmp_path / "train.list").write_text("patient099_frame01\npatient099_frame02\n", encoding="utf-8")
+    (tmp_path / "test.list").write_text("patient001_frame01\n", encoding="utf-8")
     image, label = volume(0, (4, 8, 6), 3)
     for case in ("patient099_frame01", "patient099_frame02", "patient001_frame01"):
         write_h5(tmp_path / "data" / f"{case}.h5", image, label)
         write_h5(tmp_path / "data" / "slices" / f"{case}_slice_1.h5", image[0], label[0])
     folder = convert("acdc_h5", tmp_path, tmp_path / "raw")
     np.testing.assert_array_equal(read(folder / "labelsTr" / "ACDC_001.nii.gz")[0], label)
-    labels = json.loads((folder / "dataset.json").read_text())["labels"]
+    labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
     assert labels == {"background": 0, "right_ventricle": 1, "myocardium": 2, "left_ventricle": 3}
 
 
@@ -146,8 +146,8 @@ def write_pancreas(source: Path, flipped: bool = False) -> tuple[np.ndarray, np.
     picture.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
     (source / "labels").mkdir()
     sitk.WriteImage(picture, str(source / "labels" / "label0007.nii.gz"))
-    (source / "train.list").write_text("image0007\n")
-    (source / "test.list").write_text("")
+    (source / "train.list").write_text("image0007\n", encoding="utf-8")
+    (source / "test.list").write_text("", encoding="utf-8")
     return scan, label
 
 
@@ -179,7 +179,7 @@ def test_a_pancreas_label_that_lies_elsewhere_is_an_error(tmp_path: Path) -> Non
     ("break_it", "message"),
     [
         (lambda s: (s / "test.list").unlink(), "test.list is nowhere below"),
-        (lambda s: (s / "test.list").write_text("zeta\n"), "a case stands in them twice"),
+        (lambda s: (s / "test.list").write_text("zeta\n", encoding="utf-8"), "a case stands in them twice"),
         (lambda s: (s / "data" / "mid" / "mri_norm2.h5").unlink(), "mri_norm2.h5"),
         (lambda s: (s / "other" / "mid").mkdir(parents=True), "mid is below .* more than once"),
     ],

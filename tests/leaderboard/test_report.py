@@ -53,7 +53,7 @@ def write_rows(folder: Path, which: Suite) -> None:
     for row in which.rows():
         target = folder / "smoke" / f"{row.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(content(row, GAIN[row.method])))
+        target.write_text(json.dumps(content(row, GAIN[row.method])), encoding="utf-8")
         (target.parent / "panels").mkdir(exist_ok=True)
         matplotlib.image.imsave(target.parent / "panels" / f"{row.name}.png", np.zeros((8, 34, 3), np.uint8))
 
@@ -67,7 +67,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def entries(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    return {(e["budget"], e["method"]): e for e in json.loads((folder / "smoke.json").read_text())["table"]}
+    return {(e["budget"], e["method"]): e for e in json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["table"]}
 
 
 def test_the_table_has_mean_and_sd_over_seeds_and_differences_paired_by_case(written: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_upper_bound_stands_under_every_budget(written: Path) -> None:
 
 
 def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path) -> None:
-    text = (written / "smoke.md").read_text()
+    text = (written / "smoke.md").read_text(encoding="utf-8")
     for part in ("4 x 3 iterations", "last checkpoint", "a processor, one thread", "1 x 1 x 2.5 mm", "bootstrap", "Largest component"):
         assert part in text
     assert "| DiffCL | 2 | 71.75 ± 0.71 |" in text
@@ -104,7 +104,7 @@ def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path)
 
 
 def test_csv_holds_the_same_table(written: Path) -> None:
-    with open(written / "smoke.csv", newline="") as file:
+    with open(written / "smoke.csv", encoding="utf-8", newline="") as file:
         rows = {(int(r["budget"]), r["method"]): r for r in csv.DictReader(file)}
     table = entries(written)
     assert rows.keys() == table.keys()
@@ -125,7 +125,10 @@ def test_failed_and_missing_rows_are_listed_and_do_not_count(tmp_path: Path) -> 
     which = suite()
     write_rows(tmp_path, which)
     first, second = (tmp_path / "smoke" / f"DiffCL_n2_s{seed}.json" for seed in (0, 1))
-    first.write_text(json.dumps({**json.loads(first.read_text()), "status": "failed", "dice": None, "error": "out of memory"}))
+    first.write_text(
+        json.dumps({**json.loads(first.read_text(encoding="utf-8")), "status": "failed", "dice": None, "error": "out of memory"}),
+        encoding="utf-8",
+    )
     second.unlink()
     text = report.write_report(which, tmp_path)
     assert "- `DiffCL_n2_s0`: **failed**: out of memory" in text
@@ -163,7 +166,7 @@ def test_a_strip_shows_image_labels_prediction_and_error_on_the_slice_with_most_
         picture = sitk.GetImageFromArray(array)
         picture.SetSpacing((1.0, 3.0, 5.0))
         sitk.WriteImage(picture, str(tmp_path / f"{name}.nii.gz"))
-    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "MRI"}}')
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "MRI"}}', encoding="utf-8")
     assert write_panel(tmp_path, tmp_path / "validation", "a", ".nii.gz", tmp_path / "a.png") == pytest.approx(3.0)
     strip = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
     assert strip.shape == (6, 4 * 7 + 3 * 2, 3)

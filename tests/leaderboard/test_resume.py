@@ -26,7 +26,7 @@ def start(folder: Path, *only: str) -> subprocess.Popen[bytes]:
     """The runner, in a process group of its own so that it can be killed alone."""
     paths = ["--data", str(folder.parent / "data"), "--work", str(folder / "work"), "--results", str(folder / "results")]
     command = [sys.executable, "-m", "benchmarks.leaderboard", "run", "smoke", *paths, "--only", *(only or METHODS)]
-    with open(folder.with_suffix(".log"), "a") as log:
+    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -54,7 +54,7 @@ def processes(*words: str) -> list[int]:
 
 
 def rows(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "results" / "smoke").glob("*.json"))}
+    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "results" / "smoke").glob("*.json"))}
     return {name: {k: v for k, v in row.items() if k not in MEASURED} for name, row in found.items()}
 
 
@@ -74,7 +74,7 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     for pid in wait_for(lambda: processes("leaderboard.launch", str(broken), "nnUNetv2_train"), runner):
         os.kill(pid, signal.SIGKILL)
     assert runner.wait(600) == 1
-    assert json.loads((broken / "results" / "smoke" / "self_training_n1_s0.json").read_text())["status"] == "failed"
+    assert json.loads((broken / "results" / "smoke" / "self_training_n1_s0.json").read_text(encoding="utf-8"))["status"] == "failed"
 
     # then the runner and the job's processes, in the training of Diff-CL; the first row is finished by then
     runner = start(broken)
@@ -96,7 +96,7 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     assert rows(broken) == rows(whole)
     assert {row["status"] for row in rows(broken).values()} == {"finished"}
     assert len(rows(broken)) == len(METHODS)
-    log = next((broken / "work" / "smoke" / "logs").glob("DiffCL*.log")).read_text()
+    log = next((broken / "work" / "smoke" / "logs").glob("DiffCL*.log")).read_text(encoding="utf-8")
     assert log.count("nnUNetv2_train 900") == 2
     assert log.count("Epoch 0") == 1  # the second start went on
 

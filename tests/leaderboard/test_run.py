@@ -76,7 +76,7 @@ def test_every_row_is_run_once_and_finished_ones_never_again(tmp_path: Path, stu
 
 def test_a_process_that_dies_leaves_a_failed_row_which_the_next_run_tries_again(tmp_path: Path, stub: list[str]) -> None:
     assert go(tmp_path, "DiffCL") == 1
-    row = json.loads((tmp_path / "results" / "smoke" / "DiffCL_n1_s0.json").read_text())
+    row = json.loads((tmp_path / "results" / "smoke" / "DiffCL_n1_s0.json").read_text(encoding="utf-8"))
     assert row["status"] == "failed"
     assert row["dice"] is None
     assert "the process ended without a result (RuntimeError)" in row["error"]
@@ -91,7 +91,7 @@ def test_a_row_that_another_process_works_on_is_waited_for_and_not_run_twice(tmp
     with subprocess.Popen([sys.executable, "-c", HOLD, str(held.lock)], cwd=prepare.ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert json.loads(held.lock.read_text())["pid"] == other.pid
+        assert json.loads(held.lock.read_text(encoding="utf-8"))["pid"] == other.pid
         assert held.run() == "busy"
         assert go(tmp_path, "supervised", minutes=0.01) == 1
         assert stub == []
@@ -107,8 +107,8 @@ def test_rows_of_other_settings_unknown_trainers_and_patterns_stop_the_run_befor
         go(tmp_path)
     with pytest.raises(SuiteError, match=r"no row matches DifCL. Rows: supervised_n1_s0, "):
         go(tmp_path, "DifCL")
-    text = (prepare.ROOT / "benchmarks" / "leaderboard" / "suites" / "smoke.toml").read_text()
-    (tmp_path / "typo.toml").write_text(text.replace("nnUNetTrainerDiffCL", "nnUNetTrainerDifCL"))
+    text = (prepare.ROOT / "benchmarks" / "leaderboard" / "suites" / "smoke.toml").read_text(encoding="utf-8")
+    (tmp_path / "typo.toml").write_text(text.replace("nnUNetTrainerDiffCL", "nnUNetTrainerDifCL"), encoding="utf-8")
     with pytest.raises(SuiteError, match=r"no trainer nnUNetTrainerDifCL; `nnssl trainers` lists .*nnUNetTrainerDiffCL"):
         run.run_suite(load_suite(str(tmp_path / "typo.toml")), tmp_path, tmp_path / "work", tmp_path / "results")
     assert stub == []
@@ -152,8 +152,8 @@ def test_plan_edits_divide_features_and_refuse_a_patch_that_does_not_fit(tmp_pat
     edited = prepare.edit_plan(plans(), load_suite("smoke"))["configurations"]["3d_fullres"]
     assert edited["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 8, 16]
     assert edited["patch_size"] == [16, 32, 32]
-    text = (prepare.ROOT / "benchmarks" / "leaderboard" / "suites" / "smoke.toml").read_text()
-    (tmp_path / "odd.toml").write_text(text.replace("[16, 32, 32]", "[15, 32, 32]"))
+    text = (prepare.ROOT / "benchmarks" / "leaderboard" / "suites" / "smoke.toml").read_text(encoding="utf-8")
+    (tmp_path / "odd.toml").write_text(text.replace("[16, 32, 32]", "[15, 32, 32]"), encoding="utf-8")
     with pytest.raises(SuiteError, match=r"patch_size \[15, 32, 32\] must be multiples of \[2, 4, 4\]"):
         prepare.edit_plan(plans(), load_suite(str(tmp_path / "odd.toml")))
 
@@ -169,13 +169,13 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     for part in ("imagesTr", "labelsTr"):
         (space.raw / part).mkdir(parents=True)
         for name in names:
-            (space.raw / part / f"{name}{'_0000' * (part == 'imagesTr')}.nii.gz").write_text(f"{part} of {name}")
-    (space.raw / "dataset.json").write_text('{"file_ending": ".nii.gz", "numTraining": 28}')
+            (space.raw / part / f"{name}{'_0000' * (part == 'imagesTr')}.nii.gz").write_text(f"{part} of {name}", encoding="utf-8")
+    (space.raw / "dataset.json").write_text('{"file_ending": ".nii.gz", "numTraining": 28}', encoding="utf-8")
     space.preprocessed.mkdir(parents=True)
     split = {"train": names[:5], "val": names[25:], "unlabeled": names[5:25]}
-    (space.preprocessed / "splits_final.json").write_text(json.dumps([split]))
+    (space.preprocessed / "splits_final.json").write_text(json.dumps([split]), encoding="utf-8")
     for name in ("nnUNetPlansBase", f"{one.plans}_r1", "dataset_fingerprint"):
-        (space.preprocessed / f"{name}.json").write_text(json.dumps(plans()))
+        (space.preprocessed / f"{name}.json").write_text(json.dumps(plans()), encoding="utf-8")
     one.log.parent.mkdir()
     trained: list[tuple[Any, ...]] = []
 
@@ -188,7 +188,7 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
         assert sorted(p.name for p in source.iterdir()) == [f"{n}_0000.nii.gz" for n in split["unlabeled"]]
         target.mkdir()
         for name in split["unlabeled"]:
-            (target / f"{name}.nii.gz").write_text(f"pseudo-label of {name}")
+            (target / f"{name}.nii.gz").write_text(f"pseudo-label of {name}", encoding="utf-8")
 
     monkeypatch.setattr(one, "train", train)
     monkeypatch.setattr(one, "nnunet", predict)
@@ -196,9 +196,9 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     one.self_training()
     assert trained == [(10, None, None), (10, 0, 4)]
     second = tmp_path / suite.name / "self_training" / one.plans
-    labels = {p.name[:4]: p.read_text() for p in (second / "raw" / suite.dataset / "labelsTr").iterdir()}
+    labels = {p.name[:4]: p.read_text(encoding="utf-8") for p in (second / "raw" / suite.dataset / "labelsTr").iterdir()}
     assert labels == {n: f"pseudo-label of {n}" if n in split["unlabeled"] else f"labelsTr of {n}" for n in names}
-    train_list = json.loads((second / "preprocessed" / suite.dataset / "splits_final.json").read_text())[0]["train"]
+    train_list = json.loads((second / "preprocessed" / suite.dataset / "splits_final.json").read_text(encoding="utf-8"))[0]["train"]
     assert {n: train_list.count(n) for n in set(train_list)} == {**dict.fromkeys(split["unlabeled"], 1), **dict.fromkeys(split["train"], 4)}
     one.self_training()  # again, as after a kill in round two: nothing is predicted or prepared anew
     assert len(trained) == 4
@@ -212,7 +212,7 @@ def test_a_failing_command_is_a_failed_row_with_the_end_of_its_log(tmp_path: Pat
     monkeypatch.setattr(prepare.Workspace, "write_plans", lambda *_: None)
     monkeypatch.setattr(job, "TRAIN", ("json:loads", "nnUNetv2_train"))  # a function that does not take these arguments
     assert one.run() == "failed"
-    row = json.loads(one.result.read_text())
+    row = json.loads(one.result.read_text(encoding="utf-8"))
     assert row["status"] == "failed"
     assert row["error"].startswith("RuntimeError: nnUNetv2_train ended with status 1")
     assert any("TypeError" in line for line in row["log"])
@@ -228,10 +228,10 @@ def test_a_launched_command_ends_with_its_parent(tmp_path: Path) -> None:
     launch = f"[{sys.executable!r}, '-m', 'benchmarks.leaderboard.launch', str(os.getpid()), *{rest!r}]"
     code = f"import os, subprocess; subprocess.run({launch}, env={environment!r}, cwd={str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text(encoding="utf-8"):
             time.sleep(0.05)
         parent.kill()
-    pid, patience = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    pid, patience = int((tmp_path / "pid").read_text(encoding="utf-8")), time.monotonic() + 30
     while (Path("/proc") / str(pid)).exists() and time.monotonic() < patience:
         time.sleep(0.05)
     assert not (Path("/proc") / str(pid)).exists()

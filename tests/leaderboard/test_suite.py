@@ -35,7 +35,7 @@ schedule = { initial_lr = 0.1 }
 
 
 def write(folder: Path, text: str) -> str:
-    (folder / "one.toml").write_text(text)
+    (folder / "one.toml").write_text(text, encoding="utf-8")
     return str(folder / "one.toml")
 
 
