@@ -83,7 +83,7 @@ def test_installed_project_finds_its_trainers(source: Path, tmp_path: Path, kind
 
 def test_sdist_holds_tests_and_licence_and_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
     with tarfile.open(build(source, "sdist", tmp_path)) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     tree = tmp_path / "unpacked" / f"nnunet_semi-{__version__}"
     for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "tests/test_packaging.py", "tests/conftest.py"):
         assert (tree / name).is_file(), name

@@ -91,8 +91,8 @@ class DiffCLConfig:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.ddim_steps <= self.sampling_start * self.diffusion_steps <= self.diffusion_steps:
             raise ValueError(
-                f"ddim_steps {self.ddim_steps} must fit into the {self.sampling_start} (sampling_start, at most 1) of "
-                f"{self.diffusion_steps} diffusion_steps"
+                f"ddim_steps must be at most sampling_start * diffusion_steps, and sampling_start at most 1; found {self.ddim_steps}, "
+                f"{self.sampling_start} and {self.diffusion_steps}"
             )
         if self.bank_per_step > self.bank_size:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
