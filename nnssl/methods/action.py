@@ -20,8 +20,8 @@ Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate s
 nearly fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum. Crops are the cells of a regular grid on the last
 decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher see the same. The representation
 behind L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity between
-them); being linear it is evaluated at the sampled voxels alone, class means are those of the sampled candidates, and all queries draw
-from these candidates. Regions: a voxel counts for the last region that contains it. Ignored voxels are in no class and carry no loss.
+them); being linear it is evaluated at the sampled voxels alone: class means are those of random candidates of the class, and the
+negatives of all queries come from these candidates. Regions: a voxel counts for the last region that contains it. Ignored voxels are in no class and carry no loss.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ACTIONConfig:
     threshold_pseudo: float = 0.97  # voxels above it make the weight w of L_u
     threshold_contrast: float = 0.7  # unlabeled voxels above it have a class in L_a
     threshold_hard: float = 0.97  # voxels whose class f gives less are hard
-    num_queries: int = 256  # hard voxels per class, at most
+    num_queries: int = 256  # hard voxels per class, drawn with replacement
     num_negatives: int = 512  # per query
     candidates: int = 4096  # voxels per class that negatives and class means come from (ours)
     temperature: float = 0.5  # of L_a and of the choice of negative classes
