@@ -18,10 +18,11 @@ m_j        z of earlier patches of other cases; the 36 images seen last
 
 Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run. nnU-Net's instance norm
 nearly fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum. Crops are the cells of a regular grid on the last
-decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher see the same. The representation
-behind L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity between
-them); being linear it is evaluated at the sampled voxels alone: class means are those of random candidates of the class, and the
-negatives of all queries come from these candidates. Regions: a voxel counts for the last region that contains it. Ignored voxels are in no class and carry no loss.
+decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher see the same. The representation behind
+L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity between them); being
+linear it is evaluated at the sampled voxels alone: class means are those of random candidates of the class, and the negatives of all
+queries come from these candidates. Regions: a voxel counts for the last region that contains it. Ignored voxels are in no class and carry
+no loss.
 """
 
 from __future__ import annotations
