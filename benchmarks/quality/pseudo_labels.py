@@ -1,4 +1,5 @@
-"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps) against the labels that the split hid.
+"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the noised estimate of f_ema and from
+noise) against the labels that the split hid.
 
     python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint checkpoint_final.pth
 
@@ -47,13 +48,14 @@ def main() -> None:
     parser.add_argument("fold", type=int)
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth")
+    parser.add_argument("--every", type=int, default=1, help="look at every n-th hidden case")
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, "nnUNetTrainerDiffCL", args.p, device=torch.device("cpu"))
     trainer.load_checkpoint(os.path.join(trainer.output_folder, args.checkpoint))
     method, patch = trainer.method, list(trainer.configuration_manager.patch_size)
-    hidden = trainer._hidden()
+    hidden = trainer._hidden()[:: args.every]
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hidden)
     scores: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
