@@ -20,11 +20,12 @@ Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba i
 CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models
 are sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema,
 so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in
-short schedules (tau_0 = T - 1, "sampling_start": 1, is the published form). f learns y_g where f_ema is certain of the same, for a
-denoiser is also certain of what f_ema is not; g learns where f_ema is certain and g_ema is not certain of something else. Regions are
-independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain
-voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
-(the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
+short schedules (labels of 75.8 instead of 78.8 Dice, S = 2, left atrium; "sampling_start": 1 is the published form). f learns y_g where
+f_ema is certain of the same, for a denoiser is also certain of what f_ema is not; g learns where f_ema is certain and g_ema is not certain
+of something else. Regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a
+random subset of the certain voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an
+epoch and then teach nothing (the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights
+are marked ours below.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class DiffCLConfig:
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
     diffusion_steps: int = 1000  # T
-    ddim_steps: int = 10  # S; 2 on CPU
+    ddim_steps: int = 2  # S (ours: 1, 2, 4 and 10 give labels of 78.9, 78.8, 78.8 and 78.7 Dice, benchmarks/quality)
     sampling_start: float = 0.5  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
     ema_decay: float = 0.99  # of f_ema and g_ema (ours)
     embedding: int = 64  # E, width of q (ours)
