@@ -236,7 +236,7 @@ class Demo:
             subprocess.Popen(
                 [sys.executable, "-c", LAUNCH, str(usable_cpus()), entries[command[0]], *command],
                 env=environment,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

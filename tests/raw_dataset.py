@@ -101,10 +101,10 @@ class Tiny:
 
     @property
     def dataset_json(self) -> dict[str, Any]:
-        return json.loads((self.preprocessed / "dataset.json").read_text())
+        return json.loads((self.preprocessed / "dataset.json").read_text(encoding="utf-8"))
 
     def edit_plan(self, configuration: str | None = None, **changes: Any) -> None:
-        plans = json.loads(self.plans_file.read_text())
+        plans = json.loads(self.plans_file.read_text(encoding="utf-8"))
         (plans if configuration is None else plans["configurations"][configuration]).update(changes)
         self.plans_file.write_text(json.dumps(plans, indent=4))
 

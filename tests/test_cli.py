@@ -58,7 +58,7 @@ def test_path_prints_nothing_but_the_folder_and_imports_nothing_heavy(tmp_path: 
     code = "import sys; from nnssl.cli import main; main(['trainers', '--path']); "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     environment = {**os.environ, "PYTHONPATH": str(Path(nnssl.__path__[0]).parent)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=True)
     assert Path(result.stdout.removesuffix("\n")).samefile(trainers_folder())
     assert (Path(trainers_folder()) / "nnUNetTrainerDiffCL.py").is_file()
 
@@ -83,7 +83,7 @@ def test_planning_from_nothing_then_replanning(tmp_path: Path, monkeypatch: pyte
     tiny = Tiny(write_dataset(tmp_path / "raw"), tmp_path / "preprocessed" / "Dataset777_Tiny")
     assert preprocess("-c", "3d_fullres", "3d_lowres", "--verify_dataset_integrity") == 0
     assert "Configuration 3d_lowres is not in the plan, skipped" in capsys.readouterr().out
-    plans = json.loads(tiny.plans_file.read_text())
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
     assert sorted(file.stem for file in tiny.labeled.glob("*.pkl")) == [f"lab_0{index}" for index in range(6)]
     assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == ["scan_00", "scan_01", "scan_02"]
     assert len(list((tiny.preprocessed / "gt_segmentations").iterdir())) == 6
@@ -101,7 +101,7 @@ def test_planning_from_nothing_then_replanning(tmp_path: Path, monkeypatch: pyte
 
     assert preprocess("-c", "3d_fullres", "--replan", "-overwrite_target_spacing", "3", "1.8", "1.8") == 0
     assert json.loads(Path(f"{tiny.plans_file}.bak").read_text(encoding="utf-8")) == edited
-    replanned = json.loads(tiny.plans_file.read_text())
+    replanned = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
     assert replanned["nnssl"] == {"num_epochs": 3}
     assert replanned["configurations"]["3d_fullres"]["spacing"] == [3, 1.8, 1.8]
     assert replanned["configurations"]["3d_fullres"]["patch_size"] != [8, 16, 16]
@@ -125,7 +125,7 @@ def test_existing_plan_preprocesses_labeled_and_unlabeled_once(tiny: Tiny, capsy
 
 
 def test_configurations_that_share_data_are_preprocessed_once(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    plans = json.loads(tiny.plans_file.read_text())
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres"}
     tiny.plans_file.write_text(json.dumps(plans))
     assert preprocess("-c", "3d_fullres", "3d_cascade_fullres") == 0
@@ -162,7 +162,7 @@ def test_plan_of_another_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFi
 
 
 def test_changed_dataset_json_is_taken_over_unless_it_needs_a_new_plan(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    content = json.loads((tiny.raw / "dataset.json").read_text())
+    content = json.loads((tiny.raw / "dataset.json").read_text(encoding="utf-8"))
     (tiny.raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 60}))
     assert preprocess("--no_pp") == 0
     assert tiny.dataset_json["numTraining"] == 60
@@ -177,7 +177,7 @@ def test_damaged_plan_or_dataset_json_is_named_and_kept(tiny: Tiny, capsys: pyte
         file.write_text("{half")
         assert preprocess() == 1
         assert f"{file}: no valid JSON" in error(capsys)
-        assert file.read_text() == "{half"
+        assert file.read_text(encoding="utf-8") == "{half"
 
 
 def test_replanning_against_a_differing_split_of_the_raw_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_no_scans_at_all_is_said_and_the_labeled_part_done(tiny: Tiny, capsys: p
 
 
 def splits(tiny: Tiny) -> list[dict[str, list[str]]]:
-    return json.loads((tiny.preprocessed / "splits_final.json").read_text())
+    return json.loads((tiny.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
 
 
 def test_split_writes_five_folds_and_backs_up_the_old_file(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_split_writes_five_folds_and_backs_up_the_old_file(tiny: Tiny, capsys: p
     assert main(["split", "-d", "777", "--labeled", "1", "--unlabeled", "2", "--seed", "3"]) == 0
     assert [len(fold["unlabeled"]) for fold in splits(tiny)] == [2] * 5
     assert "splits_final.json.bak" in capsys.readouterr().out
-    assert json.loads((tiny.preprocessed / "splits_final.json.bak").read_text()) == first
+    assert json.loads((tiny.preprocessed / "splits_final.json.bak").read_text(encoding="utf-8")) == first
 
 
 @pytest.mark.parametrize("content", ["lab_05\nlab_04\n\n", '["lab_05", "lab_04"]', None])

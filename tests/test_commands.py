@@ -54,7 +54,7 @@ class Shell:
             env={**self.environment, **extra},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             timeout=800,
         )
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-4000:]}"
@@ -66,7 +66,7 @@ def plan(shell: Shell, dataset: str, spacing: str) -> None:
     options = ("-overwrite_target_spacing", spacing, spacing, spacing, "-np", "2", "-npfp", "2")
     shell("nnssl", "plan-and-preprocess", "-d", dataset[7:10], "-c", "3d_fullres", *options)
     plans = shell.folder / "preprocessed" / dataset / "nnUNetPlans.json"
-    edited = json.loads(plans.read_text())
+    edited = json.loads(plans.read_text(encoding="utf-8"))
     configuration = edited["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
     kwargs = configuration["architecture"]["arch_kwargs"]
@@ -91,7 +91,7 @@ def copy_cases(shell: Shell, dataset: str, labeled: list[str], unlabeled: list[s
             shutil.copy(source / "imagesTr" / f"{case}_0000.nii.gz", raw / folder)
     for case in labeled:
         shutil.copy(source / "labelsTr" / f"{case}.nii.gz", raw / "labelsTr")
-    content = json.loads((source / "dataset.json").read_text())
+    content = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": len(labeled)}))
 
 
@@ -127,7 +127,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     """The journey of the README; a run killed with SIGKILL and continued gives the losses of an uninterrupted one to 1e-6."""
     assert "Going on with the existing plan" in shell("nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres")
-    folds = json.loads((shell.folder / "preprocessed" / DATASET / "splits_final.json").read_text())
+    folds = json.loads((shell.folder / "preprocessed" / DATASET / "splits_final.json").read_text(encoding="utf-8"))
     assert folds == [{"train": ["LA_001", "LA_002", "LA_003", "LA_004"], "val": ["LA_006", "LA_007"], "unlabeled": ["LA_005"]}]
     assert "nnUNetTrainerDiffCL" in shell("nnssl", "trainers")
     assert "FAIL" not in shell("nnssl", "check", "-d", "501", "-c", "3d_fullres")
@@ -147,7 +147,7 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     shell(*train, "--c", nnUNet_n_proc_DA="0")
     continued = rows(fold)
     assert [r["epoch"] for r in continued] == [0, 1, 2, 3]
-    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    summary = json.loads((fold / "validation" / "summary.json").read_text(encoding="utf-8"))
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
     images = shell.folder / "raw" / DATASET / "imagesTs"

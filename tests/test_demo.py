@@ -35,7 +35,7 @@ def test_other_settings_are_refused_until_fresh_which_removes_only_what_a_demo_w
         demo.Demo(tmp_path, {**SETTINGS, "seed": 1})
     assert demo.Demo(tmp_path, SETTINGS).done == ["generate"]
     assert demo.Demo(tmp_path, {**SETTINGS, "seed": 1}, fresh=True).done == []
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert not list((tmp_path / "raw").iterdir())
 
 
@@ -55,7 +55,7 @@ def test_a_failing_command_is_reported_with_its_last_lines_and_log(tmp_path: Pat
     running = demo.Demo(tmp_path, SETTINGS)
     with pytest.raises(RuntimeError, match=r"nnssl ended with status 2.*logs/plan\.log[\s\S]*invalid choice: 'nonsense'"):
         running.command("plan", "nnssl", "nonsense")
-    assert "nonsense" in (tmp_path / "logs" / "plan.log").read_text()
+    assert "nonsense" in (tmp_path / "logs" / "plan.log").read_text(encoding="utf-8")
     with pytest.raises(RuntimeError, match="absent_command is not installed"):
         running.command("plan", "absent_command")
 
@@ -108,7 +108,7 @@ def test_the_whole_demo_runs_and_touches_nothing_outside_its_folder(
     assert all(f"  {name}" in printed for name in ("organ", "lesion", "mean"))
     for picture in ("overlay.png", "curve.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    plans = json.loads((folder / "preprocessed" / demo.DATASET / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "preprocessed" / demo.DATASET / "nnUNetPlans.json").read_text(encoding="utf-8"))
     assert plans["nnssl"]["num_epochs"] == 2
     assert not contents(users)
     before = contents(folder)

@@ -244,7 +244,9 @@ def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path
     def predict(environment: dict[str, str], model: Path, to: str) -> Any:
         command = [sys.executable, os.path.join(sysconfig.get_path("scripts"), "nnUNetv2_predict_from_modelfolder")]
         options = ["-i", str(images), "-o", str(tmp_path / to), "-m", str(model), "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
-        done = subprocess.run([*command, *options, "--save_probabilities"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *options, "--save_probabilities"], env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         with (tmp_path / to / "new.npz").open("rb") as stream:
             probabilities = np.load(stream)["probabilities"]

@@ -20,7 +20,7 @@ from nnssl.config import GeneralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = sorted(f.name for f in (ROOT / "nnssl_trainers").glob("nnUNetTrainer*.py"))
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUPTOOLS = (77, 0)  # as pyproject.toml requires; pip fetches it, these tests take what is there
 
 pytestmark = [
@@ -43,8 +43,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(source: Path, kind: str, into: Path) -> Path:
     code = f"import sys, setuptools.build_meta as b; open(sys.argv[2], 'w').write(b.build_{kind}(sys.argv[1]))"
     name = into / "name"
-    subprocess.run([sys.executable, "-c", code, str(into), str(name)], cwd=source, check=True, capture_output=True, text=True)
-    return into / name.read_text()
+    subprocess.run([sys.executable, "-c", code, str(into), str(name)], cwd=source, check=True, capture_output=True, encoding="utf-8")
+    return into / name.read_text(encoding="utf-8")
 
 
 def trainers_path(site: Path) -> Path:
@@ -52,7 +52,7 @@ def trainers_path(site: Path) -> Path:
     # -S keeps .pth files of this environment out, so that an installed copy of the project cannot answer instead
     code = "import site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2]); from nnssl.cli import main; main(sys.argv[3:])"
     command = [sys.executable, "-I", "-S", "-c", code, str(site), sysconfig.get_path("purelib"), "trainers", "--path"]
-    return Path(subprocess.run(command, cwd=site, check=True, capture_output=True, text=True).stdout.strip())
+    return Path(subprocess.run(command, cwd=site, check=True, capture_output=True, encoding="utf-8").stdout.strip())
 
 
 def test_wheel_holds_packages_trainers_licence_and_command_and_nothing_else(source: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_sdist_holds_tests_and_licence_and_builds_the_same_wheel(source: Path, t
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert re.search("^make test", README, re.MULTILINE)
 
 

@@ -76,7 +76,7 @@ def test_dataset_is_what_nnunet_expects(tmp_path: Path) -> None:
         "imagesTs": ["test_001_0000.nii.gz"],
         "labelsTs": ["test_001.nii.gz"],
     }
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     assert content["numTraining"] == 2
     assert content["labels"] == {"background": 0, "organ": 1, "lesion": 2}
     image, labels = (sitk.ReadImage(str(folder / p)) for p in ("imagesTr/train_001_0000.nii.gz", "labelsTr/train_001.nii.gz"))

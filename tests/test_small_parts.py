@@ -118,7 +118,7 @@ def test_diagnostics_are_columns_and_end_the_line_of_the_log(tmp_path: Path) -> 
     history = History()
     history.add(0, 0.01, {"loss/a": 0.5, "diagnostic/share": 0.25}, {"a": 1.0})
     history.write(str(tmp_path))
-    assert (tmp_path / "losses.csv").read_text().splitlines()[0] == "epoch,lr,loss/a,diagnostic/share,weight/a"
+    assert (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()[0] == "epoch,lr,loss/a,diagnostic/share,weight/a"
     assert history.describe() == "losses a 0.5000 (weight 1); share 0.25"
 
 

@@ -37,7 +37,7 @@ class Place:
 
     def plan(self, name: str = "nnUNetPlans", **nnssl: Any) -> None:
         """Write a small-network copy of the plan under `name`, with the given `nnssl` section."""
-        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
+        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
         plans["plans_name"] = name
         plans["nnssl"] = nnssl
         for configuration in plans["configurations"].values():
@@ -57,8 +57,8 @@ class Place:
     ) -> Any:
         if isinstance(trainer, str):
             return get_trainer_from_args("777", config, fold, trainer, plans, resume, torch.device("cpu"))
-        content = {**json.loads((self.preprocessed / f"{plans}.json").read_text()), "continue_training": resume}
-        dataset = json.loads((self.preprocessed / "dataset.json").read_text())
+        content = {**json.loads((self.preprocessed / f"{plans}.json").read_text(encoding="utf-8")), "continue_training": resume}
+        dataset = json.loads((self.preprocessed / "dataset.json").read_text(encoding="utf-8"))
         return trainer(content, config, fold, dataset, torch.device("cpu"))
 
     def split(self, hidden: int = 2) -> None:
@@ -250,7 +250,7 @@ def test_labels_of_unlabeled_cases_are_never_opened(place: Place) -> None:
     """Corrupt every label file of the hidden cases, raw and preprocessed, and the class locations: the run is identical."""
     clean = losses(run(place.trainer()))
     shutil.rmtree(place.results)
-    hidden = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["unlabeled"]
+    hidden = json.loads((place.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[0]["unlabeled"]
     folder = place.preprocessed / "nnUNetPlans_3d_fullres"
     for case in hidden:
         for file in (place.raw / "labelsTr" / f"{case}.nii.gz", folder / f"{case}_seg.b2nd", folder / f"{case}.pkl"):
@@ -347,7 +347,7 @@ def test_a_wrong_key_in_the_plans_file_stops_before_anything_is_written(place: P
 
 
 def test_a_cascade_is_refused_with_unlabeled_scans(place: Place) -> None:
-    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text())
+    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     (place.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))

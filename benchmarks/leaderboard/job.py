@@ -219,8 +219,10 @@ class Job:
     def commit() -> str:
         """Of the code that trains, `+` where it was edited since; empty outside a checkout."""
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        edited = subprocess.run([*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, text=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
+        edited = subprocess.run(
+            [*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, encoding="utf-8"
+        ).stdout.strip()
         return head + "+" * bool(edited)
 
 

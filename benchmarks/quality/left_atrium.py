@@ -44,7 +44,7 @@ TRAINERS = ("Supervised", "FixMatch", "DiffCL", "CAML", "SemSim", "ACTION")
 
 def environment(work: Path) -> dict[str, str]:
     folders = {f"nnUNet_{n}": str(work / n) for n in ("raw", "preprocessed", "results")}
-    trainers = subprocess.run([sys.executable, "-m", "nnssl.cli", "trainers", "--path"], capture_output=True, text=True, check=True)
+    trainers = subprocess.run([sys.executable, "-m", "nnssl.cli", "trainers", "--path"], capture_output=True, encoding="utf-8", check=True)
     single = {"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1", "nnUNet_extTrainer": trainers.stdout.strip()}
     return {**os.environ, **folders, **single}
 

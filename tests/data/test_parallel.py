@@ -48,7 +48,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n    for pid in unordered(os.getpid, [(), ()], 2):\n        print(pid, flush=True); time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(nnssl.__path__[0]).parent)}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True) as parent:
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, encoding="utf-8") as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         assert alive(worker)

@@ -134,7 +134,7 @@ def test_existing_files_are_kept_under_new_names(tmp_path: Path) -> None:
     contents = [make_splits(CASES, number, None, None, True, 0) for number in (1, 2, 3)]
     saved = [write_splits(content, str(file)) for content in contents]
     assert saved == [None, f"{file}.bak", f"{file}.bak1"]
-    assert [json.loads(path.read_text()) for path in (Path(f"{file}.bak"), Path(f"{file}.bak1"), file)] == contents
+    assert [json.loads(path.read_text(encoding="utf-8")) for path in (Path(f"{file}.bak"), Path(f"{file}.bak1"), file)] == contents
     assert len(list(file.parent.iterdir())) == 3
 
 
@@ -157,7 +157,7 @@ def test_backup_never_overwrites(tmp_path: Path) -> None:
     for number in range(3):
         file.write_text(str(number))
         backup(str(file))
-    assert [(tmp_path / f"a.json.bak{end}").read_text() for end in ("", "1", "2")] == ["0", "1", "2"]
+    assert [(tmp_path / f"a.json.bak{end}").read_text(encoding="utf-8") for end in ("", "1", "2")] == ["0", "1", "2"]
 
 
 # cases and classes
