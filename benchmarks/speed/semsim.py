@@ -25,8 +25,9 @@ from benchmarks.speed.steps import Setting, full_step, make, training_pass
 from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
 from nnssl.losses.affinity import refine
 from nnssl.method import inference
-from nnssl.methods.semsim import SCALES, SemSim, SemSimConfig, forward_streams
+from nnssl.methods.semsim import SCALES, SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
+from nnssl.networks.dropout import forward_streams
 
 WIDTH, CLASSES = 128, 2
 FUSED = (2048, 4096, 8192, 16384, 32768)
@@ -65,14 +66,14 @@ def step(repeats: int, device: torch.device) -> dict[str, Any]:
     method, optimization, batch = cast(SemSim, semsim[0]), *semsim[1:]
     images = torch.cat([batch.labeled, *batch.strong])
     n, u = len(batch.labeled), len(batch.weak)
-    skips = [s.detach() for s in forward_streams(method.student, images, n, n + u)[1]][-SCALES:]
+    skips = [s.detach() for s in forward_streams(method.student, images, decoded=n + u)[1]][-SCALES:]
 
     def networks(decoded: int) -> None:
         """The strong features that are not decoded get their gradient from a sum."""
         with inference(method.student), optimization.autocast():
-            forward_streams(method.student, batch.weak, u, u)
+            forward_streams(method.student, batch.weak)
         with optimization.autocast():
-            outputs, features = forward_streams(method.student, images, n, decoded)
+            outputs, features, _ = forward_streams(method.student, images, decoded=decoded)
             total = sum(o.sum() for o in outputs) + sum(f[decoded:].sum() for f in features[-SCALES:])
         method.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[union-attr]

@@ -5,7 +5,7 @@
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
     L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g_ema, x_w), started at tau_0 from x_0 = 2 p_f - 1
     L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
-    p_f      = probabilities(f_ema(x_w))
+    p_f      = probabilities(f_ema(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
     L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most similar to c_k, negatives
                from those called otherwise
 
@@ -17,15 +17,14 @@ q           unit embeddings of the last decoder stage of f; c_k = mean of a bank
 mu(t)       Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
-CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models
-are sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema,
-so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in
-short schedules (labels of 75.8 instead of 78.8 Dice, S = 2, left atrium; "sampling_start": 1 is the published form). f learns y_g where
-f_ema is certain of the same, for a denoiser is also certain of what f_ema is not; g learns where f_ema is certain and g_ema is not certain
-of something else. Regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a
-random subset of the certain voxels per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an
-epoch and then teach nothing (the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights
-are marked ours below.
+CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models are
+sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema, so g
+corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in short
+schedules (labels of 75.8 instead of 78.8 Dice, S = 2, left atrium; "sampling_start": 1 is the published form). Labels count where f_ema is
+certain; channel dropout on the encoder features of the strong view is UniMatch's (Yang et al., CVPR 2023). Regions are independent +-1
+channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain voxels per class; the
+least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing (the term fell to 2e-4),
+so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
-from nnssl.networks.features import forward_features
+from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
 from nnssl.networks.time_conditioned import TimeConditionedUNet
@@ -58,11 +57,12 @@ class DiffCLConfig:
     weight_pseudo: float = 0.5  # maximum of mu1 = mu2 (ours)
     weight_contrast: float = 0.01  # eta (ours; at 0.1 the contrast moves f as much as L_sup does)
     threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
+    channel_dropout: float = 0.5  # of f's encoder features in the strong view (ours; UniMatch's)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 2  # S (ours: 1, 2, 4 and 10 give labels of 78.9, 78.8, 78.8 and 78.7 Dice, benchmarks/quality)
-    sampling_start: float = 0.5  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
+    sampling_start: float = 0.25  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
     ema_decay: float = 0.99  # of f_ema and g_ema (ours)
     embedding: int = 64  # E, width of q (ours)
     bank_size: int = 1024  # labeled embeddings per class (ours)
@@ -99,7 +99,7 @@ class DiffCLConfig:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
-        for name in ("threshold", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
+        for name in ("threshold", "channel_dropout", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
@@ -131,7 +131,7 @@ class DiffCL(SemiMethod):
         self.teacher, self.sampler = frozen_copy(self.student), frozen_copy(self.denoiser)  # moving averages: f_ema, g_ema
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
-        self.walk = self.planned.compiled(forward_features)
+        self.walk = self.planned.compiled(forward_streams)
         self._bank_update: tuple[Tensor, Tensor] | None = None
 
     def make_copies(self) -> None:
@@ -143,13 +143,11 @@ class DiffCL(SemiMethod):
         box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
         probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
-        certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g))
-        agreed = (pseudo_f == pseudo_g).all(1, keepdim=True)
-        taught_f, taught_g = certain_f * agreed, certain_f * (1 - certain_g * ~agreed)
+        certain = confidence_mask(probabilities_f, self.config.threshold, self.labels)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
-        outputs, features = self.walk(self.student, images)
+        outputs, _, features = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(outputs, n)
 
         x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
@@ -161,15 +159,15 @@ class DiffCL(SemiMethod):
 
         logits_f = full_resolution(unlabeled_f)
         if self.config.weight_contrast > 0:
-            contrast = self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
+            contrast = self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain)
         else:
             contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, taught_f),
+            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain),
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, taught_g),
+            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain),
         }
 
     def weights(self, t: float) -> dict[str, float]:

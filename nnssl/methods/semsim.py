@@ -33,7 +33,6 @@ voxels, and of those called foreground, that each term acts on, and the mean wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +51,8 @@ from nnssl.losses.affinity import (
     refine,
 )
 from nnssl.losses.pseudo_label import confidence_mask
-from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
-from nnssl.networks.dropout import feature_dropout
-from nnssl.networks.features import decode, encode
+from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.networks.dropout import forward_streams
 from nnssl.networks.fusion import SpatialAwareFusion, cut_windows, windows_per_axis
 from nnssl.networks.hf_mamba import stage_grids
 from nnssl.schedules import gaussian_ramp
@@ -130,12 +128,13 @@ class SemSim(SemiMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         c, n, u = self.config, len(batch.labeled), len(batch.weak)
         with inference(self.student, self.fusion):
-            outputs, skips = self.walk(self.student, batch.weak, u, u)
+            outputs, skips, _ = self.walk(self.student, batch.weak)
             p_w, e_w = self.probabilities(full_resolution(outputs)), self.fusion(skips[-SCALES:])
         box_1, box_2 = (cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2))
         images = torch.cat([batch.labeled, cutmix(batch.strong[0], box_1), cutmix(batch.strong[1], box_2)])
 
-        outputs, skips = self.walk(self.student, images, n, n + u, c.channel_dropout)  # x_s2 is not decoded: only its e is looked at
+        # x_s2 is not decoded: only its e is looked at
+        outputs, skips, _ = self.walk(self.student, images, n, c.channel_dropout, n + u)
         labeled, strong = split_batch(outputs, n)
         p_s1 = self.probabilities(full_resolution(strong))
         e_l, e_s1, e_s2 = self.fusion(skips[-SCALES:]).split([n, u, u])
@@ -217,11 +216,3 @@ def shares(name: str, certain: Tensor, foreground: Tensor) -> dict[str, Tensor]:
         f"{name}_certain": certain.mean(),
         f"{name}_certain_foreground": (certain * foreground).sum() / foreground.sum().clamp_min(1),
     }
-
-
-def forward_streams(network: Any, images: Tensor, clean: int, decoded: int, dropout: float = 0.0) -> tuple[Outputs, list[Tensor]]:
-    """Outputs of the first `decoded` images, and encoder features of all, with channel dropout behind the first `clean` images."""
-    skips = encode(network, images)
-    if dropout > 0:
-        skips = [torch.cat([s[:clean], d]) for s, d in zip(skips, feature_dropout([s[clean:] for s in skips], dropout), strict=True)]
-    return decode(network, [s[:decoded] for s in skips])[0], skips

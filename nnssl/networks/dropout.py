@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnssl.networks.features import decode, encode
 
 
 def feature_dropout(skips: Sequence[Tensor], p: float) -> list[Tensor]:
@@ -18,3 +22,26 @@ def feature_dropout(skips: Sequence[Tensor], p: float) -> list[Tensor]:
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], found {p}")
     return [(F.dropout3d if x.ndim == 5 else F.dropout2d)(x, p) for x in skips]
+
+
+def forward_streams(
+    network: Any, images: Tensor, clean: int | None = None, dropout: float = 0.0, decoded: int | None = None
+) -> tuple[Tensor | list[Tensor], list[Tensor], list[Tensor]]:
+    """One pass for a clean and a perturbed stream: channel dropout acts on all encoder features behind the first `clean` images.
+
+    Args:
+        network: a planned U-Net.
+        images: (B, C, S).
+        clean: how many images keep their features; None: all.
+        dropout: p of `feature_dropout`.
+        decoded: how many images, from the first, go through the decoder; None: all.
+
+    Returns:
+        Outputs as the network's own forward gives them, encoder features of all images (finest first), features of the decoder stages
+        (coarsest first).
+    """
+    skips = encode(network, images)
+    if dropout > 0 and clean is not None:
+        skips = [torch.cat([s[:clean], d]) for s, d in zip(skips, feature_dropout([s[clean:] for s in skips], dropout), strict=True)]
+    outputs, features = decode(network, [s[:decoded] for s in skips])
+    return outputs, skips, features

@@ -56,21 +56,33 @@ def test_a_contrast_without_weight_costs_nothing(monkeypatch: pytest.MonkeyPatch
     assert m(Task().batch(), 0.5)["contrast"].item() == 0
 
 
-def test_f_learns_where_f_is_certain_of_the_same_and_g_where_f_is_certain_and_g_not_of_something_else() -> None:
-    m, batch = method(), Task().batch()
-    certain = torch.zeros(2, 2, 8, 12, 16)
-    certain[:, 0] = 1
-    unsure = torch.full_like(certain, 0.5)
-    for p_f, p_g, f_learns, g_learns in (
-        (certain, certain, True, True),
-        (certain, certain.flip(1), False, False),
-        (certain, 0.6 * certain + 0.4 * certain.flip(1), True, True),
-        (certain, 0.4 * certain + 0.6 * certain.flip(1), False, True),
-        (unsure, certain, False, False),
-    ):
+def test_each_learns_the_labels_of_the_other_where_f_is_certain() -> None:
+    m, batch = method(config=replace(SMALL, cutmix_probability=0.0)), Task().batch()
+    sure, unsure = torch.zeros(2, 2, 8, 12, 16), torch.full((2, 2, 8, 12, 16), 0.5)
+    sure[:, 0] = 1
+    for p_f, p_g, learn in ((sure, sure.flip(1), True), (sure, 0.6 * sure.flip(1) + 0.4 * sure, True), (unsure, sure, False)):
         m.pseudo_probabilities = lambda weak, p=(p_f, p_g): p  # type: ignore[method-assign]
+        with torch.no_grad():
+            m.student.decoder.seg_layers[-1].bias.copy_(torch.tensor([0.0, 100.0]))
+            m.denoiser.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([100.0, 0.0]))
         terms = m(batch, 0.5)
-        assert (terms["pseudo"].item() > 0, terms["diffusion_pseudo"].item() > 0) == (f_learns, g_learns)
+        assert terms["pseudo"].item() < 0.1 and terms["diffusion_pseudo"].item() < 0.1  # both call what the other one calls
+        with torch.no_grad():
+            m.student.decoder.seg_layers[-1].bias.copy_(torch.tensor([100.0, 0.0]))
+            m.denoiser.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([0.0, 100.0]))
+        terms = m(batch, 0.5)
+        assert ((terms["pseudo"].item() > 10), (terms["diffusion_pseudo"].item() > 10)) == (learn, learn)
+
+
+def test_channel_dropout_perturbs_the_strong_stream_of_f_alone() -> None:
+    batch = Task().batch()
+    terms = []
+    for p in (0.0, 0.9):
+        m = method(config=replace(SMALL, channel_dropout=p))
+        torch.manual_seed(0)
+        terms.append(m(batch, 0.5))
+    assert terms[0]["supervised"].item() == terms[1]["supervised"].item()
+    assert terms[0]["pseudo"].item() != terms[1]["pseudo"].item()
 
 
 @pytest.mark.parametrize(("start", "sees_estimate"), [(0.002, True), (1.0, False)])
@@ -96,7 +108,7 @@ def test_boxes_cut_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatc
     """With boxes over everything every sample is its neighbour, in image and pseudo-label: the same pairs as without boxes."""
     values = []
     for fill in (torch.zeros, torch.ones):
-        m = method(config=replace(SMALL, threshold=0.0))
+        m = method(config=replace(SMALL, threshold=0.0, channel_dropout=0.0))
         monkeypatch.setattr("nnssl.methods.diffcl.cutmix_mask", lambda n, size, *a, f=fill, **k: f(n, 1, *size, dtype=torch.bool))
         noise = torch.randn(2, 2, 8, 12, 16, generator=torch.Generator().manual_seed(0))
         original = m.pseudo_probabilities

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nnssl.losses.affinity import confident_dice
 from nnssl.method import full_resolution
-from nnssl.methods.semsim import SemSim, SemSimConfig, forward_streams
+from nnssl.methods.semsim import SemSim, SemSimConfig
+from nnssl.networks.dropout import forward_streams
 from tests.building import Task
 from tests.reference import semsim as reference
 
@@ -140,8 +141,8 @@ def test_where_no_labeled_image_knows_the_expected_class_cross_says_nothing() ->
 def test_only_labeled_and_first_strong_view_are_decoded() -> None:
     task = Task()
     network, images = task.network(), torch.randn(6, 1, *task.patch_size)
-    outputs, skips = forward_streams(network, images, 2, 4)
-    assert [len(o) for o in outputs] == [4, 4] and [len(s) for s in skips] == [6, 6, 6]
+    outputs, skips, features = forward_streams(network, images, decoded=4)
+    assert [len(o) for o in outputs] == [4, 4] and [len(s) for s in skips] == [6, 6, 6] and [len(f) for f in features] == [4, 4]
     torch.testing.assert_close(full_resolution(outputs), network(images)[0][:4])
 
 
@@ -149,7 +150,10 @@ def test_channel_dropout_spares_the_labeled_images() -> None:
     task = Task()
     network, images = task.network(), torch.randn(6, 1, *task.patch_size)
     torch.manual_seed(0)
-    (outputs, skips), (clean_outputs, clean) = forward_streams(network, images, 2, 4, 0.5), forward_streams(network, images, 2, 4)
+    (outputs, skips, _), (clean_outputs, clean, _) = (
+        forward_streams(network, images, 2, 0.5, 4),
+        forward_streams(network, images, decoded=4),
+    )
     assert torch.equal(outputs[0][:2], clean_outputs[0][:2]) and not torch.equal(outputs[0][2:], clean_outputs[0][2:])
     dropped = 0
     for s, c in zip(skips, clean, strict=True):
