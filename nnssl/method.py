@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.batch import SemiBatch, Target
+from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.labels import LabelSpace
 
 Outputs = Tensor | list[Tensor]
@@ -122,6 +123,32 @@ class SemiMethod(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over dim 1, or sigmoid per region; float32, with gradient."""
         return self.labels.probabilities(logits)
+
+
+class TeacherMethod(SemiMethod):
+    """Base of the methods with a teacher f_ema: the student's exponential moving average, which may be deployed instead of it.
+
+    Its config has `ema_decay` in [0, 1]; 0 makes the teacher a copy. The teacher has no gradient and predicts in eval mode.
+    """
+
+    teacher: Any
+
+    def build(self) -> None:
+        self.teacher = frozen_copy(self.student)
+
+    def make_copies(self) -> None:
+        copy_weights(self.teacher, self.student)
+
+    def teach(self, images: Tensor) -> Tensor:
+        """probabilities(f_ema(images)): (U, C, S) -> (U, K, S), without gradient."""
+        with inference(self.teacher):
+            return self.probabilities(full_resolution(self.teacher(images)))
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.teacher, self.student, self.config.ema_decay)
+
+    def deployed(self, which: str) -> nn.Module:
+        return self.teacher if which == "teacher" else self.student
 
 
 def full_resolution(outputs: Outputs) -> Tensor:

@@ -12,7 +12,6 @@ sampled voxels: 256 queries with gradient and 4096 candidates without, per class
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
+from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.losses.anatomical import dense_anatomical_contrast
 from nnssl.losses.sampling import gather_interpolated
 from tests.reference import action as published
@@ -122,19 +121,7 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.json:
-        print(json.dumps(measure(args)))
-        return
-    if args.device == "cpu":
-        results = under_both_allocators("benchmarks.speed.action", ["--repeats", str(args.repeats)])
-    else:
-        results = {"": measure(args)}
-    save(f"action_{args.device}", report(results), results)
+    command("action", parser, measure, lambda results, args: report(results), 3)
 
 
 if __name__ == "__main__":

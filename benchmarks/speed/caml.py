@@ -13,8 +13,6 @@ Host reads: operations of a step for which the host waits for the device, or who
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.steps import CLASSES, Setting, full_step, make, parse_strides
-from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
+from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.batch import SemiBatch
 from nnssl.method import SemiMethod
 from nnssl.methods.caml import CAML, CAMLConfig
@@ -134,17 +132,8 @@ def main() -> None:
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 40, 48])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--spacing", type=float, default=2.5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.json:
-        print(json.dumps(measure(args)))
-        return
-    results = under_both_allocators("benchmarks.speed.caml", sys.argv[1:]) if args.device == "cpu" else {"": measure(args)}
-    save(f"caml_{args.device}", report(results, args), results)
+    command("caml", parser, measure, report, 5)
 
 
 if __name__ == "__main__":

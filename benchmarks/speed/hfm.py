@@ -11,7 +11,6 @@ features; HFM's stage follows from the limit of its tokens. Layouts: the block a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
+from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.networks.hf_mamba import HighFrequencyMamba, box_radii, describe_hfm, high_pass, insert_hfm
 
 GRIDS = ((12, 20, 24), (16, 32, 32), (24, 40, 48), (33, 47, 29))
@@ -145,19 +144,7 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.json:
-        print(json.dumps(measure(args)))
-        return
-    if args.device == "cpu":
-        results = under_both_allocators("benchmarks.speed.hfm", ["--repeats", str(args.repeats)])
-    else:
-        results = {"": measure(args)}
-    save(f"hfm_{args.device}", report(results), results)
+    command("hfm", parser, measure, lambda results, args: report(results), 7)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ build; ours is Mamba-2: the same task at the same widths, not the same function.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from mambapy.mamba import MambaBlock, MambaConfig
 from torch import nn
 
-from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
+from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.ssm import Mamba2Mixer, available_backends, ssd_scan
 from tests.reference.ssm import sequential_scan
 
@@ -96,22 +95,9 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.json:
-        print(json.dumps(measure(args)))
-        return
-    if args.device == "cpu":
-        numbers = [*map(str, ("--lengths", *args.lengths, "--widths", *args.widths, "--repeats", args.repeats))]
-        results = under_both_allocators("benchmarks.speed.ssm", numbers)
-    else:
-        results = {"": measure(args)}
-    save(f"ssm_{args.device}", report(results), results)
+    command("ssm", parser, measure, lambda results, args: report(results), 5)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +26,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from benchmarks.speed.timing import machine, medians, peak_bytes, save, table, under_both_allocators
+from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.batch import SemiBatch
 from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
@@ -275,17 +273,8 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, default=2.5)
     parser.add_argument("--ddim-steps", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.json:
-        print(json.dumps(measure(args)))
-        return
-    results = under_both_allocators("benchmarks.speed.steps", sys.argv[1:]) if args.device == "cpu" else {"": measure(args)}
-    save(f"steps_{args.device}" + ("" if args.amp == "float16" else f"_{args.amp}"), report(results, args), results)
+    command("steps", parser, measure, report, 5, lambda args: "" if args.amp == "float16" else f"_{args.amp}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ they are wall time between synchronisations. Alternatives are timed in turns, he
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -135,3 +136,33 @@ def save(name: str, text: str, data: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def command(
+    name: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Any],
+    report: Callable[[dict[str, Any], argparse.Namespace], str],
+    repeats: int,
+    suffix: Callable[[argparse.Namespace], str] = lambda args: "",
+) -> None:
+    """The main of a benchmark: measures under both allocators on a CPU, once elsewhere, with one thread, and saves the report.
+
+    Args:
+        name: of the module below benchmarks.speed and of the results.
+        parser: with the benchmark's own options; --device, --repeats and --json are added.
+        measure: args -> what is reported, JSON-able.
+        report: ({allocator: measured}, args) -> Markdown.
+        repeats: default of --repeats.
+        suffix: args -> end of the results' name.
+    """
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--json", action="store_true", help="measure in this process as it is and print JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.json:
+        print(json.dumps(measure(args)))
+        return
+    results = under_both_allocators(f"benchmarks.speed.{name}", sys.argv[1:]) if args.device == "cpu" else {"": measure(args)}
+    save(f"{name}_{args.device}{suffix(args)}", report(results, args), results)

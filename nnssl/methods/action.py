@@ -47,7 +47,7 @@ from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
 from nnssl.losses.sampling import gather_interpolated
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.features import decode, encode
 from nnssl.networks.heads import VoxelProjector
 
@@ -106,8 +106,8 @@ class Distillation(nn.Module):
             with inference(self.teacher):
                 z = self.teacher(teacher.float())
             self._bank_update = z, cases
-            centered = (F.normalize(x - self.bank.mean(), dim=-1) for x in (s, z, self.bank.embeddings))
-            return bank_distillation(*centered, self.bank.others(cases), temperature_student, temperature_teacher)
+            s, z, m = (F.normalize(x - self.bank.mean(), dim=-1) for x in (s, z, self.bank.embeddings))
+            return bank_distillation(s, z, m, self.bank.others(cases), temperature_student, temperature_teacher)
 
     def after_step(self, decay: float) -> None:
         if self._bank_update is not None:  # only phases that use the distillation move it
@@ -116,7 +116,7 @@ class Distillation(nn.Module):
             self._bank_update = None
 
 
-class ACTION(SemiMethod):
+class ACTION(TeacherMethod):
     name = "ACTION"
     config_class = ACTIONConfig
     config: ACTIONConfig
@@ -124,15 +124,12 @@ class ACTION(SemiMethod):
     def build(self) -> None:
         c, encoder = self.config, self.student.encoder
         self.grid = tuple(min(c.crops_per_axis, n) for n in self.planned.patch_size)
-        self.teacher = frozen_copy(self.student)
+        super().build()
         self.distillation_global = Distillation(2 * encoder.output_channels[-1], c.embedding, c.bank_images)
         self.distillation_local = Distillation(encoder.output_channels[0], c.embedding, c.bank_images * math.prod(self.grid))
         self.representation = nn.Linear(sum(encoder.output_channels[:-1]), c.embedding)  # a decoder stage is as wide as its skip
         self.phase = 1  # a part of the state: the teacher is reset once, also over continued runs
         self.encode, self.decode = self.planned.compiled(encode), self.planned.compiled(decode)
-
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
 
     def get_extra_state(self) -> int:
         return self.phase
@@ -168,8 +165,8 @@ class ACTION(SemiMethod):
         }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
+        super().after_step(batch, t)
         decay = self.config.ema_decay
-        ema_update(self.teacher, self.student, decay)
         self.distillation_global.after_step(decay)
         self.distillation_local.after_step(decay)
 
@@ -177,9 +174,6 @@ class ACTION(SemiMethod):
         phase = self.phase_at(t)
         what = ("global distillation, without labels", "local distillation", "anatomical contrast")[phase - 1]
         return f"phase {phase} of 3, {what}, until {self.ends()[phase - 1]:.0%} of the training"
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student
 
     # phase 1
 
@@ -220,8 +214,7 @@ class ACTION(SemiMethod):
 
     def anatomical_training(self, batch: SemiBatch) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        with inference(self.teacher):
-            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        p_w = self.teach(batch.weak)
         pasted = classmix_mask(self.labels.classes(self.labels.harden(p_w)))
         p_m, x_m = cutmix(p_w, pasted), cutmix(batch.strong[0], pasted)
         pseudo = self.labels.harden(p_m)

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.data.cutmix import cutmix, cutmix_mask
-from nnssl.ema import copy_weights, ema_update, frozen_copy
+from nnssl.ema import ema_update
 from nnssl.losses.pseudo_label import cross_entropy_dice
-from nnssl.method import SemiMethod, full_resolution, inference
+from nnssl.method import TeacherMethod, full_resolution
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,10 @@ class BCPConfig:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class BCP(SemiMethod):
+class BCP(TeacherMethod):
     name = "BCP"
     config_class = BCPConfig
     config: BCPConfig
-
-    def build(self) -> None:
-        self.teacher = frozen_copy(self.student)
-
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         return self.pretrain(batch) if t < self.config.pretrain_fraction else self.copy_paste(batch)
@@ -68,8 +62,7 @@ class BCP(SemiMethod):
 
     def copy_paste(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Boxes between labeled and unlabeled patches, both ways; batches of different sizes are cycled through."""
-        with inference(self.teacher):
-            pseudo = self.labels.harden(self.probabilities(full_resolution(self.teacher(batch.weak))))
+        pseudo = self.labels.harden(self.teach(batch.weak))
         onehot, known = self.labels.encode(batch.full_target())
         known = torch.ones_like(onehot[:, :1], dtype=torch.bool) if known is None else known.bool()
 
@@ -94,9 +87,6 @@ class BCP(SemiMethod):
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
         ema_update(self.teacher, self.student, 0.0 if t < self.config.pretrain_fraction else self.config.ema_decay)
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student
 
 
 def _as_list(target: Tensor | list[Tensor]) -> list[Tensor]:

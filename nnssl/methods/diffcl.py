@@ -40,11 +40,11 @@ from nnssl.bank import ClassBank
 from nnssl.batch import SemiBatch
 from nnssl.data.cutmix import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
-from nnssl.ema import copy_weights, ema_update, frozen_copy
+from nnssl.ema import ema_update, frozen_copy
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
-from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import Outputs, TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
@@ -104,7 +104,7 @@ class DiffCLConfig:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class DiffCL(SemiMethod):
+class DiffCL(TeacherMethod):
     name = "DiffCL"
     config_class = DiffCLConfig
     config: DiffCLConfig
@@ -125,17 +125,15 @@ class DiffCL(SemiMethod):
         )
 
     def build(self) -> None:
+        super().build()
         c, k = self.config, self.labels.channels
         self.diffusion = GaussianDiffusion(c.diffusion_steps)
         self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
-        self.teacher, self.sampler = frozen_copy(self.student), frozen_copy(self.denoiser)  # moving averages: f_ema, g_ema
+        self.sampler = frozen_copy(self.denoiser)  # g_ema; f_ema is the teacher
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_streams)
         self._bank_update: tuple[Tensor, Tensor] | None = None
-
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
@@ -175,7 +173,7 @@ class DiffCL(SemiMethod):
         return {"supervised": 1.0, "pseudo": mu, "contrast": self.config.weight_contrast * mu, "diffusion": 1.0, "diffusion_pseudo": mu}
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
-        ema_update(self.teacher, self.student, self.config.ema_decay)
+        super().after_step(batch, t)
         ema_update(self.sampler, self.denoiser, self.config.ema_decay)
         if self._bank_update is not None:
             self.bank.push(*self._bank_update)
@@ -183,9 +181,6 @@ class DiffCL(SemiMethod):
 
     def describe(self) -> str:
         return describe_hfm(self.student, self.planned.patch_size)
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student
 
     def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if None."""

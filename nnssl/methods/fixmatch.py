@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.data.cutmix import cutmix, cutmix_mask
-from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
@@ -42,20 +41,13 @@ class FixMatchConfig:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class FixMatch(SemiMethod):
+class FixMatch(TeacherMethod):
     name = "FixMatch"
     config_class = FixMatchConfig
     config: FixMatchConfig
 
-    def build(self) -> None:
-        self.teacher = frozen_copy(self.student)
-
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
-
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
-        with inference(self.teacher):
-            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        p_w = self.teach(batch.weak)
         box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
         p_w, x_s = cutmix(p_w, box), cutmix(batch.strong[0], box)
 
@@ -68,9 +60,3 @@ class FixMatch(SemiMethod):
 
     def weights(self, t: float) -> dict[str, float]:
         return {"supervised": 1.0, "pseudo": self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)}
-
-    def after_step(self, batch: SemiBatch, t: float) -> None:
-        ema_update(self.teacher, self.student, self.config.ema_decay)
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student

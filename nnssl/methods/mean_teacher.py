@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.consistency import mse_consistency
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
@@ -38,20 +37,13 @@ class MeanTeacherConfig:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class MeanTeacher(SemiMethod):
+class MeanTeacher(TeacherMethod):
     name = "MeanTeacher"
     config_class = MeanTeacherConfig
     config: MeanTeacherConfig
 
-    def build(self) -> None:
-        self.teacher = frozen_copy(self.student)
-
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
-
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
-        with inference(self.teacher):
-            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
+        p_w = self.teach(batch.weak)
         labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled))
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
@@ -60,9 +52,3 @@ class MeanTeacher(SemiMethod):
 
     def weights(self, t: float) -> dict[str, float]:
         return {"supervised": 1.0, "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction)}
-
-    def after_step(self, batch: SemiBatch, t: float) -> None:
-        ema_update(self.teacher, self.student, self.config.ema_decay)
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student

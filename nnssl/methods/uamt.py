@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.labels import LabelSpace
 from nnssl.losses.consistency import mse_consistency
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import feature_dropout
 from nnssl.networks.features import decode, encode
 from nnssl.schedules import gaussian_ramp
@@ -54,21 +53,18 @@ class UAMTConfig:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class UAMT(SemiMethod):
+class UAMT(TeacherMethod):
     name = "UAMT"
     config_class = UAMTConfig
     config: UAMTConfig
 
     def build(self) -> None:
-        self.teacher = frozen_copy(self.student)
+        super().build()
         self.disturbed = self.planned.compiled(disturbed_logits)
 
-    def make_copies(self) -> None:
-        copy_weights(self.teacher, self.student)
-
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        p_w = self.teach(batch.weak)
         with inference(self.teacher):
-            p_w = self.probabilities(full_resolution(self.teacher(batch.weak)))
             certain = (self.uncertainty(batch.weak) < self.entropy_threshold(t)).float()
         self.diagnostics = {"certain": certain.mean()}
         labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled))
@@ -91,12 +87,6 @@ class UAMT(SemiMethod):
 
     def weights(self, t: float) -> dict[str, float]:
         return {"supervised": 1.0, "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction)}
-
-    def after_step(self, batch: SemiBatch, t: float) -> None:
-        ema_update(self.teacher, self.student, self.config.ema_decay)
-
-    def deployed(self, which: str) -> nn.Module:
-        return self.teacher if which == "teacher" else self.student
 
 
 def disturbed_logits(network: Any, x: Tensor, dropout: float) -> Tensor:
