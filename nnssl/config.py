@@ -60,8 +60,9 @@ def resolve(
     """
     if not isinstance(overrides, Mapping):
         raise ValueError(f'"nnssl" in the plans file must be a JSON object, found {type(overrides).__name__}')
-    sections = {k: v for k, v in overrides.items() if k in known_methods}
-    general = build(GeneralConfig, {k: v for k, v in overrides.items() if k not in sections}, "nnssl", also=sorted(known_methods))
+    known = known_methods | ({method} if method else set())  # a method of the user's own is in no list
+    sections = {k: v for k, v in overrides.items() if k in known}
+    general = build(GeneralConfig, {k: v for k, v in overrides.items() if k not in sections}, "nnssl", also=sorted(known))
     if method is None or method_config is None:
         return general, None
     return general, build(method_config, sections.get(method, {}), f"nnssl.{method}")

@@ -40,6 +40,11 @@ def test_sections_of_other_methods_are_left_alone() -> None:
     assert method == Example()
 
 
+def test_a_method_of_the_users_own_has_a_section_too() -> None:
+    _, method = resolve({"Mine": {"ddim_steps": 3}}, "Mine", DiffCLConfig, KNOWN)
+    assert method == DiffCLConfig(ddim_steps=3)
+
+
 def test_unknown_keys_list_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r'unknown key "epochs".*num_epochs: int.*DiffCL, Supervised'):
         resolve({"epochs": 3}, "DiffCL", DiffCLConfig, KNOWN)
