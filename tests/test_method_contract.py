@@ -52,7 +52,7 @@ def _ramp(t: float, end: float = 0.4) -> float:
 
 
 def _diffcl_weights(t: float) -> dict[str, float]:
-    mu = 0.5 * _ramp(t)
+    mu = _ramp(t)
     return {"supervised": 1, "pseudo": mu, "contrast": 0.01 * mu, "diffusion": 1, "diffusion_pseudo": mu}
 
 
@@ -93,7 +93,6 @@ ROWS = {
         },
         _diffcl_weights,
         warm_up=1,
-        frozen={"sampler", "teacher"},
     ),
     "FixMatch": Row(
         FixMatch,

@@ -202,7 +202,7 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
         state = checkpoint["nnssl"]
         assert set(state) == {"method", "rng", "history", "config", "versions"}
         kept = {k.split(".")[0] for k in state["method"]}
-        assert {"denoiser", "sampler", "projector", "bank"} <= kept and "student" not in kept
+        assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
         assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())
         assert state["config"]["method"]["ddim_steps"] == 2 and state["versions"]["torch"] == torch.__version__
 

@@ -1,4 +1,4 @@
-"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the noised estimate of f_ema and from
+"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the noised estimate of f and from
 noise) against the labels that the split hid.
 
     python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint checkpoint_final.pth
@@ -69,18 +69,17 @@ def main() -> None:
         data, seg, _, _ = dataset.load_case(case)
         image = torch.from_numpy(central_patch(data, patch, 0)).float()[None]
         label = central_patch(seg, patch, 0)
-        with inference(method.student, method.teacher, method.sampler):
-            for name, network in (("student", method.student), ("y_f", method.teacher)):
-                start = time.perf_counter()
-                p_f = method.probabilities(full_resolution(network(image)))
-                record(name, p_f, time.perf_counter() - start)
+        with inference(method.student, method.denoiser):
+            start = time.perf_counter()
+            p_f = method.probabilities(full_resolution(method.student(image)))
+            record("y_f", p_f, time.perf_counter() - start)
             noise = torch.randn_like(p_f)
             for share in (method.config.sampling_start, 1.0):
                 for steps in STEPS:
                     start = time.perf_counter()
                     taus = method.diffusion.trailing_steps(steps, share)
                     x = noise if share == 1 else method.diffusion.q_sample(2 * p_f - 1, torch.tensor(taus[:1]), noise)
-                    x = method.diffusion.ddim_sample(lambda x, tau, i=image: method.estimate(method.sampler(x, tau, i)), x, taus)
+                    x = method.diffusion.ddim_sample(lambda x, tau, i=image: method.estimate(method.denoiser(x, tau, i)), x, taus)
                     origin = "noise" if share == 1 else f"p_f at tau = {taus[0]}"
                     record(f"y_g from {origin}, S = {steps}", (x + 1) / 2, time.perf_counter() - start)
     print("| pseudo-label | mean Dice | sd | s per patch |\n|---|---|---|---|")

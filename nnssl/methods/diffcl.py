@@ -3,28 +3,28 @@
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
-    L_p(f)   = CE + Dice of f(x_s) against y_g = harden DDIM_S(g_ema, x_w), started at tau_0 from x_0 = 2 p_f - 1
-    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
-    p_f      = probabilities(f_ema(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
+    L_p(f)   = Dice of f(x_s) against y_g = harden DDIM_S(g, x_w), started at tau_0 from x_0 = 2 p_f - 1
+    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
+    p_f      = probabilities(f(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
     L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most similar to c_k, negatives
                from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
-f_ema,g_ema moving averages of f and g; no gradient; f_ema may be deployed instead ("deploy": "teacher")
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of class k, detached
 mu(t)       Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
-CutMix boxes, pseudo-labels cut alike) instead of independent augmentation. Pseudo-labels come from moving averages, as diffusion models are
-sampled (Ho et al., 2020) and teachers taught (Tarvainen & Valpola, 2017). Sampling starts at tau_0 from the noised estimate of f_ema, so g
-corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in short
-schedules (labels of 75.8 instead of 78.8 Dice, S = 2, left atrium; "sampling_start": 1 is the published form). Labels count where f_ema is
-certain; channel dropout on the encoder features of the strong view is UniMatch's (Yang et al., CVPR 2023). Regions are independent +-1
-channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain voxels per class; the
-least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing (the term fell to 2e-4),
-so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
+CutMix boxes, pseudo-labels cut alike) instead of independent augmentation, and channel dropout on f's encoder features of the strong view
+(Yang et al., CVPR 2023). Pseudo-labels are made in eval mode, carry no gradient, and teach by Dice alone over certain voxels: few
+foreground voxels in a scan unlike the labeled ones then weigh as much as its background. No moving averages: with a decay of 0.99, f_ema is
+100 steps behind f, which in runs of 1,500 steps cost as much as unlabeled scans gain. Sampling starts at tau_0 from the noised estimate of
+f, so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which a denoiser stays behind f in
+short schedules (labels of 75.8 instead of 78.8 Dice, S = 2, left atrium; "sampling_start": 1 is the published form). Regions are
+independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss; similarities are looked at on a random subset of the certain voxels
+per class; the least similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing (the term
+fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights are marked ours below.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ from nnssl.bank import ClassBank
 from nnssl.batch import SemiBatch
 from nnssl.data.cutmix import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
-from nnssl.ema import ema_update, frozen_copy
 from nnssl.losses.contrastive import info_nce
-from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
+from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
-from nnssl.method import Outputs, TeacherMethod, full_resolution, inference, split_batch
+from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
@@ -54,16 +53,15 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig:
-    weight_pseudo: float = 0.5  # maximum of mu1 = mu2 (ours)
+    weight_pseudo: float = 1.0  # maximum of mu1 = mu2 (ours)
     weight_contrast: float = 0.01  # eta (ours; at 0.1 the contrast moves f as much as L_sup does)
-    threshold: float = 0.9  # pseudo-labels count where their source is so certain (ours)
-    channel_dropout: float = 0.5  # of f's encoder features in the strong view (ours; UniMatch's)
+    threshold: float = 0.95  # pseudo-labels count where their source is so certain (ours)
+    channel_dropout: float = 0.5  # of f's encoder features in the strong view (UniMatch)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
     diffusion_steps: int = 1000  # T
     ddim_steps: int = 2  # S (ours: 1, 2, 4 and 10 give labels of 78.9, 78.8, 78.8 and 78.7 Dice, benchmarks/quality)
     sampling_start: float = 0.25  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
-    ema_decay: float = 0.99  # of f_ema and g_ema (ours)
     embedding: int = 64  # E, width of q (ours)
     bank_size: int = 1024  # labeled embeddings per class (ours)
     bank_per_step: int = 64  # of which so many are renewed in a step (ours)
@@ -99,12 +97,12 @@ class DiffCLConfig:
             raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
-        for name in ("threshold", "channel_dropout", "cutmix_probability", "ema_decay", "positive_fraction", "hfm_cutoff"):
+        for name in ("threshold", "channel_dropout", "cutmix_probability", "positive_fraction", "hfm_cutoff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
-class DiffCL(TeacherMethod):
+class DiffCL(SemiMethod):
     name = "DiffCL"
     config_class = DiffCLConfig
     config: DiffCLConfig
@@ -125,11 +123,9 @@ class DiffCL(TeacherMethod):
         )
 
     def build(self) -> None:
-        super().build()
         c, k = self.config, self.labels.channels
         self.diffusion = GaussianDiffusion(c.diffusion_steps)
         self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
-        self.sampler = frozen_copy(self.denoiser)  # g_ema; f_ema is the teacher
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_streams)
@@ -155,17 +151,16 @@ class DiffCL(TeacherMethod):
         noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
-        logits_f = full_resolution(unlabeled_f)
         if self.config.weight_contrast > 0:
             contrast = self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain)
         else:
             contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": cross_entropy_dice(logits_f, pseudo_g, self.labels, certain),
+            "pseudo": self.pseudo_loss(full_resolution(unlabeled_f), pseudo_g, certain),
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": cross_entropy_dice(full_resolution(unlabeled_g), pseudo_f, self.labels, certain),
+            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f, certain),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -173,8 +168,6 @@ class DiffCL(TeacherMethod):
         return {"supervised": 1.0, "pseudo": mu, "contrast": self.config.weight_contrast * mu, "diffusion": 1.0, "diffusion_pseudo": mu}
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
-        super().after_step(batch, t)
-        ema_update(self.sampler, self.denoiser, self.config.ema_decay)
         if self._bank_update is not None:
             self.bank.push(*self._bank_update)
             self._bank_update = None
@@ -185,15 +178,19 @@ class DiffCL(TeacherMethod):
     def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if None."""
         c = self.config
-        with inference(self.teacher, self.sampler):
-            p_f = self.probabilities(full_resolution(self.teacher(weak)))
+        with inference(self.student, self.denoiser):
+            p_f = self.probabilities(full_resolution(self.student(weak)))
             noise = torch.randn_like(p_f) if noise is None else noise
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
             start = noise
             if c.sampling_start < 1:
                 start = self.diffusion.q_sample(2 * p_f - 1, torch.full((len(p_f),), taus[0], device=p_f.device), noise)
-            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.sampler(x, tau, weak)), start, taus)
+            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.denoiser(x, tau, weak)), start, taus)
             return p_f, (sampled + 1) / 2
+
+    def pseudo_loss(self, logits: Tensor, pseudo: Tensor, certain: Tensor) -> Tensor:
+        """Soft Dice (U, K, S) over the certain voxels (U, 1, S)."""
+        return soft_dice_loss(self.probabilities(logits), pseudo, certain, skip_first=not self.labels.has_regions)
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-1, 1] from the denoiser's outputs."""

@@ -33,7 +33,7 @@ class FixMatchConfig:
     threshold: float = 0.9  # T (ours; 0.95 in both papers)
     cutmix_probability: float = 0.5  # of a box per sample (UniMatch)
     ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; CAML's share)
-    ema_decay: float = 0.99  # of the teacher (Mean Teacher); 0: the student itself gives the labels, as published
+    ema_decay: float = 0.0  # of the teacher; 0: the student itself gives the labels, as published; 0.99: Mean Teacher's
 
     def __post_init__(self) -> None:
         for name in ("threshold", "cutmix_probability", "ema_decay"):
