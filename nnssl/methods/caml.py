@@ -17,13 +17,14 @@ r(t)      Gaussian ramp over the first 40 % of training
 
 Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice the published one, so that
 each network learns from L_sup at nnU-Net's learning rate; targets of unlabeled patches come from another view than their predictions, for
-on the same view two such networks soon agree and L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium);
-sharpened probabilities are targets without gradient (the public code differentiates them too); a's interpolation follows a 1x1 convolution
-and costs about what it replaces; CMA is pre-norm, without dropout and the identity at the start; the heads have no batch norm, so that
-they can be evaluated at the chosen voxels alone with the same result (the public ones normalise over all voxels that agree); the bank
-keeps the last rows of every case and class rather than all voxels of its last patch, and is written after the step; queries are a share
-of small patches. For regions, the complement of all of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region
-against 1 - p. Ignored voxels carry no loss and never enter the bank.
+on the same view two such networks soon agree and L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium); x_s also
+loses encoder channels, as the planned networks have no dropout layers (V-Net has); sharpened probabilities are targets without gradient
+(the public code differentiates them too); a's interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm,
+without dropout and the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels alone with
+the same result (the public ones normalise over all voxels that agree); the bank keeps the last rows of every case and class rather than all
+voxels of its last patch, and is written after the step; queries are a share of small patches. For regions, the complement of all of them is
+a class too; v's certainty there is min_k(1 - p_k), sharpening is per region against 1 - p. Ignored voxels carry no loss and never enter the
+bank.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from nnssl.losses.correlation import omni_correlation
 from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
-from nnssl.networks.features import decode, encode, forward_features
+from nnssl.networks.dropout import forward_streams
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.schedules import gaussian_ramp
 
@@ -54,6 +55,7 @@ class CAMLConfig:
     weight_consistency: float = 2.0  # lambda_c
     weight_correlation: float = 0.1  # lambda_o
     ramp_fraction: float = 0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
+    channel_dropout: float = 0.5  # of both networks' encoder features of x_s (the papers' V-Nets drop channels too)
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in x_s (ours)
     sharpening: float = 0.1  # T
     temperature: float = 0.1  # T_o
@@ -68,8 +70,9 @@ class CAMLConfig:
         for name in ("embedding", "rows", "queries", "attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not 0 <= self.cutmix_probability <= 1:
-            raise ValueError(f"cutmix_probability must be in [0, 1], found {self.cutmix_probability}")
+        for name in ("channel_dropout", "cutmix_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
         for name in ("sharpening", "temperature", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
@@ -91,7 +94,7 @@ class CAML(SemiMethod):
         self.head_v, self.head_a = (CorrelationHead(features[0], c.embedding) for _ in "va")
         self.case_index = {case: i for i, case in enumerate(self.planned.labeled_cases)}
         self.bank = CaseBank(self.labels.num_classes, len(self.case_index), c.rows, c.embedding)
-        self.walk = self.planned.compiled(forward_features)
+        self.walk = self.planned.compiled(forward_streams)
         self.walk_auxiliary = self.planned.compiled(_forward_auxiliary)
         self._bank_update: tuple[Tensor, Tensor] | None = None
 
@@ -100,8 +103,9 @@ class CAML(SemiMethod):
         box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
         weak_v, weak_a = (cutmix(z, box) for z in self.weak_logits(batch))
         images = torch.cat([batch.labeled, cutmix(batch.strong[0], box)])  # one pass for both streams: CMA looks across them
-        outputs_v, features_v = self.walk(self.student, images)
-        outputs_a, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage)
+        dropout = self.config.channel_dropout
+        outputs_v, _, features_v = self.walk(self.student, images, n, dropout)
+        outputs_a, _, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage, n, dropout)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
 
         logits_v, logits_a = full_resolution(outputs_v), full_resolution(outputs_a)
@@ -141,7 +145,7 @@ class CAML(SemiMethod):
     @torch.no_grad()
     def weak_logits(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
         """Logits (U, K, S) of v and a on the weak views; a as in training, with CMA across labeled and unlabeled samples."""
-        outputs_a, _ = self.walk_auxiliary(self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage)
+        outputs_a, *_ = self.walk_auxiliary(self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage)
         return full_resolution(self.student(batch.weak)), full_resolution(split_batch(outputs_a, len(batch.labeled))[1])
 
     @torch.no_grad()
@@ -187,6 +191,8 @@ def _mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, width))
 
 
-def _forward_auxiliary(network: Any, x: Tensor, attention: nn.Module, stage: int) -> tuple[Outputs, list[Tensor]]:
-    """As `forward_features`, with attention behind an encoder stage."""
-    return decode(network, encode(network, x, lambda s, features: attention(features) if s == stage else features))
+def _forward_auxiliary(
+    network: Any, x: Tensor, attention: nn.Module, stage: int, clean: int | None = None, dropout: float = 0.0
+) -> tuple[Outputs, list[Tensor], list[Tensor]]:
+    """As `forward_streams`, with attention behind an encoder stage."""
+    return forward_streams(network, x, clean, dropout, modulate=lambda s, features: attention(features) if s == stage else features)

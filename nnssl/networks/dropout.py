@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,12 @@ def feature_dropout(skips: Sequence[Tensor], p: float) -> list[Tensor]:
 
 
 def forward_streams(
-    network: Any, images: Tensor, clean: int | None = None, dropout: float = 0.0, decoded: int | None = None
+    network: Any,
+    images: Tensor,
+    clean: int | None = None,
+    dropout: float = 0.0,
+    decoded: int | None = None,
+    modulate: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | list[Tensor], list[Tensor], list[Tensor]]:
     """One pass for a clean and a perturbed stream: channel dropout acts on all encoder features behind the first `clean` images.
 
@@ -35,12 +40,13 @@ def forward_streams(
         clean: how many images keep their features; None: all.
         dropout: p of `feature_dropout`.
         decoded: how many images, from the first, go through the decoder; None: all.
+        modulate: as in `encode`; dropout acts after it.
 
     Returns:
         Outputs as the network's own forward gives them, encoder features of all images (finest first), features of the decoder stages
         (coarsest first).
     """
-    skips = encode(network, images)
+    skips = encode(network, images, modulate)
     if dropout > 0 and clean is not None:
         skips = [torch.cat([s[:clean], d]) for s, d in zip(skips, feature_dropout([s[clean:] for s in skips], dropout), strict=True)]
     outputs, features = decode(network, [s[:decoded] for s in skips])

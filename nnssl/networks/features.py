@@ -53,8 +53,3 @@ def decode(network: Any, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], li
     if not decoder.deep_supervision:
         return decoder.seg_layers[-1](x), features
     return [layer(f) for layer, f in zip(decoder.seg_layers, features, strict=True)][::-1], features
-
-
-def forward_features(network: Any, x: Tensor) -> tuple[Tensor | list[Tensor], list[Tensor]]:
-    """`network(x)` and its decoder features, coarsest first."""
-    return decode(network, encode(network, x))

@@ -13,7 +13,7 @@ from tests.building import Task
 from tests.host_reads import HostReads
 from tests.reference import caml as reference
 
-SMALL = CAMLConfig(embedding=8, rows=16, queries=64, cutmix_probability=0.0)
+SMALL = CAMLConfig(embedding=8, rows=16, queries=64, cutmix_probability=0.0, channel_dropout=0.0)
 
 
 def method(task: Task = Task(), config: CAMLConfig = SMALL) -> CAML:  # noqa: B008
@@ -36,8 +36,8 @@ def certain(task: Task, classes: torch.Tensor, size: float = 4.0) -> torch.Tenso
 def say(m: CAML, logits_v: torch.Tensor, logits_a: torch.Tensor, features: Any = None, weak: Any = None) -> None:
     """Let the two networks answer this for all images; weak: on the weak views, where it differs."""
     f = features or tuple(torch.randn(len(z), 4, *z.shape[2:]) for z in (logits_v, logits_a))
-    m.walk = lambda *_: (outputs(logits_v), [f[0]])  # type: ignore[method-assign, assignment, misc]
-    m.walk_auxiliary = lambda *_: (outputs(logits_a), [f[1]])  # type: ignore[method-assign, assignment, misc]
+    m.walk = lambda *_: (outputs(logits_v), [], [f[0]])  # type: ignore[method-assign, assignment, misc]
+    m.walk_auxiliary = lambda *_: (outputs(logits_a), [], [f[1]])  # type: ignore[method-assign, assignment, misc]
     m.weak_logits = lambda _: weak or (logits_v[2:].detach(), logits_a[2:].detach())  # type: ignore[method-assign]
 
 
@@ -60,7 +60,7 @@ def test_attention_stands_behind_the_second_deepest_stage_and_starts_as_the_iden
     forward = m.attention.forward
     m.attention.forward = lambda x: seen.append(x.shape) or forward(x)  # type: ignore[method-assign, func-returns-value]
     x = torch.randn(4, 1, *Task().patch_size)
-    out, _ = m.walk_auxiliary(m.auxiliary, x, m.attention, m.stage)
+    out, *_ = m.walk_auxiliary(m.auxiliary, x, m.attention, m.stage)
     assert seen == [(4, 6, 4, 6, 8)]
     assert all(torch.equal(a, b) for a, b in zip(out, m.auxiliary(x), strict=True))
 
@@ -88,6 +88,16 @@ def test_consistency_is_the_distance_to_the_sharpened_other_network_both_ways() 
     sharp_v, sharp_a = (p / p.sum(1, keepdim=True) for p in (sharp_v, sharp_a))
     expected = (z_v.softmax(1) - sharp_a).square().mean() + (z_a.softmax(1) - sharp_v).square().mean()
     assert m(task.batch(), 0.5)["consistency"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_channel_dropout_spares_labeled_patches_and_targets() -> None:
+    terms = []
+    for p in (0.0, 0.9):
+        m = method(config=replace(SMALL, channel_dropout=p))
+        torch.manual_seed(0)
+        terms.append(m(Task().batch(), 0.5))
+    assert all(terms[0][k].item() == terms[1][k].item() for k in ("supervised", "supervised_aux"))
+    assert terms[0]["consistency"].item() != terms[1]["consistency"].item()
 
 
 def test_boxes_mix_images_and_targets_alike(monkeypatch: pytest.MonkeyPatch) -> None:

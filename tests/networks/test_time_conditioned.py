@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl.networks.features import check_planned, forward_features
+from nnssl.networks.features import check_planned, decode, encode
 from nnssl.networks.time_conditioned import TimeConditionedUNet, sinusoidal_embedding
 from tests.building import FEATURES, Task
 
@@ -20,7 +20,7 @@ def as_list(outputs: object) -> list[torch.Tensor]:
 @pytest.mark.parametrize("task", TASKS)
 def test_walking_the_network_gives_its_own_outputs(task: Task) -> None:
     net, x = task.network(), torch.randn(2, 1, *task.patch_size)
-    outputs, features = forward_features(net, x)
+    outputs, features = decode(net, encode(net, x))
     for ours, own in zip(as_list(outputs), as_list(net(x)), strict=True):
         assert torch.equal(ours, own)
     assert [f.shape[1] for f in features] == list(FEATURES[-2::-1]) and features[-1].shape[2:] == x.shape[2:]
