@@ -5,12 +5,13 @@
     p_w = probabilities(f_ema(x_w))
 
 f         student, the planned network; deployed
-f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
+f_ema     f itself (`ema_decay` 0, as published), or a teacher: its exponential moving average; eval mode, no gradient; may be deployed
+          instead ("deploy": "teacher")
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, p_w cut alike
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the papers (ours): a moving average gives the labels, as in Mean Teacher; Dice beside CE, as nnU-Net trains; a ramp; one
-strong view and no feature perturbation, which are UniMatch's additions to FixMatch.
+Differs from the papers (ours): Dice beside CE, as nnU-Net trains; a ramp; one strong view and no feature perturbation, which are
+UniMatch's additions to FixMatch. In short runs an average lags: left atrium, 1,500 steps, Dice 85.5 at decay 0.99, 86.2 at 0.
 """
 
 from __future__ import annotations
