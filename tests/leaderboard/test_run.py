@@ -194,7 +194,7 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     monkeypatch.setattr(one, "nnunet", predict)
     monkeypatch.setattr(prepare.Workspace, "preprocess", lambda *_: None)
     one.self_training()
-    assert trained == [(10, None, None), (10, 0, 4)]
+    assert trained == [(one.epochs // 2, None, None), (one.epochs - one.epochs // 2, 0, 4)]
     second = tmp_path / suite.name / "self_training" / one.plans
     labels = {p.name[:4]: p.read_text(encoding="utf-8") for p in (second / "raw" / suite.dataset / "labelsTr").iterdir()}
     assert labels == {n: f"pseudo-label of {n}" if n in split["unlabeled"] else f"labelsTr of {n}" for n in names}
