@@ -37,7 +37,6 @@ SCHEDULE: dict[str, Any] = {
     "save_every": 1,
     "amp": "bfloat16",
     "DiffCL": {"hfm_max_tokens": 4096},
-    "ACTION": {"ema_decay": 0.9},  # reaches back over 1 % of the run, as 0.99 does over 10,000 steps
 }
 EPOCHS = {"ACTION": 20}
 TRAINERS = ("Supervised", "FixMatch", "DiffCL", "CAML", "SemSim", "ACTION")
