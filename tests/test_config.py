@@ -76,7 +76,7 @@ def test_impossible_values_are_refused(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("ddim_steps", 2000), ("bank_per_step", 5000), ("temperature", 0.0), ("ema_decay", 1.5), ("embedding", 0)]
+    ("key", "value"), [("ddim_steps", 2000), ("bank_per_step", 5000), ("temperature", 0.0), ("channel_dropout", 1.5), ("embedding", 0)]
 )
 def test_impossible_values_of_the_method_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf'"nnssl.DiffCL" of the plans file: {key} must'):
