@@ -125,10 +125,6 @@ class EmbeddingBank(nn.Module):
         self.cases.index_copy_(0, place, cases)
         self.count += left_out + len(cases)
 
-    def mean(self) -> Tensor:
-        """(E,) mean of the filled rows; 0 if there are none."""
-        return self.embeddings.sum(0) / self.count.clamp(1, len(self.embeddings))  # rows not yet filled are 0
-
     def others(self, cases: Tensor) -> Tensor:
         """(N, R) bool: for each of `cases` (N,), the rows in use that are of another case."""
         filled = torch.arange(len(self.cases), device=self.cases.device) < self.count

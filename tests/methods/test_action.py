@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from nnssl.losses.anatomical import dense_anatomical_contrast
-from nnssl.losses.distillation import bank_distillation
 from nnssl.losses.pseudo_label import cross_entropy
-from nnssl.methods.action import ACTION, ACTIONConfig, Distillation, pool, pool_cells
+from nnssl.methods.action import ACTION, ACTIONConfig, pool, pool_cells
 from tests.building import Task
 
 SMALL = ACTIONConfig(threshold_pseudo=0.0, threshold_contrast=0.0, embedding=8, num_queries=16, num_negatives=32, candidates=64)
@@ -78,22 +77,6 @@ def test_the_second_phase_fills_the_local_bank_with_crops_of_both_streams() -> N
     assert m.distillation_local.bank.count == 3 * 4 and m.distillation_global.bank.count == 1
     assert len(m.distillation_local.bank.cases[:12].unique()) == 3
     torch.testing.assert_close(m.distillation_local.bank.embeddings[:12].norm(dim=1), torch.ones(12))
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-2])
-def test_similarities_are_cosines_around_the_mean_of_the_bank(spread: float) -> None:
-    """So embeddings that all became nearly the same still tell images apart."""
-    generator = torch.Generator().manual_seed(0)
-    common = 3 * F.normalize(torch.randn(8, generator=generator), dim=-1)
-    rows, student, teacher = (torch.randn(n, 8, generator=generator) for n in (6, 2, 2))
-    rows -= rows.mean(0)
-    d = Distillation(8, 8, 6)
-    d.projector = d.predictor = d.teacher = torch.nn.Identity()  # type: ignore[assignment]
-    d.bank.push(common + spread * rows, torch.arange(6))
-    value = d(common + spread * student, common + spread * teacher, torch.tensor([10, 11]), 0.1, 0.1)
-    units = (F.normalize(x, dim=-1) for x in (student, teacher, rows))
-    expected = bank_distillation(*units, torch.ones(2, 6, dtype=torch.bool), 0.1, 0.1)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_teacher_and_its_projectors_are_moving_averages() -> None:
