@@ -47,7 +47,9 @@ def forward_streams(
         (coarsest first).
     """
     skips = encode(network, images, modulate)
-    if dropout > 0 and clean is not None:
-        skips = [torch.cat([s[:clean], d]) for s, d in zip(skips, feature_dropout([s[clean:] for s in skips], dropout), strict=True)]
+    if dropout > 0 and clean is not None:  # one product per map, no copies of its parts
+        ones = [s.new_ones(s.shape[:2] + (1,) * (s.ndim - 2)) for s in skips]
+        factors = feature_dropout([o[clean:] for o in ones], dropout)
+        skips = [s * torch.cat([o[:clean], f]) for s, o, f in zip(skips, ones, factors, strict=True)]
     outputs, features = decode(network, [s[:decoded] for s in skips])
     return outputs, skips, features
