@@ -6,7 +6,8 @@
 
 DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled` keep their labels, the last 20
 are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100 iterations, nnU-Net's augmentation,
-bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all see equally many labeled patches. Dice: nnU-Net's own evaluation
+bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all see equally many labeled patches, and with a moving average that
+reaches back over as small a share of the run as the paper's. Dice: nnU-Net's own evaluation
 of the validation cases with the last checkpoint.
 """
 
@@ -37,6 +38,7 @@ SCHEDULE: dict[str, Any] = {
     "save_every": 1,
     "amp": "bfloat16",
     "DiffCL": {"hfm_max_tokens": 4096},
+    "ACTION": {"ema_decay": 0.9},
 }
 EPOCHS = {"ACTION": 20}
 TRAINERS = ("Supervised", "FixMatch", "DiffCL", "CAML", "SemSim", "ACTION")

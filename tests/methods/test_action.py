@@ -12,7 +12,16 @@ from nnssl.losses.pseudo_label import cross_entropy
 from nnssl.methods.action import ACTION, ACTIONConfig, pool, pool_cells
 from tests.building import Task
 
-SMALL = ACTIONConfig(threshold_pseudo=0.0, threshold_contrast=0.0, embedding=8, num_queries=16, num_negatives=32, candidates=64)
+SMALL = ACTIONConfig(
+    threshold_pseudo=0.0,
+    threshold_contrast=0.0,
+    embedding=8,
+    num_queries=16,
+    num_negatives=32,
+    candidates=64,
+    classmix_probability=1.0,
+    channel_dropout=0.0,
+)
 TASK_2D = Task(dim=2)
 
 
@@ -118,8 +127,8 @@ def test_the_pseudo_term_is_the_cross_entropy_of_each_sample_times_its_share_of_
     p_w = torch.stack([p, 1 - p], 1)
     m.labels = _Fixed(m.labels, p_w)  # type: ignore[assignment]
     seen: dict[str, torch.Tensor] = {}
-    decode = m.decode
-    m.decode = lambda *a: seen.setdefault("out", decode(*a))  # type: ignore[assignment, arg-type, return-value]
+    walk = m.walk
+    m.walk = lambda *a: seen.setdefault("out", walk(*a))  # type: ignore[assignment, arg-type, return-value]
     torch.manual_seed(0)
     value = m(batch, 0.6)["pseudo"]
     logits = seen["out"][0][0][2:]
@@ -151,6 +160,31 @@ def test_classmix_mixes_images_and_labels_alike(monkeypatch: pytest.MonkeyPatch)
         swapped = replace(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong))
         values.append(method()(swapped, 0.6)["pseudo"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] > 0
+
+
+def test_classmix_leaves_out_a_share_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = lambda member, *a: torch.ones_like(member[0].unsqueeze(1))  # noqa: E731
+    monkeypatch.setattr("nnssl.methods.action.classmix_mask", everything)
+    batch = TASK_2D.batch(unlabeled=8)
+    for probability, neighbours in ((0.0, (0, 0)), (0.5, (1, 7)), (1.0, (8, 8))):
+        m, seen = method(config=replace(SMALL, classmix_probability=probability)), []
+        walk = m.walk
+        m.walk = lambda f, x, *a, walk=walk, seen=seen: seen.append(x) or walk(f, x, *a)  # type: ignore[assignment, misc]
+        torch.manual_seed(0)
+        m(batch, 0.6)
+        x_m, strong = seen[0][-8:], batch.strong[0]
+        pasted = sum(torch.equal(x_m[b], strong[b - 1]) for b in range(8))
+        assert pasted + sum(torch.equal(x_m[b], strong[b]) for b in range(8)) == 8
+        assert neighbours[0] <= pasted <= neighbours[1]
+
+
+def test_channel_dropout_spares_the_labeled_images() -> None:
+    batch, values = TASK_2D.batch(), []
+    for p in (0.0, 0.9):
+        torch.manual_seed(0)
+        values.append(method(config=replace(SMALL, channel_dropout=p))(batch, 0.6))
+    torch.testing.assert_close(values[0]["supervised"], values[1]["supervised"])
+    assert abs(values[0]["pseudo"].item() - values[1]["pseudo"].item()) > 1e-4
 
 
 @pytest.mark.parametrize("task", [Task(), Task(dim=2, channels=4)])
