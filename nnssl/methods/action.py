@@ -19,14 +19,15 @@ m_j        z of earlier patches of other cases; the 36 images seen last
 Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run. nnU-Net's instance norm nearly
 fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum. In short runs L_g collapses (all embeddings the same within
 two epochs) and then does nothing; cosines around the bank's mean keep it alive (the bottleneck then tells 92 instead of 74 % of 50
-left-atrium patches from the others, across views, after 200 steps), but cost 1.4 Dice there after 2,000, so similarities are as published.
-ClassMix, published for every sample, is left out of half of them: with few classes its objects end where they were cut, and no sample would
-look like a scan (left atrium: Dice 85.0 with it everywhere, 85.6 in half, one seed); the encoder features of x_m lose channels, as the
-planned networks have no dropout layers. Crops are the cells of a regular grid on the last decoder stage. Of a labeled image there is one
-view, nnU-Net's augmented patch: student and teacher see the same. The representation behind L_a is one linear map of all decoder stages,
-up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity between them); being linear it is evaluated at the sampled voxels
-alone: class means are those of random candidates of the class, and the negatives of all queries come from these candidates. Regions: a
-voxel counts for the last region that contains it. Ignored voxels are in no class and carry no loss.
+left-atrium patches from the others, across views, after 200 steps), but cost 1.4 Dice there after 2,000, and 2.4 where they acted in phase
+1 with full and in phase 2 with a tenth of their weight, so similarities are as published. ClassMix, published for every sample, is left out
+of half of them: with few classes its objects end where they were cut, and no sample would look like a scan (left atrium: Dice 85.0 with it
+everywhere, 85.6 in half, one seed); the encoder features of x_m lose channels, as the planned networks have no dropout layers. Crops are
+the cells of a regular grid on the last decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher
+see the same. The representation behind L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution
+without nonlinearity between them); being linear it is evaluated at the sampled voxels alone: class means are those of random candidates of
+the class, and the negatives of all queries come from these candidates. Regions: a voxel counts for the last region that contains it.
+Ignored voxels are in no class and carry no loss.
 """
 
 from __future__ import annotations
