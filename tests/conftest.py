@@ -12,6 +12,7 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16",  # virtual machines that hide half of AMX end bfloat16 with an illegal instruction
     OMP_WAIT_POLICY="PASSIVE",  # threads of commands that the tests start: spinning ones crawl where several processes share the cores
 )
 
