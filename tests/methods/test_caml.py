@@ -8,6 +8,7 @@ import torch
 
 from nnssl.batch import SemiBatch
 from nnssl.losses.consistency import mse_consistency
+from nnssl.losses.pseudo_label import soft_dice_loss
 from nnssl.methods.caml import CAML, CAMLConfig
 from tests.building import Task
 from tests.host_reads import HostReads
@@ -90,6 +91,19 @@ def test_consistency_is_the_distance_to_the_sharpened_other_network_both_ways() 
     assert m(task.batch(), 0.5)["consistency"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("task", [Task(channels=3), Task(channels=2, regions=True)])
+def test_dice_is_of_the_unlabeled_patches_against_the_sharpened_other_network_both_ways(task: Task) -> None:
+    m, axes = method(task), (0, 2, 3, 4)
+    z_v, z_a = (torch.randn(4, task.channels, *task.patch_size) for _ in "va")
+    weak_v, weak_a = (torch.randn(2, task.channels, *task.patch_size) for _ in "va")
+    say(m, z_v, z_a, weak=(weak_v, weak_a))
+    expected = 0.0
+    for z, other in ((z_v[2:], weak_a), (z_a[2:], weak_v)):
+        p, q = (z.sigmoid(), (10 * other).sigmoid()) if task.regions else (z.softmax(1)[:, 1:], (10 * other).softmax(1)[:, 1:])
+        expected += 1 - (2 * (p * q).sum(axes) / (p.sum(axes) + q.sum(axes))).mean().item()
+    assert m(task.batch(), 0.5)["dice"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_channel_dropout_spares_labeled_patches_and_targets() -> None:
     terms = []
     for p in (0.0, 0.9):
@@ -134,10 +148,16 @@ def test_the_sharpened_side_has_no_gradient() -> None:
     m = method()
     z_v, z_a = (torch.randn(4, 2, *Task().patch_size, requires_grad=True) for _ in "va")
     say(m, z_v, z_a)
-    m(Task().batch(), 0.5)["consistency"].backward()
+    terms = m(Task().batch(), 0.5)
+    terms["consistency"].backward(retain_graph=True)
     p = z_v.detach().clone().requires_grad_()
     mse_consistency(p.softmax(1), (z_a.detach() / 0.1).softmax(1)).backward()
     torch.testing.assert_close(z_v.grad, p.grad, atol=1e-8, rtol=1e-3)
+    z_v.grad = None
+    terms["dice"].backward()
+    q = z_v.detach().clone().requires_grad_()
+    soft_dice_loss(q.softmax(1)[2:], (z_a.detach() / 0.1).softmax(1)[2:]).backward()
+    torch.testing.assert_close(z_v.grad, q.grad, atol=1e-8, rtol=1e-3)
 
 
 @pytest.mark.parametrize("task", [Task(channels=3, ignore=True), Task(channels=2, regions=True, ignore=True)])
