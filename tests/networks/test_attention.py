@@ -84,3 +84,15 @@ def test_another_sample_changes_the_result_in_training() -> None:
     other = features.clone()
     other[1, :, 0, 0] += torch.randn(8)
     assert not torch.allclose(cma(features)[0], cma(other)[0])
+
+
+@pytest.mark.parametrize("length", [24, 1100])
+def test_bfloat16_stays_near_float32_and_keeps_its_dtype(length: int) -> None:
+    block, tokens = opened(AttentionBlock(8)).float(), torch.randn(2, length, 8)
+    expected, results = block(tokens), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results.append(block(tokens))
+    half = block.bfloat16()(tokens.bfloat16())
+    assert half.dtype == torch.bfloat16
+    for result in (*results, half.float()):
+        assert (result - expected).norm() < 0.02 * expected.norm()
