@@ -114,9 +114,16 @@ ROWS = {
             "supervised": {"student"},
             "supervised_aux": {"auxiliary", "attention"},
             "consistency": {"student", "auxiliary", "attention"},
+            "dice": {"student", "auxiliary", "attention"},
             "correlation": {"student", "auxiliary", "attention", "head_v", "head_a"},
         },
-        lambda t: {"supervised": 1.0, "supervised_aux": 1.0, "consistency": 2 * _ramp(t), "correlation": 0.1 * _ramp(t)},
+        lambda t: {
+            "supervised": 1.0,
+            "supervised_aux": 1.0,
+            "consistency": 2 * _ramp(t),
+            "dice": 0.5 * _ramp(t),
+            "correlation": 0.1 * _ramp(t),
+        },
         warm_up=2,
     ),
     "MeanTeacher": Row(
