@@ -8,7 +8,8 @@
 
 v         student, the planned network; deployed
 a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with cross-sample mutual attention
-          (CMA) behind its second-deepest encoder stage: over the voxels of each sample, then across the samples of the batch
+          (CMA) behind its second-deepest encoder stage (the deepest, where that has more than 2,048 voxels): over the voxels of each
+          sample, then across the samples of the batch
 i         voxels that v and a call the same class, per class those of which v is most certain
 m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case and class; per class
           so many are drawn over all cases, a class with fewer is left out
@@ -52,6 +53,7 @@ from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
 from nnssl.networks.dropout import forward_streams
+from nnssl.networks.hf_mamba import stage_grids
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.schedules import gaussian_ramp
 
@@ -73,9 +75,10 @@ class CAMLConfig:
     query_share: float = 0.05  # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of theirs)
     attention_heads: int = 4  # of CMA; where the stage's width is no multiple, their greatest common divisor
     mlp_ratio: float = 4.0  # of CMA
+    attention_tokens: int = 2048  # voxels of the second-deepest stage above which CMA stands behind the deepest (ours: shallow plans)
 
     def __post_init__(self) -> None:
-        for name in ("embedding", "rows", "queries", "attention_heads"):
+        for name in ("embedding", "rows", "queries", "attention_heads", "attention_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("channel_dropout", "cutmix_probability"):
@@ -97,7 +100,10 @@ class CAML(SemiMethod):
         c, features = self.config, self.student.encoder.output_channels
         network = self.planned.build_network(self.planned.input_channels, self.labels.channels)
         self.auxiliary = interpolate_instead_of_transposing(network)
+        voxels = [math.prod(g) for g in stage_grids(self.planned.patch_size, self.student.encoder.strides)]
         self.stage = max(0, len(features) - 2)
+        if voxels[self.stage] > c.attention_tokens:
+            self.stage = len(features) - 1
         self.attention = CrossSampleAttention(features[self.stage], math.gcd(features[self.stage], c.attention_heads), c.mlp_ratio)
         self.head_v, self.head_a = (CorrelationHead(features[0], c.embedding) for _ in "va")
         self.case_index = {case: i for i, case in enumerate(self.planned.labeled_cases)}

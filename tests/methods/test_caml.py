@@ -66,6 +66,17 @@ def test_attention_stands_behind_the_second_deepest_stage_and_starts_as_the_iden
     assert all(torch.equal(a, b) for a, b in zip(out, m.auxiliary(x), strict=True))
 
 
+def test_attention_stands_behind_the_deepest_stage_where_the_second_deepest_has_too_many_voxels() -> None:
+    limits = {192: 1, 191: 2}  # the second-deepest of three stages has 4 x 6 x 8 voxels
+    for limit, stage in limits.items():
+        m = method(config=replace(SMALL, attention_tokens=limit))
+        for p in m.attention.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        terms = step(m, Task().batch())
+        terms["supervised_aux"].backward()
+        assert m.stage == stage and all(p.grad is not None and p.grad.any() for p in m.attention.samples.mlp.parameters())
+
+
 def test_labeled_and_unlabeled_images_see_each_other_in_the_auxiliary_only() -> None:
     m, batch = method(), Task().batch()
     for p in m.attention.parameters():
@@ -367,6 +378,7 @@ def test_a_labeled_batch_larger_than_its_names_is_possible() -> None:
         ("rows", 0),
         ("queries", 0),
         ("attention_heads", 0),
+        ("attention_tokens", 0),
         ("sharpening", 0.0),
         ("temperature", -1.0),
         ("query_share", 0.0),
