@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 1024  # tokens up to which attention in bfloat16 is 2-6 times slower on CPUs than in float32: backward goes block by block
+SHORT = 1024  # tokens up to which attention in bfloat16 is 1.7-6 times slower on CPUs than in float32: backward goes block by block
 
 
 class AttentionBlock(nn.Module):
