@@ -16,7 +16,7 @@
     num_epochs = 15
 
     [method.nnUNetTrainerDiffCL]             # optional, for one method
-    seeds = [0, 1]
+    seeds = { 2 = [0, 1] }                   # by budget (the others take the suite's), or one list for all
     options = { ddim_steps = 2 }             # the method's own section
 
 `supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases (the upper bound),
@@ -44,7 +44,7 @@ else:
 FOLDER = Path(__file__).parent
 SPECIAL = ("supervised", "supervised_all", "self_training")
 PLAN_KEYS = {"spacing": list, "features_divisor": int, "batch_size": int, "patch_size": list}
-METHOD_KEYS = {"trainer": str, "seeds": list, "budgets": list, "options": dict, "schedule": dict}
+METHOD_KEYS = {"trainer": str, "seeds": (list, dict), "budgets": list, "options": dict, "schedule": dict}
 PUBLISHED_KEYS = {"method": str, "labeled": int, "source": str, "dice": float, "jaccard": float, "hd95": float, "asd": float, "note": str}
 
 
@@ -106,7 +106,8 @@ class Suite:
             budgets = [None] if kind == "supervised_all" else own.get("budgets", self.budgets)
             for labeled in budgets:
                 fold = len(self.budgets) if labeled is None else self.budgets.index(labeled)
-                for seed in own.get("seeds", self.seeds):
+                seeds = own.get("seeds", self.seeds)
+                for seed in seeds.get(str(labeled), self.seeds) if isinstance(seeds, dict) else seeds:
                     settings = {**self.schedule, **own.get("schedule", {}), "seed": seed}
                     if own.get("options"):
                         settings[trainer.removeprefix("nnUNetTrainer")] = own["options"]
@@ -161,9 +162,15 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     for method in suite.methods:
         own = suite.method.get(method, {})
         _check_types(own, METHOD_KEYS, f"[method.{method}]")
-        _check_numbers(own.get("seeds", [0]), 0, f"[method.{method}] seeds")
+        seeds = own.get("seeds", [0])
+        for found in seeds.values() if isinstance(seeds, dict) else [seeds]:
+            _check_numbers(found, 0, f"[method.{method}] seeds")
         if extra := sorted(set(own.get("budgets", [])) - set(suite.budgets)):
             raise SuiteError(f"[method.{method}] budgets: {extra} not in budgets = {suite.budgets}")
+        if isinstance(seeds, dict) and (extra := sorted(set(seeds) - set(map(str, own.get("budgets", suite.budgets))))):
+            raise SuiteError(f"[method.{method}] seeds: {extra} not in budgets = {own.get('budgets', suite.budgets)}")
+        if isinstance(seeds, dict) and method == "supervised_all":
+            raise SuiteError("[method.supervised_all] seeds: expected a list, this row has no budget")
         build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
@@ -186,5 +193,10 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
 
 
 def _check_numbers(values: list[Any], least: int, where: str) -> None:
-    if not values or len(set(map(str, values))) < len(values) or not all(type(v) is int and v >= least for v in values):
+    if (
+        not isinstance(values, list)
+        or not values
+        or len(set(map(str, values))) < len(values)
+        or not all(type(v) is int and v >= least for v in values)
+    ):
         raise SuiteError(f"{where}: expected different whole numbers from {least}, found {values}")

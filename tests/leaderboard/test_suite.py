@@ -59,6 +59,13 @@ def test_rows_carry_fold_trainer_and_their_own_settings(tmp_path: Path) -> None:
     assert rows["ours_n1_s1"].settings["initial_lr"] == 0.1
 
 
+def test_seeds_by_budget_leave_the_other_budgets_at_the_seeds_of_the_suite(tmp_path: Path) -> None:
+    text = GOOD.replace("seeds = [7]\nbudgets = [2]", "seeds = { 2 = [7, 8, 9] }")
+    assert text != GOOD
+    names = {row.name for row in load_suite(write(tmp_path, text)).rows() if row.method == "DiffCL"}
+    assert names == {"DiffCL_n1_s0", "DiffCL_n1_s1", "DiffCL_n2_s7", "DiffCL_n2_s8", "DiffCL_n2_s9"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "changes"),
     [
@@ -101,6 +108,11 @@ def test_options_of_one_method_leave_the_fingerprints_of_the_others(tmp_path: Pa
         ('trainer = "nnUNetTrainerDiffCL"', "", "'ours' is neither supervised"),
         ("[method.ours]", "[method.yours]", "method.yours. is not in methods"),
         ("budgets = [2]", "budgets = [3]", "not in budgets"),
+        ("seeds = [7]", "seeds = 7", "seeds must be"),
+        ("seeds = [7]", "seeds = { 2 = 7 }", r"\[method.nnUNetTrainerDiffCL\] seeds: expected different whole numbers"),
+        ("seeds = [7]", "seeds = { 2 = [] }", r"\[method.nnUNetTrainerDiffCL\] seeds: expected different whole numbers"),
+        ("seeds = [7]", "seeds = { 1 = [7] }", r"seeds: \['1'\] not in budgets = \[2\]"),
+        ("[method.ours]", "[method.supervised_all]\nseeds = { 2 = [0] }\n[method.ours]", "expected a list, this row has no budget"),
         ("num_epochs = 4", "num_epochs = = 4", r"one\.toml.*line"),
     ],
 )
