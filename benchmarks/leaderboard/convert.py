@@ -29,7 +29,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-LA_PATCH, LA_MARGIN = (112, 112, 80), (15, 15, 7)  # x, y, z; the public code draws 10 to 20 in plane and 5 to 10 across at random
+LA_PATCH, LA_MARGIN = 112, 15  # in plane; the public code draws margins of 10 to 20 at random
 PANCREAS_WINDOW, PANCREAS_MARGIN = (-125.0, 275.0), 25  # HU; voxels of 1 mm
 SOFT_TISSUE = (-50.0, 250.0)  # HU: where the mean of a pancreas must lie
 Volume = tuple[np.ndarray, np.ndarray, Sequence[float]]  # image and label (D, H, W), spacing (x, y, z) in mm
@@ -116,17 +116,20 @@ def la_h5(source: Path, case: str) -> Volume:
 
 
 def la_nrrd(source: Path, case: str) -> Volume:
-    """The challenge's own files, prepared as UA-MT's, but with the middle of its random margins: no two runs differ."""
+    """The challenge's own files, prepared as UA-MT's, but with the middle of its random margins: no two runs differ.
+
+    The crop is in plane only: the public code computes a box in z too, but keeps all slices.
+    """
     folder = find(source, case)
     scan, mask = (sitk.ReadImage(str(folder / f"{name}.nrrd")) for name in ("lgemri", "laendo"))
     image, label = sitk.GetArrayFromImage(scan).astype(np.float32), sitk.GetArrayFromImage(mask) > 0
     if not label.any():
         raise ValueError(f"{folder / 'laendo.nrrd'} is empty")
-    box = []
-    for indices, size, patch, margin in zip(np.nonzero(label), label.shape, LA_PATCH[::-1], LA_MARGIN[::-1], strict=True):
+    box = [slice(None)]
+    for indices, size in zip(np.nonzero(label)[1:], label.shape[1:], strict=True):
         low, high = int(indices.min()), int(indices.max())
-        pad = max(patch - (high - low), 0) // 2
-        box.append(slice(max(low - margin - pad, 0), min(high + margin + pad, size)))
+        pad = LA_MARGIN + max(LA_PATCH - (high - low), 0) // 2
+        box.append(slice(max(low - pad, 0), min(high + pad, size)))
     image = (image - image.mean()) / image.std()
     return image[tuple(box)], label[tuple(box)], scan.GetSpacing()
 

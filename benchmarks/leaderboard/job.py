@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ class Job:
             config = checkpoint["nnssl"]["config"]
         plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][self.suite.configuration]
         network = plan["architecture"]["arch_kwargs"]
-        used = [json.loads(line) for line in self.usage.read_text(encoding="utf-8").splitlines()]
+        used = usage(self.usage)
         return {
             "curve": curve,
             "config": config,
@@ -224,6 +225,15 @@ class Job:
             [*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, encoding="utf-8"
         ).stdout.strip()
         return head + "+" * bool(edited)
+
+
+def usage(path: Path) -> list[dict[str, int]]:
+    """What the commands of a row used, as far as they lived to say so; a line cut short by a kill is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def hardware(device: str) -> str:

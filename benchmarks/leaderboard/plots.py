@@ -22,13 +22,28 @@ NAMES = {
 }
 
 
-def write_pictures(suite: Suite, table: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]], results: Path) -> None:
-    """All pictures of a suite, as PNG and, but for the overlay, SVG."""
+def write_pictures(
+    suite: Suite, table: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]], results: Path
+) -> dict[str, str]:
+    """All pictures of a suite, as PNG and, but for the overlay, SVG; returns what there is: the end of its name and what it shows.
+
+    Curves and overlay are of the smallest budget with a finished row; no overlay where no row has its panel.
+    """
+    budget = min(e["budget"] for e in table if e["method"] != "supervised_all" or all(f["bound"] for f in finished))
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in finished:
+        if row["bound"] or row["labeled"] == budget:
+            chosen.setdefault(row["method"], row)  # the first seed
+    panels = {method: results / suite.name / "panels" / f"{row['name']}.png" for method, row in chosen.items()}
+    shown = {method: row for method, row in chosen.items() if panels[method].is_file()}
     with matplotlib.rc_context({"svg.hashsalt": "leaderboard", "font.family": "DejaVu Sans"}):
         save(draw_bars(suite, table), results / f"{suite.name}_bars")
         save(draw_budgets(suite, table), results / f"{suite.name}_budgets")
-        save(draw_curves(suite, finished), results / f"{suite.name}_curves")
-        save(draw_overlay(suite, finished, results / suite.name / "panels"), results / f"{suite.name}_overlay", svg=False)
+        save(draw_curves(suite, chosen, budget), results / f"{suite.name}_curves")
+        if shown:
+            save(draw_overlay(shown, panels, budget), results / f"{suite.name}_overlay", svg=False)
+    names = {"bars": "Dice", "budgets": "Dice over labels", "overlay": "the same slice for every method", "curves": "training"}
+    return {name: text for name, text in names.items() if shown or name != "overlay"}
 
 
 def colour(method: str) -> str:
@@ -80,12 +95,8 @@ def draw_budgets(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def draw_curves(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Supervised training loss and pseudo Dice of every method at the smallest budget, first seed."""
-    chosen: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if row["bound"] or row["labeled"] == suite.budgets[0]:
-            chosen.setdefault(row["method"], row)
+def draw_curves(suite: Suite, chosen: Mapping[str, Mapping[str, Any]], budget: int) -> Figure:
+    """nnU-Net's validation loss and pseudo Dice over the epochs of a row per method."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     colours = matplotlib.colormaps["tab20"]
@@ -100,18 +111,14 @@ def draw_curves(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{suite.budgets[0]} labeled; self-training: two rounds one after the other", fontsize=10)
+    figure.suptitle(f"{budget} labeled; self-training: two rounds one after the other", fontsize=10)
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 
-def draw_overlay(suite: Suite, rows: Sequence[Mapping[str, Any]], panels: Path) -> Figure:
-    """The rows' strips under each other, smallest budget, first seed: image, labels, prediction, error on the same slice."""
-    chosen: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if (row["bound"] or row["labeled"] == suite.budgets[0]) and (panels / f"{row['name']}.png").is_file():
-            chosen.setdefault(row["method"], row)
-    strips = {method: matplotlib.image.imread(panels / f"{row['name']}.png") for method, row in chosen.items()}
+def draw_overlay(chosen: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Path], budget: int) -> Figure:
+    """The strips of a row per method under each other: image, labels, prediction, error on the same slice."""
+    strips = {method: matplotlib.image.imread(panels[method]) for method in chosen}
     height, width = next(iter(strips.values())).shape[:2]
     aspect = next(iter(chosen.values()))["panel"]["aspect"]
     columns = 1 if len(strips) < 5 else 2
@@ -126,7 +133,7 @@ def draw_overlay(suite: Suite, rows: Sequence[Mapping[str, Any]], panels: Path) 
         name = NAMES.get(method, method).replace(", ", ",\n")
         axis.text(-0.01, 0.5, f"{name}\n{100 * dice:.1f}", transform=axis.transAxes, ha="right", va="center", fontsize=8)
     case = next(iter(chosen.values()))["panel"]["case"]
-    figure.suptitle(f"{case}, {suite.budgets[0]} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9)
+    figure.suptitle(f"{case}, {budget} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9)
     return figure
 
 

@@ -125,9 +125,15 @@ class Workspace:
             write_whole(self.preprocessed / "splits_final.json", json.dumps(folds(self.suite, self.cases()), indent=1))
             spacing = self.suite.plan.get("spacing")
             edits = ["-overwrite_target_spacing", *map(str, spacing)] if spacing else []
+            asked = self.folder / "spacing.json"  # nnU-Net's plan need not tell: its axes may be in another order
             if not (self.preprocessed / f"{BASE_PLAN}.json").is_file():
+                write_whole(asked, json.dumps(spacing))
                 chosen = ["-d", self.identifier, "-c", self.suite.configuration, "-overwrite_plans_name", BASE_PLAN]
                 self.nnssl(log, "plan-and-preprocess", *chosen, *edits, "--no_pp", "-npfp", str(jobs))
+            elif asked.is_file() and (planned := json.loads(asked.read_text(encoding="utf-8"))) != spacing:
+                raise SuiteError(
+                    f"{self.folder} was planned with [plan] spacing {planned}, the suite asks for {spacing}: use another --work"
+                )
             edit_plan(self.plans(), self.suite)  # refuses what does not fit before hours of work
             self.preprocess(log, BASE_PLAN, jobs)
 

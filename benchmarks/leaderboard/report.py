@@ -120,7 +120,7 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
     return lines
 
 
-def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> str:
+def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]], pictures: Mapping[str, str]) -> str:
     finished = [r for r in rows if r["status"] == "finished"]
     lines = [f"# {suite.title}", ""]
     if finished:
@@ -138,8 +138,7 @@ def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Ma
         lines += ["## Not finished", ""]
         lines += [f"- `{r['name']}`: **{r['status']}**: {r.get('error', '')}" for r in failed]
         lines += [f"- `{name}`: not run" for name in missing] + [""]
-    pictures = {"bars": "Dice", "budgets": "Dice over labels", "overlay": "the same slice for every method", "curves": "training"}
-    lines += [f"![{text}]({suite.name}_{name}.png)" for name, text in pictures.items()] if finished else []
+    lines += [f"![{text}]({suite.name}_{name}.png)" for name, text in pictures.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -182,7 +181,7 @@ def published_table(suite: Suite, table: Sequence[Mapping[str, Any]]) -> list[st
     lines = [
         "## Published figures",
         "",
-        "As printed by their authors; many of them chose the checkpoint that does best on the test scans. Ours never do.",
+        "As printed in the source named; many authors chose the checkpoint that does best on the test scans. Ours never do.",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
@@ -219,11 +218,9 @@ def write_report(suite: Suite, results: Path) -> str:
     """All files of the report into `results`; returns the Markdown text."""
     rows = read_rows(suite, results)
     table = summarise(suite, rows)
-    text = markdown(suite, rows, table)
+    finished = [r for r in rows if r["status"] == "finished"]
+    text = markdown(suite, rows, table, write_pictures(suite, table, finished, results) if finished else {})
     write_whole(results / f"{suite.name}.md", text)
     write_whole(results / f"{suite.name}.json", json.dumps({"suite": suite.name, "table": table}, indent=1, sort_keys=True) + "\n")
     write_whole(results / f"{suite.name}.csv", comma_separated(table))
-    finished = [r for r in rows if r["status"] == "finished"]
-    if table:
-        write_pictures(suite, table, finished, results)
     return text

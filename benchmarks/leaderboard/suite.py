@@ -176,6 +176,9 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
             raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
     if "self_training" in suite.methods and suite.method.get("self_training", {}).get("schedule", suite.schedule).get("num_epochs", 2) < 2:
         raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
+    names = [row.name for row in suite.rows()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SuiteError(f"methods: two of them would write the same row {twice[0]}; rename one")
     for entry in suite.published:
         _check_types(entry, PUBLISHED_KEYS, "[[published]]", required=("method", "labeled", "source"))
     return suite

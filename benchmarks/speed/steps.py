@@ -263,6 +263,11 @@ def parse_strides(texts: list[str]) -> list[list[int]]:
     return [[int(t)] * 3 if "," not in t else [int(v) for v in t.split(",")] for t in texts]
 
 
+def suffix(args: argparse.Namespace) -> str:
+    """Of the table's name: a run of single methods or in another precision leaves the whole table as it is."""
+    return "".join(f"_{part}" for part in ([] if args.amp == "float16" else [args.amp]) + args.methods)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=[], help="steps to measure beside the supervised one (default: all)")
@@ -274,7 +279,7 @@ def main() -> None:
     parser.add_argument("--ddim-steps", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
-    command("steps", parser, measure, report, 5, lambda args: "" if args.amp == "float16" else f"_{args.amp}")
+    command("steps", parser, measure, report, 5, suffix)
 
 
 if __name__ == "__main__":

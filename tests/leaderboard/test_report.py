@@ -137,6 +137,23 @@ def test_failed_and_missing_rows_are_listed_and_do_not_count(tmp_path: Path) -> 
     assert (4, "DiffCL") in entries(tmp_path)
 
 
+def test_a_budget_without_rows_and_missing_panels_leave_a_report_without_dead_links(tmp_path: Path) -> None:
+    which = suite()
+    write_rows(tmp_path, which)
+    for path in (tmp_path / "smoke").glob("*_n2_*.json"):
+        path.unlink()
+    text = report.write_report(which, tmp_path)
+    assert "(smoke_overlay.png)" in text
+    assert (tmp_path / "smoke_overlay.png").is_file()
+    (tmp_path / "smoke_overlay.png").unlink()
+    for path in (tmp_path / "smoke" / "panels").iterdir():
+        path.unlink()
+    text = report.write_report(which, tmp_path)
+    assert "(smoke_curves.png)" in text
+    assert "overlay" not in text
+    assert not (tmp_path / "smoke_overlay.png").exists()
+
+
 def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path, suite())
     with pytest.raises(SuiteError, match=r"other settings.*supervised_n2_s0\.json"):

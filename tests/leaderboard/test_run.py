@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -156,6 +157,32 @@ def test_plan_edits_divide_features_and_refuse_a_patch_that_does_not_fit(tmp_pat
     (tmp_path / "odd.toml").write_text(text.replace("[16, 32, 32]", "[15, 32, 32]"), encoding="utf-8")
     with pytest.raises(SuiteError, match=r"patch_size \[15, 32, 32\] must be multiples of \[2, 4, 4\]"):
         prepare.edit_plan(plans(), load_suite(str(tmp_path / "odd.toml")))
+
+
+def test_a_work_folder_that_was_planned_at_another_spacing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "data" / "Dataset900_Phantoms"
+    (source / "labelsTr").mkdir(parents=True)
+    (source / "dataset.json").write_text('{"file_ending": ".nii.gz"}', encoding="utf-8")
+    suite = dataclasses.replace(load_suite("smoke"), validation=1, budgets=[1], plan={"spacing": [2.0, 2.0, 2.0]})
+    for name in "abc":
+        (source / "labelsTr" / f"{name}.nii.gz").touch()
+
+    def plan(space: prepare.Workspace, *_: Any) -> None:
+        prepare.write_whole(space.preprocessed / f"{prepare.BASE_PLAN}.json", json.dumps(plans()))
+
+    monkeypatch.setattr(prepare.Workspace, "nnssl", plan)
+    for _ in range(2):
+        prepare.Workspace(tmp_path / "work", suite).prepare(tmp_path / "data", 1)
+    for other in ({"spacing": [2.5, 2.5, 2.5]}, {}):
+        changed = dataclasses.replace(suite, plan=other)
+        with pytest.raises(SuiteError, match=r"planned with \[plan\] spacing \[2.0, 2.0, 2.0\]"):
+            prepare.Workspace(tmp_path / "work", changed).prepare(tmp_path / "data", 1)
+
+
+def test_usage_survives_a_kill_in_the_middle_of_its_line(tmp_path: Path) -> None:
+    assert job.usage(tmp_path / "none.jsonl") == []
+    (tmp_path / "cut.jsonl").write_text('{"peak_memory_mb": 7}\n{"peak_mem', encoding="utf-8")
+    assert job.usage(tmp_path / "cut.jsonl") == [{"peak_memory_mb": 7}]
 
 
 def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_labeled_cases(

@@ -113,6 +113,7 @@ def test_options_of_one_method_leave_the_fingerprints_of_the_others(tmp_path: Pa
         ("seeds = [7]", "seeds = { 2 = [] }", r"\[method.nnUNetTrainerDiffCL\] seeds: expected different whole numbers"),
         ("seeds = [7]", "seeds = { 1 = [7] }", r"seeds: \['1'\] not in budgets = \[2\]"),
         ("[method.ours]", "[method.supervised_all]\nseeds = { 2 = [0] }\n[method.ours]", "expected a list, this row has no budget"),
+        ('"ours"]', '"ours", "DiffCL"]\n[method.DiffCL]\ntrainer = "nnUNetTrainerDiffCL"\nseeds = [7]', "DiffCL_n2_s7; rename one"),
         ("num_epochs = 4", "num_epochs = = 4", r"one\.toml.*line"),
     ],
 )
