@@ -178,18 +178,30 @@ def _configuration(
 
     known = sorted(file.removesuffix(".pkl") for file in os.listdir(folder) if file.endswith(".pkl")) if isdir(folder) else []
     if isdir(raw):
-        target, cases = labeled_cases(plans_manager, configuration, dataset_json, raw)
-        cases = [case for case in cases if all(isfile(source) for source in case.sources)]
+        target, every = labeled_cases(plans_manager, configuration, dataset_json, raw)
+        cases = [case for case in every if all(isfile(source) for source in case.sources)]
         reasons = [reason for case in cases if (reason := stale_reason(case, target))]
-        if reasons:
+        if without := [case.name for case in every if case not in cases]:
+            yield (
+                "FAIL",
+                f"{len(without)} cases of imagesTr lack their label ({', '.join(without[:3])}): add it, or move the scans into imagesUn",
+            )
+        if not every:
+            yield "warn", f"imagesTr has no case; {len(known)} preprocessed ones are taken as they are"
+        elif reasons:
             yield (
                 "FAIL",
                 f"{len(reasons)} of {len(cases)} labeled cases are missing or stale ({', '.join(sorted(set(reasons)))}): {remedy}",
             )
         else:
             yield "ok", f"{len(cases)} labeled cases preprocessed"
-        if removed := removed_cases(target, cases):
-            yield "FAIL", f"{len(removed)} preprocessed cases are no longer in imagesTr ({', '.join(removed[:3])}): {remedy}"
+        removed = removed_cases(target, every)
+        if every and removed:
+            shown = ", ".join(removed[:3])
+            yield (
+                "warn",
+                f"{len(removed)} preprocessed cases are not in imagesTr ({shown}) and would be trained on; {remedy} moves them aside",
+            )
 
     splits_file = join(os.path.dirname(folder), "splits_final.json")
     folds: list[Any] = []

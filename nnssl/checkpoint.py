@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import nnssl
 from nnssl.randomness import rng_state
 
 if TYPE_CHECKING:
+    from nnssl.method import SemiMethod
     from nnssl.trainer import SemiTrainer
 
 
@@ -34,7 +36,7 @@ def full_checkpoint(trainer: SemiTrainer) -> dict[str, Any]:
         "optimizer_state": trainer.optimizer.state_dict(),
         "grad_scaler_state": None if trainer.grad_scaler is None else trainer.grad_scaler.state_dict(),
         "logging": trainer.logger.get_checkpoint(),
-        "_best_ema": trainer._best_ema,
+        "_best_ema": _best_so_far(trainer),
         "current_epoch": trainer.current_epoch + 1,
         "init_args": trainer.my_init_kwargs,
         "trainer_name": type(trainer).__name__,
@@ -43,14 +45,18 @@ def full_checkpoint(trainer: SemiTrainer) -> dict[str, Any]:
     }
 
 
+def _best_so_far(trainer: SemiTrainer) -> float | None:
+    """nnU-Net writes the latest checkpoint before it compares its epoch with the best: a continued run would take a lesser one for new."""
+    known = [*trainer.logger.get_value("ema_fg_dice", None), trainer._best_ema]
+    return max((v for v in known if v is not None and v == v), default=None)
+
+
 def _training_state(trainer: SemiTrainer) -> dict[str, Any]:
-    states: list[Any] = [rng_state()]
-    if trainer.is_ddp:
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, rng_state())
     return {
         "method": _without_deployed(trainer),
-        "rng": states,
+        "rng": from_all_ranks(rng_state()),
+        # under DDP each rank has its own bank
+        "buffers": from_all_ranks({k: v.cpu() for k, v in _own_buffers(trainer.method)}) if trainer.is_ddp else [],
         "history": trainer.history.rows,
         "config": {"general": dataclasses.asdict(trainer.general), "method": dataclasses.asdict(trainer.method_config)},
         "versions": {"nnssl": nnssl.__version__, "torch": torch.__version__, "numpy": np.__version__},
@@ -73,10 +79,31 @@ def load_training_state(trainer: SemiTrainer, checkpoint: dict[str, Any]) -> Non
             f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) does not fit this configuration: "
             f"missing {missing[:5]}, unexpected {list(unexpected)[:5]}. Continue with the plans file that the run was started with"
         )
+    restore_buffers(trainer.method, state["buffers"])
     trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
     trainer.history.rows = list(state["history"])
+
+
+def from_all_ranks(mine: Any) -> list[Any]:
+    """What every rank has, in their order. Collective under DDP."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [mine]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def _own_buffers(method: SemiMethod) -> list[tuple[str, Tensor]]:
+    kept = method.state_dict().keys()
+    return [(k, v) for k, v in method.named_buffers() if k in kept]
+
+
+def restore_buffers(method: SemiMethod, buffers: list[dict[str, Tensor]]) -> None:
+    """Put back what this rank had; a run continued on another number of GPUs keeps what the saving rank had."""
+    if dist.is_available() and dist.is_initialized() and len(buffers) == dist.get_world_size():
+        method.load_state_dict(buffers[dist.get_rank()], strict=False)
 
 
 def _deployed_keys(trainer: SemiTrainer) -> set[str]:

@@ -34,12 +34,16 @@ class OptimizationStep:
         self.skipped = self.skipped_in_a_row = 0
 
     def autocast(self) -> Any:
-        """The context of the forward pass."""
+        """The context of the forward pass.
+
+        Without autocast's cache of cast weights: PyTorch releases before the end of 2025 fill it in passes without gradient too (the
+        student's pseudo-labels), and the pass with gradient then takes these copies, through which no gradient reaches the weights.
+        """
         on = (self.amp == "float16" and self.device.type == "cuda") or (self.amp == "bfloat16" and self.device.type in ("cuda", "cpu"))
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.amp)) if on else nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.amp), cache_enabled=False) if on else nullcontext()
 
     def take(self, loss: Tensor) -> bool:
-        """Backward, clip, step. Returns False for a step that was skipped; every rank decides alike."""
+        """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike."""
         finite = torch.isfinite(loss.detach()).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -55,10 +59,11 @@ class OptimizationStep:
         self.skipped_in_a_row = 0
         if self.scaler is None:
             self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return True
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return bool(self.scaler.get_scale() >= scale)  # a smaller one: gradients were infinite, and the step was left out
 
     def _skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -336,12 +336,26 @@ def test_check_finds_what_would_stop_a_training(tiny: Tiny, capsys: pytest.Captu
     capsys.readouterr()
     status, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
     assert status == 1
-    for text in (
-        "1 of 6 labeled cases are missing or stale (incomplete)",
-        "1 preprocessed cases are no longer in imagesTr (gone)",
-        "key val: x is no case",
-    ):
+    for text in ("1 of 6 labeled cases are missing or stale (incomplete)", "key val: x is no case"):
         assert any(text in line for line in lines["FAIL"]), text
+    assert any("1 preprocessed cases are not in imagesTr (gone)" in line for line in lines["warn"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_tells_a_scan_without_label_from_one_that_was_taken_out(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preprocess("-c", "3d_fullres") == 0
+    (label,) = (tiny.raw / "labelsTr").glob("lab_02.*")
+    label.unlink()
+    capsys.readouterr()
+    _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert any("1 cases of imagesTr lack their label (lab_02)" in line for line in lines["FAIL"])
+    assert not any("not in imagesTr" in line for level in lines.values() for line in level)
+    for folder in ("imagesTr", "labelsTr"):
+        for file in (tiny.raw / folder).iterdir():
+            file.unlink()
+    _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert any("imagesTr has no case; 6 preprocessed ones are taken as they are" in line for line in lines["warn"])
+    assert not any("imagesTr" in line for line in lines["FAIL"])
 
 
 @pytest.mark.usefixtures("trainers_set")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from nnssl.checkpoint import _own_buffers, from_all_ranks, restore_buffers
 from tests.building import Task
 from tests.test_method_contract import ROWS, Row
 
@@ -30,6 +31,11 @@ def _worker(rank: int, folder: str, name: str) -> None:
         sum(weights[k] * terms[k] for k in terms).backward()
         optimizer.step()
         method.after_step(batch, 0.5)
+    kept = copy.deepcopy(dict(_own_buffers(method)))
+    gathered = from_all_ranks(kept)
+    method.load_state_dict(gathered[0], strict=False)  # as every rank finds it in rank 0's checkpoint
+    restore_buffers(method, gathered)
+    assert all(torch.equal(v, kept[k]) for k, v in _own_buffers(method))
     torch.save(
         {"parameters": [p.detach() for p in method.parameters()], "buffers": copy.deepcopy(dict(method.named_buffers()))},
         f"{folder}/{rank}.pt",

@@ -191,6 +191,18 @@ def test_losses_csv_is_cut_back_to_the_checkpoint(place: Place) -> None:
     assert [r["epoch"] for r in losses(run(resumed))] == [0, 1, 2, 3]
 
 
+def test_a_continued_run_knows_the_best_epoch_of_the_one_before(place: Place) -> None:
+    """nnU-Net writes the latest checkpoint before it compares: the best is that of the epoch before there."""
+    trainer = run(place.trainer())
+    trainer._best_ema = 0.25
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.logger.local_logger.my_fantastic_logging["ema_fg_dice"] = [0.25, float("nan"), 0.5]
+    trainer.save_checkpoint(path)
+    resumed = place.trainer(resume=True)
+    resumed.load_checkpoint(path)
+    assert resumed._best_ema == 0.5
+
+
 def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) -> None:
     trainer = place.trainer()
     trainer.on_train_end = lambda: None  # keeps checkpoint_latest
@@ -200,7 +212,7 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
     for name in ("latest", "best", "final"):
         checkpoint = torch.load(os.path.join(trainer.output_folder, f"checkpoint_{name}.pth"), weights_only=False)
         state = checkpoint["nnssl"]
-        assert set(state) == {"method", "rng", "history", "config", "versions"}
+        assert set(state) == {"method", "rng", "buffers", "history", "config", "versions"}
         kept = {k.split(".")[0] for k in state["method"]}
         assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
         assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from os.path import getmtime, isdir, isfile, join
+from os.path import basename, getmtime, isdir, isfile, join
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
@@ -45,7 +45,7 @@ def ensure_labeled(
     verbose: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Preprocess the labeled cases that are missing or stale; drop those that were taken out of the raw dataset.
+    """Preprocess the labeled cases that are missing or stale; move those that were taken out of the raw dataset to `<folder>_removed`.
 
     Raises ValueError where raw images or labels are absent or cannot be used.
     """
@@ -54,13 +54,15 @@ def ensure_labeled(
     if not cases or missing:
         what = f"no labeled case in {join(raw_dataset_folder, 'imagesTr')}" if not cases else f"missing: {', '.join(missing[:10])}"
         raise ValueError(f"{what}. Labeled cases need images in imagesTr and labels in labelsTr; scans without label belong into imagesUn.")
-    for name in (removed := removed_cases(target, cases)):
-        for file in reversed(target.files(name)):
-            if isfile(file):
-                os.remove(file)
-    if removed:
+    if removed := removed_cases(target, cases):
+        aside = target.folder.rstrip("/\\") + "_removed"  # not deleted: the raw scans may be gone
+        os.makedirs(aside, exist_ok=True)
+        for name in removed:
+            for file in reversed(target.files(name)):
+                if isfile(file):
+                    os.replace(file, join(aside, basename(file)))
         shown = ", ".join(removed[:5]) + " ..." * (len(removed) > 5)
-        log(f"Dropped {len(removed)} preprocessed cases that are no longer in imagesTr: {shown}")
+        log(f"Moved {len(removed)} preprocessed cases that are no longer in imagesTr to {aside}: {shown}")
     if not bring_up_to_date(cases, target, num_processes, log, verbose, show_progress):
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import blosc2
@@ -105,7 +106,7 @@ class TwoStreams:
                 stream._finish()
 
 
-def start_stream(loader: UnlabeledLoader, num_processes: int, pin_memory: bool, seed: int | None = None) -> Any:
+def start_stream(loader: UnlabeledLoader, num_processes: int, pin_memory: bool, seed: Sequence[int] | None = None) -> Any:
     """Run a loader as nnU-Net does: in this process (num_processes = 0) or in background workers. Draws one batch to start them."""
     stream: Any
     if num_processes == 0:
@@ -138,6 +139,6 @@ def make_repeatable(loader: nnUNetDataLoader) -> None:
         pending.append(getattr(transform, "transform", None))
 
 
-def worker_seeds(seed: int | None, num_processes: int) -> list[int]:
+def worker_seeds(seed: Sequence[int] | None, num_processes: int) -> list[int]:
     """One seed per background worker: numpy's and torch's generators there would else start equal in all of them (torch) or unseeded."""
-    return [int(s) for s in np.random.SeedSequence(seed).generate_state(num_processes)]
+    return [int(s) for s in np.random.SeedSequence(None if seed is None else list(seed)).generate_state(num_processes)]

@@ -206,8 +206,8 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
 
 
 def _write_pickle(content: Any, path: str) -> None:
-    """Whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Whole or not at all. What a kill leaves lies beside the folder: in it, nnU-Net refuses files of a kind that it does not know."""
+    temporary = join(dirname(dirname(path)), f".{basename(path)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             pickle.dump(content, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -24,11 +25,13 @@ def prepare_unlabeled(
     """Names of all unlabeled cases of this run, preprocessed where they were not: by rank 0, the others wait and find it done."""
     rank, size = world()
     cases: list[str] = []
+    # a group of its own: nnU-Net's gives up waiting after 10 minutes, which preprocessing may well take
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if size > 1 else None
     for turn in range(size):
         if turn == rank:
             cases = ensure_unlabeled(plans_manager, configuration, dataset_json, hidden, log=log)
         if size > 1:
-            dist.barrier()
+            dist.barrier(group)
     if not cases:
         raise RuntimeError(
             f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in nnUNet_raw (named like imagesTr), "
@@ -57,13 +60,14 @@ def unlabeled_stream(
     geometry: tuple[Any, bool, Any, Any],
     num_strong: int,
     pin_memory: bool,
-    seed: int | None,
+    seed: Sequence[int] | None,
 ) -> Any:
     """A running stream of unlabeled batches.
 
     Args:
         geometry: (rotation range, dummy 2D, initial patch size, mirror axes) as nnU-Net's trainer plans them for its own augmentation.
-        seed: of background workers; None: unseeded.
+        seed: numbers that seed the background workers, the epoch among them, or a continued run would see the same patches again; None:
+            unseeded.
     """
     rotation, dummy_2d, initial_patch_size, mirror_axes = geometry
     patch_size = configuration_manager.patch_size

@@ -1,7 +1,8 @@
 """Scans that train without labels: the raw folder ``imagesUn``, and cases of ``imagesTr`` whose labels a split hides.
 
 Both are preprocessed, image only, by nnU-Net's own code into ``<data_identifier>_unlabeled``: beside the labeled cases and not among them,
-because nnU-Net takes every case of its folder for labeled. The labels of hidden cases are never opened, raw or preprocessed.
+because nnU-Net takes every case of its folder for labeled. A training never opens the labels of hidden cases, raw or preprocessed;
+nnU-Net's planning and its preprocessing of `imagesTr` do.
 """
 
 from __future__ import annotations

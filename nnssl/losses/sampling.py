@@ -78,7 +78,7 @@ def draw_members(member: Tensor, row: Tensor) -> Tensor:
     upto = member.flatten().cumsum(0, dtype=torch.int32)
     end = upto[member.shape[1] - 1 :: member.shape[1]]  # (K,) members in this row and those before
     count = torch.diff(end, prepend=end.new_zeros(1))
-    draw = torch.rand(row.shape, device=member.device, dtype=torch.float64)
-    place = (end - count)[row] + (draw * count[row]).int()
+    draw = torch.rand(row.shape, device=member.device, dtype=torch.float32 if member.device.type == "mps" else torch.float64)
+    place = (end - count)[row] + (draw * count[row]).int().minimum((count[row] - 1).clamp_min(0))  # float32 may round up to the count
     found = torch.searchsorted(upto, place + 1)  # the first voxel with that many members up to it
     return found.clamp_max(member.numel() - 1) % member.shape[1]

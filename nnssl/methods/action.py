@@ -82,6 +82,8 @@ class ACTIONConfig:
         fractions = self.phase_fractions
         if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
             raise ValueError(f"phase_fractions must be three numbers of at least 0 with sum 1, found {list(fractions)}")
+        if self.weight_global == 0 and fractions[0] > 0:
+            raise ValueError(f"weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions {list(fractions)} to 0 too")
         for name in ("bank_images", "crops_per_axis", "embedding", "num_queries", "num_negatives", "candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")

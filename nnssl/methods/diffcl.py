@@ -223,7 +223,7 @@ class DiffCL(SemiMethod):
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
             positive, positive_valid = _sample_top_share(own, valid & known[:, None], c.positive_fraction, c.num_positives)
-            called_other = ~torch.eye(len(q), dtype=torch.bool, device=q.device).repeat_interleave(q.shape[1], dim=1)
+            called_other = ~member[:, index.flatten()]  # regions overlap: a candidate of one may be called another too
             negative, negative_valid = sample_members(valid.flatten() & called_other & known[:, None], c.num_negatives)
         return info_nce(
             center,

@@ -5,11 +5,12 @@
 
 f         student, the planned network: encoder and decoder; deployed
 h         the same encoder with a second decoder, which interpolates where the planned one has transposed convolutions
-x_u       unlabeled patch, augmented as labeled ones are (the strong view), the same for both decoders
+x_u       strong view of an unlabeled patch, the same for both decoders
 lambda(t) Gaussian ramp over the first 40 % of training
 
 Differs from the paper (ours): nnU-Net's compound loss with deep supervision as L_sup, where theirs is Dice; the whole objective is twice
-the published one, so that each decoder learns from L_sup at nnU-Net's learning rate; sharpened probabilities are targets without gradient
+the published one, so that each decoder learns from L_sup at nnU-Net's learning rate; x_u has stronger intensity changes than the labeled
+patches, which theirs share an augmentation with; sharpened probabilities are targets without gradient
 (the public code differentiates them too); interpolation follows a 1x1 convolution; regions are sharpened one by one against 1 - p. Ignored
 voxels carry no loss.
 """

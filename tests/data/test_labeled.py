@@ -121,7 +121,7 @@ def test_changed_label_and_changed_classes_are_noticed(tiny: Tiny) -> None:
     assert sorted(pickle.loads((tiny.labeled / "lab_00.pkl").read_bytes())["class_locations"], key=str) == [(1, 2), 2]
 
 
-def test_cases_taken_out_of_imagestr_are_dropped_and_named(tiny: Tiny) -> None:
+def test_cases_taken_out_of_imagestr_are_moved_aside_and_named(tiny: Tiny) -> None:
     ensure(tiny)
     lines: list[str] = []
     for channel in (0, 1):
@@ -129,7 +129,9 @@ def test_cases_taken_out_of_imagestr_are_dropped_and_named(tiny: Tiny) -> None:
     ensure(tiny, log=lines.append)
     assert not list(tiny.labeled.glob("lab_05*"))
     assert len(list(tiny.labeled.glob("*.pkl"))) == 5
-    assert "lab_05" in lines[0]
+    aside = tiny.labeled.with_name(tiny.labeled.name + "_removed")
+    assert sorted(p.name for p in aside.iterdir()) == ["lab_05.b2nd", "lab_05.pkl", "lab_05_seg.b2nd"]
+    assert "lab_05" in lines[0] and str(aside) in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_the_same_seed_draws_the_same_batches_also_from_a_pickled_loader(folder:
 
 def test_background_workers_deliver_and_end(folder: str) -> None:
     labeled = iter([{"data": 1}])
-    stream = TwoStreams(labeled, start_stream(loader(folder), 2, pin_memory=False, seed=0))
+    stream = TwoStreams(labeled, start_stream(loader(folder), 2, pin_memory=False, seed=(0, 0, 0)))
     batch = next(stream)
     assert batch["data"] == 1 and batch["unlabeled"]["weak"].shape == (4, 1, *PATCH)
     workers = stream.unlabeled._processes
@@ -88,7 +88,8 @@ def test_background_workers_deliver_and_end(folder: str) -> None:
 
 
 def test_workers_get_seeds_of_their_own() -> None:
-    assert len(set(worker_seeds(0, 8))) == 8 and worker_seeds(0, 8) == worker_seeds(0, 8) != worker_seeds(1, 8)
+    seeds = [worker_seeds(numbers, 8) for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]  # seed, rank, epoch
+    assert len({s for eight in seeds for s in eight}) == 32 and seeds[0] == worker_seeds((0, 0, 0), 8)
     assert worker_seeds(None, 4) != worker_seeds(None, 4)
 
 

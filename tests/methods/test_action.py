@@ -255,6 +255,12 @@ def test_the_teacher_can_be_deployed() -> None:
     assert m.teacher.state_dict().keys() == m.student.state_dict().keys()
 
 
+def test_a_phase_without_a_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="phase 1 without a loss"):
+        ACTIONConfig(weight_global=0)
+    assert ACTIONConfig(weight_global=0, phase_fractions=(0.0, 0.5, 0.5)).weight_global == 0
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

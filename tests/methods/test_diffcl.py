@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnssl.methods import diffcl
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from tests.building import Task
 
@@ -170,6 +171,29 @@ def test_contrast_equals_the_loop() -> None:
         negatives = similarity[says != k]
         losses += [-torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives]
     assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task(channels=2, regions=True)
+    m = method(task, replace(SMALL, candidates=64, num_negatives=256))
+    whole = torch.zeros(4, *task.patch_size)
+    whole[:, 2:6] = 1
+    core = whole.clone()
+    core[:, 2:4] = 0  # within whole
+    called = torch.stack([whole, core], 1)
+    m.projector = torch.nn.Identity()  # type: ignore[assignment]
+    features = torch.cat([called, torch.ones(4, SMALL.embedding - 2, *task.patch_size)], 1)  # an embedding tells its regions
+    labels = (called[:2], None, called[2:], torch.ones(2, 1, *task.patch_size))
+    m.contrast(features, 2, *labels)
+    m.after_step(task.batch(), 0.5)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(diffcl, "info_nce", lambda center, positive, negative, _, valid, __: seen.append((negative, valid)))
+    m.contrast(features, 2, *labels)
+    ((negative, valid),) = seen
+    rows = m.labels.classes(called).shape[0]
+    assert negative.shape[0] == rows == 3 and valid.any(1).all()
+    for row, inside in ((rows - 2, 0), (rows - 1, 1)):  # after the complement: whole, core
+        assert not negative[row][valid[row]][:, inside].any()
 
 
 def test_descending_the_contrast_pulls_positives_pushes_negatives_and_keeps_classes_apart() -> None:
