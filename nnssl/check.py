@@ -181,11 +181,11 @@ def _configuration(
         target, every = labeled_cases(plans_manager, configuration, dataset_json, raw)
         cases = [case for case in every if all(isfile(source) for source in case.sources)]
         reasons = [reason for case in cases if (reason := stale_reason(case, target))]
-        if without := [case.name for case in every if case not in cases]:
-            yield (
-                "FAIL",
-                f"{len(without)} cases of imagesTr lack their label ({', '.join(without[:3])}): add it, or move the scans into imagesUn",
-            )
+        if lost := [source for case in every for source in case.images if not isfile(source)]:
+            yield "FAIL", f"{len(lost)} images are missing: {', '.join(lost[:3])}"
+        if without := [case.name for case in every if case.label and not isfile(case.label)]:
+            shown = ", ".join(without[:3])
+            yield "FAIL", f"{len(without)} cases of imagesTr lack their label ({shown}): add it, or move the scans into imagesUn"
         if not every:
             yield "warn", f"imagesTr has no case; {len(known)} preprocessed ones are taken as they are"
         elif reasons:

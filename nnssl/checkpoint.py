@@ -79,7 +79,7 @@ def load_training_state(trainer: SemiTrainer, checkpoint: dict[str, Any]) -> Non
             f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) does not fit this configuration: "
             f"missing {missing[:5]}, unexpected {list(unexpected)[:5]}. Continue with the plans file that the run was started with"
         )
-    restore_buffers(trainer.method, state["buffers"])
+    restore_buffers(trainer.method, state.get("buffers", []))
     trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -34,5 +34,5 @@ def restore_rng(states: list[dict[str, Any]], rank: int = 0) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and state["cuda"] is not None:
+    if torch.cuda.is_available() and isinstance(state["cuda"], torch.Tensor):  # of a run on a GPU
         torch.cuda.set_rng_state(state["cuda"].cpu())

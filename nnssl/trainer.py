@@ -161,7 +161,7 @@ class SemiTrainer(nnUNetTrainer):
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size(),
             self.method.num_strong_views,
             self.device.type == "cuda",
-            None if self.general.seed is None else (self.general.seed, self.local_rank, self.current_epoch),
+            None if self.general.seed is None else (self.general.seed % 2**32, self.local_rank, self.current_epoch),
         )
         return TwoStreams(train, stream), val
 

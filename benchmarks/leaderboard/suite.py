@@ -174,7 +174,8 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
-    if "self_training" in suite.methods and suite.method.get("self_training", {}).get("schedule", suite.schedule).get("num_epochs", 2) < 2:
+    halved = {**suite.schedule, **suite.method.get("self_training", {}).get("schedule", {})}
+    if "self_training" in suite.methods and halved["num_epochs"] < 2:
         raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
     names = [row.name for row in suite.rows()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -192,7 +193,8 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
             raise SuiteError(f"{where}: unknown key {key!r}; valid keys are {', '.join(types)}")
         expected = (int, float) if types[key] is float else types[key]
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise SuiteError(f"{where}: {key} must be {getattr(types[key], '__name__', 'a number or a list')}, found {value!r}")
+            names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+            raise SuiteError(f"{where}: {key} must be {names}, found {value!r}")
 
 
 def _check_numbers(values: list[Any], least: int, where: str) -> None:

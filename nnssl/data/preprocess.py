@@ -206,15 +206,11 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
 
 
 def _write_pickle(content: Any, path: str) -> None:
-    """Whole or not at all. What a kill leaves lies beside the folder: in it, nnU-Net refuses files of a kind that it does not know."""
-    temporary = join(dirname(dirname(path)), f".{basename(path)}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    """Whole or not at all. What a kill leaves is a folder, as nnU-Net refuses files of a kind that it does not know among the cases."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=dirname(path), ignore_cleanup_errors=True) as folder:
+        with open(join(folder, basename(path)), "wb") as file:
             pickle.dump(content, file)
-        os.replace(temporary, path)
-    finally:
-        if isfile(temporary):
-            os.remove(temporary)
+        os.replace(file.name, path)
 
 
 def bring_up_to_date(
