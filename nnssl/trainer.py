@@ -28,6 +28,7 @@ from nnssl.history import History
 from nnssl.method import SemiMethod
 from nnssl.methods import known_methods
 from nnssl.planned import Trainable, geometry, planned, preprocessed_cases
+from nnssl.precision import refuse_wrong_bfloat16
 from nnssl.randomness import restore_rng, seed_everything
 from nnssl.step import OptimizationStep
 
@@ -93,6 +94,8 @@ class SemiTrainer(nnUNetTrainer):
         self.network = self.build_network_architecture(
             self.plans_manager, self.configuration_manager, self.num_input_channels, heads, self.enable_deep_supervision
         ).to(self.device)
+        if self.general.amp == "bfloat16" and self.device.type == "cpu":
+            refuse_wrong_bfloat16(self.network, self.configuration_manager.patch_size)
         self.loss = self._build_loss()
         self.method = self.method_class(self.network, self.method_config, planned(self)).to(self.device)
         self.network = self.method.deployed(self.general.deploy)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnssl import precision
 from nnssl.bank import ClassBank
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.history import History
@@ -18,7 +19,7 @@ from nnssl.method import full_resolution, inference, split_batch
 from nnssl.randomness import restore_rng, rng_state, seed_everything
 from nnssl.schedules import gaussian_ramp
 from nnssl.step import OptimizationStep
-from tests.building import Task
+from tests.building import FEATURES, Task
 
 
 def test_gaussian_ramp_has_its_closed_form_and_stays_at_one() -> None:
@@ -147,6 +148,30 @@ def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> No
         before = layer.weight.clone()
     assert taken[0] is False and True in taken
     assert step.skipped == 0
+
+
+@pytest.mark.parametrize("task", [Task(), Task(dim=2)])
+def test_wrong_bfloat16_gradients_are_refused_with_their_stage(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, right = task.network(), precision.weight_gradient
+    state = rng_state()
+    monkeypatch.setattr(precision, "weight_gradient", lambda x, w, g: right(x.float(), w.float(), g.float()).to(x.dtype))
+    precision.refuse_wrong_bfloat16(network, task.patch_size)
+    assert torch.equal(state["torch"], rng_state()["torch"])
+
+    def wrong(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        found = right(x.float(), w.float(), g.float())
+        return found * float("nan") if x.dtype == torch.bfloat16 and x.shape[1] == FEATURES[2] else found
+
+    monkeypatch.setattr(precision, "weight_gradient", wrong)
+    with pytest.raises(RuntimeError, match=r"stage 2 of the plan, .*3 x 4 voxels and 8 channels\. Set .amp. to .float32."):
+        precision.refuse_wrong_bfloat16(network, task.patch_size)
+
+
+def test_the_gradient_that_bfloat16_is_compared_with_is_that_of_a_convolution() -> None:
+    layer, x = nn.Conv3d(3, 3, (1, 3, 3), padding=(0, 1, 1), bias=False), torch.randn(2, 3, 4, 5, 6)
+    upstream = torch.randn(2, 3, 4, 5, 6)
+    layer(x).backward(upstream)
+    torch.testing.assert_close(precision.weight_gradient(x, layer.weight.detach().clone(), upstream), layer.weight.grad)
 
 
 def test_random_states_are_restored() -> None:

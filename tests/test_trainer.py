@@ -191,6 +191,16 @@ def test_losses_csv_is_cut_back_to_the_checkpoint(place: Place) -> None:
     assert [r["epoch"] for r in losses(run(resumed))] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("amp", "tried"), [("bfloat16", True), ("float32", False)])
+def test_bfloat16_is_tried_on_the_cpu_before_it_is_used(place: Place, monkeypatch: pytest.MonkeyPatch, amp: str, tried: bool) -> None:
+    grids: list[Any] = []
+    monkeypatch.setattr("nnssl.trainer.refuse_wrong_bfloat16", lambda network, patch_size: grids.append(patch_size))
+    place.plan(**{**SHORT, "amp": amp})
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    assert grids == [trainer.configuration_manager.patch_size] * tried
+
+
 def test_a_continued_run_knows_the_best_epoch_of_the_one_before(place: Place) -> None:
     """nnU-Net writes the latest checkpoint before it compares: the best is that of the epoch before there."""
     trainer = run(place.trainer())

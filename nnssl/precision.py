@@ -1,0 +1,49 @@
+"""Whether a CPU's bfloat16 convolutions have right gradients. Not all have: oneDNN in PyTorch 2.1 to 2.15 at least leaves garbage in the
+weight gradient of 3 x 3 x 3 convolutions on grids of two slices (seen without AMX, in 40 of 40 trials)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl.networks.hf_mamba import stage_grids
+
+SMALL = 4  # voxels along the shortest axis up to which a grid is tried; small ones are where it goes wrong, and cost nothing
+TOLERANCE = 0.05  # of the gradient's norm; rounding makes 0.0024
+
+
+def refuse_wrong_bfloat16(network: Any, patch_size: Sequence[int]) -> None:
+    """Try one convolution per small stage of a planned network's encoder, forward and backward, in bfloat16 and float32 on the CPU.
+
+    Draws nothing from the global random state. Raises RuntimeError with grid and stage where the gradients differ.
+    """
+    encoder = network.encoder
+    for stage, (grid, module) in enumerate(zip(stage_grids(patch_size, encoder.strides), encoder.stages, strict=True)):
+        conv = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+        if min(grid) <= SMALL and not _agrees(grid, conv.out_channels, conv.kernel_size):
+            raise RuntimeError(
+                f'"amp": "bfloat16" gives wrong gradients on this CPU (PyTorch {torch.__version__}): stage {stage} of the plan, '
+                f"{' x '.join(map(str, grid))} voxels and {conv.out_channels} channels. "
+                'Set "amp" to "float32" under "nnssl" in the plans file'
+            )
+
+
+def _agrees(grid: tuple[int, ...], width: int, kernel: tuple[int, ...]) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, width, *shape, generator=draw) for n, shape in ((2, grid), (width, kernel)))
+    upstream = torch.randn(2, width, *grid, generator=draw).bfloat16()  # the same numbers for both
+    exact = weight_gradient(x.bfloat16().float(), weight.bfloat16().float(), upstream.float())
+    rounded = (weight_gradient(x.bfloat16(), weight.bfloat16(), upstream).float() for _ in range(3))
+    return all(bool((r - exact).norm() <= TOLERANCE * exact.norm()) for r in rounded)  # NaN is no agreement
+
+
+def weight_gradient(x: Tensor, weight: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient of a convolution that keeps the grid, at its weight."""
+    weight.requires_grad_()
+    conv = F.conv3d if x.dim() == 5 else F.conv2d
+    y = conv(x, weight, padding=[k // 2 for k in weight.shape[2:]])
+    return torch.autograd.grad(y, weight, upstream)[0]
