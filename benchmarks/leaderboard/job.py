@@ -22,7 +22,7 @@ from benchmarks.leaderboard.suite import Row, Suite
 
 TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
 PREDICT = ("nnunetv2.inference.predict_from_raw_data:predict_entry_point", "nnUNetv2_predict")
-PACKAGES = ("nnunetv2", "torch", "numpy", "medpy")
+PACKAGES = ("nnunetv2", "batchgeneratorsv2", "torch", "numpy", "medpy")
 
 
 class Job:
