@@ -87,8 +87,9 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     entry[f"dice_minus_{base}"] = float(difference.mean())
                     entry[f"dice_minus_{base}_interval"] = interval(difference)
             if upper and "supervised" in here and method != "supervised":
-                low, high = (float(per_case(r, "dice").mean()) for r in (here["supervised"], upper))
-                entry["gap_closed"] = (float(per_case(found, "dice").mean()) - low) / (high - low) if high > low else None
+                low, gap = per_case(here["supervised"], "dice"), per_case(upper, "dice") - per_case(here["supervised"], "dice")
+                gain = float((per_case(found, "dice") - low).mean())
+                entry["gap_closed"] = gain / float(gap.mean()) if interval(gap)[0] > 0 else None  # a share of nothing says nothing
             table.append(entry)
     return table
 
@@ -160,7 +161,7 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
         "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` and `asd`, in voxels and mm; a "
         "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "
         f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "
-        "Gap closed: share of the way from supervised only to all labels."
+        "Gap closed: share of the way from supervised only to all labels; none where the interval of that way holds 0."
     )
     own = {m.removeprefix("nnUNetTrainer"): {**s.get("schedule", {}), **s.get("options", {})} for m, s in suite.method.items()}
     settings = "; ".join(f"{m} ({', '.join(f'{k} = {v}' for k, v in s.items())})" for m, s in own.items() if s)

@@ -81,6 +81,13 @@ def test_the_table_has_mean_and_sd_over_seeds_and_differences_paired_by_case(wri
     assert entry["gap_closed"] == pytest.approx(0.5)
 
 
+def test_no_share_of_a_gap_that_may_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path, suite())
+    monkeypatch.setattr(report, "interval", lambda difference: (-0.01, 0.5))
+    report.write_report(suite(), tmp_path)
+    assert all(e.get("gap_closed") is None for e in entries(tmp_path).values())
+
+
 def test_the_upper_bound_stands_under_every_budget(written: Path) -> None:
     table = entries(written)
     assert {budget for budget, method in table if method == "supervised_all"} == {2, 4}
