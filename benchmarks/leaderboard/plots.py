@@ -61,10 +61,11 @@ def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
         values = [100 * e["dice"] for e in entries]
         errors = [100 * (e["dice_sd"] or 0) for e in entries]
         axis.barh(range(len(entries)), values, xerr=errors, color=[colour(e["method"]) for e in entries], height=0.7)
-        for k, value in enumerate(values):
-            axis.text(value, k, f" {value:.1f}", va="center", fontsize=8)
+        ends = [value + error for value, error in zip(values, errors, strict=True)]
+        for k, (value, end) in enumerate(zip(values, ends, strict=True)):
+            axis.text(end, k, f" {value:.1f}", va="center", fontsize=8)
         axis.set_yticks(range(len(entries)), [NAMES.get(e["method"], e["method"]) for e in entries], fontsize=9)
-        axis.set(title=f"{budget} labeled", xlabel="Dice % (axis does not start at 0)", xlim=(max(0, lowest - 3), max(values) + 2))
+        axis.set(title=f"{budget} labeled", xlabel="Dice % (axis does not start at 0)", xlim=(max(0, lowest - 3), max(ends) + 2))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
