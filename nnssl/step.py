@@ -36,8 +36,8 @@ class OptimizationStep:
     def autocast(self) -> Any:
         """The context of the forward pass.
 
-        Without autocast's cache of cast weights: PyTorch releases before the end of 2025 fill it in passes without gradient too (the
-        student's pseudo-labels), and the pass with gradient then takes these copies, through which no gradient reaches the weights.
+        Without autocast's cache of cast weights: PyTorch releases before the end of 2025 (its issue 158232) fill it in passes without
+        gradient too (the student's pseudo-labels), and the pass with gradient then takes these copies, which lead to no weight.
         """
         on = (self.amp == "float16" and self.device.type == "cuda") or (self.amp == "bfloat16" and self.device.type in ("cuda", "cpu"))
         return torch.autocast(self.device.type, dtype=getattr(torch, self.amp), cache_enabled=False) if on else nullcontext()
