@@ -29,6 +29,7 @@ class GeneralConfig:
     initial_lr: float = 1e-2  # nnU-Net
     seed: int | None = None  # seeds python, numpy and torch; None: unseeded like nnU-Net
     unlabeled_batch_size: int | None = None  # over all GPUs; None: the labeled batch size of the plan
+    mirror_axes: tuple[int, ...] | None = None  # array axes that may be mirrored, in training and prediction; []: none; None: nnU-Net, all
     amp: str = "float16"  # float16 (nnU-Net; on CUDA only), bfloat16 (on CPU too) or float32
     deploy: str = "student"  # which network becomes the model: student, or teacher (methods with an averaged one)
     max_nonfinite_steps: int = 25  # so many steps in a row with a non-finite loss stop the run
@@ -39,6 +40,8 @@ class GeneralConfig:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.unlabeled_batch_size is not None and self.unlabeled_batch_size < 1:
             raise ValueError(f"unlabeled_batch_size must be at least 1 or null, found {self.unlabeled_batch_size}")
+        if self.mirror_axes is not None and (len(set(self.mirror_axes)) < len(self.mirror_axes) or not set(self.mirror_axes) <= {0, 1, 2}):
+            raise ValueError(f"mirror_axes must be different axes out of 0, 1, 2 (in the order of the patch), found {self.mirror_axes}")
         if self.initial_lr <= 0:
             raise ValueError(f"initial_lr must be positive, found {self.initial_lr}")
         if self.amp not in ("float16", "bfloat16", "float32"):
@@ -91,8 +94,9 @@ def _convert(value: Any, hint: Any, where: str, valid: str) -> Any:
     if _matches(value, hint):
         if hint is float:
             return float(value)
-        if typing.get_origin(hint) is tuple:
-            item = typing.get_args(hint)[0]
+        if isinstance(value, list):  # a tuple, or one that may be null
+            options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+            item = next(typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple)
             return tuple(float(v) if item is float else v for v in value)
         return value
     raise ValueError(

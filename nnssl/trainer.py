@@ -133,6 +133,18 @@ class SemiTrainer(nnUNetTrainer):
 
     # data
 
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:
+        """nnU-Net's geometry of both streams, with the mirror axes of the configuration; they are nnU-Net's in prediction, too."""
+        rotation, dummy_2d, initial_patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.general.mirror_axes is not None:
+            axes, dimensions = self.general.mirror_axes, len(self.configuration_manager.patch_size)
+            if max(axes, default=0) >= dimensions:
+                raise ValueError(
+                    f'"nnssl.mirror_axes" of the plans file: {list(axes)}, but patches of {self.configuration_name} have {dimensions} axes'
+                )
+            self.inference_allowed_mirroring_axes = axes or None
+        return rotation, dummy_2d, initial_patch_size, axes
+
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, refused where it would train on hidden labels."""
         self._hidden()

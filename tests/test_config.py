@@ -17,6 +17,7 @@ class Example:
     fractions: tuple[float, ...] = (0.25, 0.75)
     flag: bool = True
     limit: int | None = None
+    axes: tuple[int, ...] | None = None
 
 
 def test_defaults_are_nnunets() -> None:
@@ -53,7 +54,8 @@ def test_unknown_keys_list_the_valid_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("steps", 1.5), ("steps", True), ("steps", "3"), ("rate", "x"), ("fractions", [1, "a"]), ("flag", 1), ("limit", 0.5)]
+    ("key", "value"),
+    [("steps", 1.5), ("steps", True), ("steps", "3"), ("rate", "x"), ("fractions", [1, "a"]), ("flag", 1), ("limit", 0.5), ("axes", 1)],
 )
 def test_wrong_types_are_errors_that_say_what_was_found(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"where.{key}.*found.*valid keys are rate: float"):
@@ -61,14 +63,23 @@ def test_wrong_types_are_errors_that_say_what_was_found(key: str, value: object)
 
 
 def test_right_types_are_converted() -> None:
-    example = build(Example, {"rate": 1, "fractions": [1, 2.5], "limit": None}, "where")
-    assert example == Example(rate=1.0, fractions=(1.0, 2.5))
+    example = build(Example, {"rate": 1, "fractions": [1, 2.5], "limit": None, "axes": [0, 2]}, "where")
+    assert example == Example(rate=1.0, fractions=(1.0, 2.5), axes=(0, 2))
     assert isinstance(example.rate, float) and all(isinstance(f, float) for f in example.fractions)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_epochs", 0), ("initial_lr", 0.0), ("amp", "half"), ("deploy", "both"), ("unlabeled_batch_size", 0), ("save_every", -1)],
+    [
+        ("num_epochs", 0),
+        ("initial_lr", 0.0),
+        ("amp", "half"),
+        ("deploy", "both"),
+        ("mirror_axes", [3]),
+        ("mirror_axes", [1, 1]),
+        ("unlabeled_batch_size", 0),
+        ("save_every", -1),
+    ],
 )
 def test_impossible_values_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf'"nnssl" of the plans file: {key} must be'):

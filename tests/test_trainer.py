@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnssl.cli import main
@@ -266,6 +267,37 @@ def test_continuing_under_another_configuration_is_refused(place: Place) -> None
     place.plan("Wider", **SHORT, DiffCL={**SMALL, "bank_size": 32})
     with pytest.raises(RuntimeError, match="bank"):
         place.trainer(plans="Wider").load_checkpoint(path)
+
+
+@pytest.mark.parametrize("axes", [[2], [0, 1], [], None])
+def test_mirror_axes_hold_in_both_streams_and_in_prediction(place: Place, monkeypatch: pytest.MonkeyPatch, axes: list[int] | None) -> None:
+    made = []
+
+    class Spy(MirrorTransform):
+        def __init__(self, allowed_axes: tuple[int, ...]) -> None:
+            made.append(allowed_axes)
+            super().__init__(allowed_axes)
+
+    for module in ("nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnssl.data.views"):
+        monkeypatch.setattr(f"{module}.MirrorTransform", Spy)
+    place.plan(**SHORT, DiffCL=SMALL, mirror_axes=axes)
+    trainer = place.trainer()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    expected = (0, 1, 2) if axes is None else tuple(axes)
+    assert made == [expected] * (2 if expected else 0)  # the labeled and the unlabeled stream
+    path = str(place.results / "checkpoint.pth")
+    os.makedirs(place.results, exist_ok=True)
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=False)["inference_allowed_mirroring_axes"] == (expected or None)
+
+
+def test_mirror_axes_that_a_patch_does_not_have_are_refused(place: Place) -> None:
+    place.plan(**SHORT, DiffCL=SMALL, mirror_axes=[1, 2])
+    trainer = place.trainer(config="2d")
+    trainer.initialize()
+    with pytest.raises(ValueError, match=r"mirror_axes.*\[1, 2\].*patches of 2d have 2 axes"):
+        trainer.get_dataloaders()
 
 
 def test_labels_of_unlabeled_cases_are_never_opened(place: Place) -> None:

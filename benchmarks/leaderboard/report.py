@@ -121,6 +121,20 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
     return lines
 
 
+def verdict(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which methods have a higher mean Dice than what one can do without them, and which have not."""
+    base = {m: d for m in ("supervised", "self_training") for d in (e["dice"] for e in entries if e["method"] == m)}
+    methods = sorted((e for e in entries if e["method"] not in NAMES), key=lambda e: (-e["dice"], e["method"]))
+    if not base or not methods:
+        return []
+    above = [e["method"] for e in methods if e["dice"] > max(base.values())]
+    text = f"Mean Dice above {' and '.join(NAMES[m] for m in base)}: {', '.join(above) or 'no method'} ({len(above)} of {len(methods)})."
+    for name, dice in base.items():
+        if below := [f"{e['method']} ({number(e['dice'] - dice, 100, signed=True)})" for e in methods if e["dice"] <= dice]:
+            text += f" **Not above {NAMES[name]}**: {', '.join(below)}."
+    return [text, ""]
+
+
 def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]], pictures: Mapping[str, str]) -> str:
     finished = [r for r in rows if r["status"] == "finished"]
     lines = [f"# {suite.title}", ""]
@@ -129,7 +143,7 @@ def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Ma
     for budget in suite.budgets:
         entries = [e for e in table if e["budget"] == budget]
         if entries:
-            lines += [f"## {budget} labeled", "", *budget_table(entries), "", "Largest component of each structure:", ""]
+            lines += [f"## {budget} labeled", "", *verdict(entries), *budget_table(entries), "", "Largest component of each structure:", ""]
             lines += [*budget_table(entries, "_lcc"), ""]
     if suite.published:
         lines += [*published_table(suite, table), ""]

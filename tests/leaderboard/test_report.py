@@ -110,6 +110,18 @@ def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path)
     assert {p.name for p in written.glob("*.svg")} == {f"smoke_{name}.svg" for name in ("bars", "budgets", "curves")}
 
 
+def test_the_report_says_which_methods_do_not_beat_the_baselines(written: Path, tmp_path: Path) -> None:
+    assert "Mean Dice above supervised only and self-training: DiffCL (1 of 1)." in (written / "smoke.md").read_text(encoding="utf-8")
+    write_rows(tmp_path, suite())
+    for row in suite().rows():
+        if row.method == "DiffCL" and row.labeled == 2:
+            (tmp_path / "smoke" / f"{row.name}.json").write_text(json.dumps(content(row, -0.03)), encoding="utf-8")
+    text = report.write_report(suite(), tmp_path)
+    below = "**Not above supervised only**: DiffCL (-3.00). **Not above self-training**: DiffCL (-8.00)."
+    assert f"Mean Dice above supervised only and self-training: no method (0 of 1). {below}" in text
+    assert "DiffCL (1 of 1)" in text  # with 4 labels
+
+
 def test_csv_holds_the_same_table(written: Path) -> None:
     with open(written / "smoke.csv", encoding="utf-8", newline="") as file:
         rows = {(int(r["budget"]), r["method"]): r for r in csv.DictReader(file)}
