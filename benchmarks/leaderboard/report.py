@@ -129,6 +129,8 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     above = [e["method"] for e in methods if e["dice"] > max(base.values())]
     text = f"Mean Dice above {' and '.join(NAMES[m] for m in base)}: {', '.join(above) or 'no method'} ({len(above)} of {len(methods)})."
+    if (share := methods[0].get("gap_closed")) is not None:
+        text += f" The best, {methods[0]['method']}, closes {100 * share:.0f} % of the gap to all labels."
     for name, dice in base.items():
         if below := [f"{e['method']} ({number(e['dice'] - dice, 100, signed=True)})" for e in methods if e["dice"] <= dice]:
             text += f" **Not above {NAMES[name]}**: {', '.join(below)}."
