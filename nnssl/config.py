@@ -31,6 +31,7 @@ class GeneralConfig:
     unlabeled_batch_size: int | None = None  # over all GPUs; None: the labeled batch size of the plan
     mirror_axes: tuple[int, ...] | None = None  # array axes that may be mirrored, in training and prediction; []: none; None: nnU-Net, all
     amp: str = "float16"  # float16 (nnU-Net; on CUDA only), bfloat16 (on CPU too) or float32
+    channels_last: bool = False  # networks and features in PyTorch's channels_last formats; faster on CPU below 16 features
     deploy: str = "student"  # which network becomes the model: student, or teacher (methods with an averaged one)
     max_nonfinite_steps: int = 25  # so many steps in a row with a non-finite loss stop the run
 

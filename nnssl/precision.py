@@ -10,21 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl.layout import channels_last
 from nnssl.networks.hf_mamba import stage_grids
 
 SMALL = 4  # voxels along the shortest axis up to which a grid is tried; small ones are where it goes wrong, and cost nothing
 TOLERANCE = 0.05  # of the gradient's norm; rounding makes 0.0024
 
 
-def refuse_wrong_bfloat16(network: Any, patch_size: Sequence[int]) -> None:
+def refuse_wrong_bfloat16(network: Any, patch_size: Sequence[int], last: bool = False) -> None:
     """Try one convolution per small stage of a planned network's encoder, forward and backward, in bfloat16 and float32 on the CPU.
 
-    Draws nothing from the global random state. Raises RuntimeError with grid and stage where the gradients differ.
+    last: whether the networks will run in `channels_last`. Draws nothing from the global random state. Raises RuntimeError with grid and
+    stage where the gradients differ.
     """
     encoder = network.encoder
     for stage, (grid, module) in enumerate(zip(stage_grids(patch_size, encoder.strides), encoder.stages, strict=True)):
         conv = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
-        if min(grid) <= SMALL and not _agrees(grid, conv.out_channels, conv.kernel_size):
+        if min(grid) <= SMALL and not _agrees(grid, conv.out_channels, conv.kernel_size, last):
             raise RuntimeError(
                 f'"amp": "bfloat16" gives wrong gradients on this CPU (PyTorch {torch.__version__}): stage {stage} of the plan, '
                 f"{' x '.join(map(str, grid))} voxels and {conv.out_channels} channels. "
@@ -32,9 +34,10 @@ def refuse_wrong_bfloat16(network: Any, patch_size: Sequence[int]) -> None:
             )
 
 
-def _agrees(grid: tuple[int, ...], width: int, kernel: tuple[int, ...]) -> bool:
+def _agrees(grid: tuple[int, ...], width: int, kernel: tuple[int, ...], last: bool) -> bool:
     draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, width, *shape, generator=draw) for n, shape in ((2, grid), (width, kernel)))
+    form = channels_last(len(grid)) if last else torch.contiguous_format
+    x, weight = (torch.randn(n, width, *shape, generator=draw).to(memory_format=form) for n, shape in ((2, grid), (width, kernel)))
     upstream = torch.randn(2, width, *grid, generator=draw).bfloat16()  # the same numbers for both
     exact = weight_gradient(x.bfloat16().float(), weight.bfloat16().float(), upstream.float())
     rounded = (weight_gradient(x.bfloat16(), weight.bfloat16(), upstream).float() for _ in range(3))

@@ -25,6 +25,7 @@ from nnssl.data.streams import prepare_unlabeled, share_of_batch, unlabeled_stre
 from nnssl.data.unlabeled import unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.history import History
+from nnssl.layout import use_channels_last
 from nnssl.method import SemiMethod
 from nnssl.methods import known_methods
 from nnssl.planned import Trainable, geometry, planned, preprocessed_cases
@@ -95,9 +96,11 @@ class SemiTrainer(nnUNetTrainer):
             self.plans_manager, self.configuration_manager, self.num_input_channels, heads, self.enable_deep_supervision
         ).to(self.device)
         if self.general.amp == "bfloat16" and self.device.type == "cpu":
-            refuse_wrong_bfloat16(self.network, self.configuration_manager.patch_size)
+            refuse_wrong_bfloat16(self.network, self.configuration_manager.patch_size, self.general.channels_last)
         self.loss = self._build_loss()
         self.method = self.method_class(self.network, self.method_config, planned(self)).to(self.device)
+        if self.general.channels_last:
+            use_channels_last(self.method, len(self.configuration_manager.patch_size))
         self.network = self.method.deployed(self.general.deploy)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.step = OptimizationStep(self.optimizer, self.grad_scaler, self.general.amp, self.device, self.general.max_nonfinite_steps)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnssl.layout import use_channels_last
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
 from nnssl.methods.action import ACTION, ACTIONConfig
@@ -312,6 +313,26 @@ def test_bfloat16_autocast_stays_near_float32(row: Row) -> None:
         assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
         values.append({k: v.item() for k, v in terms.items()})
     assert values[1] == pytest.approx(values[0], rel=0.15, abs=0.05)
+
+
+@rows
+@pytest.mark.parametrize("task", [TASKS["3d"], TASKS["2d"], TASKS["residual_encoder"]], ids=["3d", "2d", "residual_encoder"])
+def test_channels_last_changes_rounding_only(row: Row, task: Task) -> None:
+    found = []
+    for last in (False, True):
+        method = started(row, task)
+        if last:
+            use_channels_last(method, task.dim)
+        torch.manual_seed(11)
+        terms = method(task.batch(), 0.5)
+        sum(terms.values()).backward()
+        gradients = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
+        found.append(({k: v.item() for k, v in terms.items()}, gradients))
+    (terms, gradients), (other_terms, other_gradients) = found
+    assert other_terms == pytest.approx(terms, rel=1e-4, abs=1e-6)
+    assert other_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (other_gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
 
 
 @rows

@@ -15,6 +15,7 @@ from nnssl import precision
 from nnssl.bank import ClassBank
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.history import History
+from nnssl.layout import channels_last
 from nnssl.method import full_resolution, inference, split_batch
 from nnssl.randomness import restore_rng, rng_state, seed_everything
 from nnssl.schedules import gaussian_ramp
@@ -150,21 +151,23 @@ def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> No
     assert step.skipped == 0
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("task", [Task(), Task(dim=2)])
-def test_wrong_bfloat16_gradients_are_refused_with_their_stage(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_bfloat16_gradients_are_refused_with_their_stage(task: Task, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     network, right = task.network(), precision.weight_gradient
     state = rng_state()
     monkeypatch.setattr(precision, "weight_gradient", lambda x, w, g: right(x.float(), w.float(), g.float()).to(x.dtype))
-    precision.refuse_wrong_bfloat16(network, task.patch_size)
+    precision.refuse_wrong_bfloat16(network, task.patch_size, last)
     assert torch.equal(state["torch"], rng_state()["torch"])
 
     def wrong(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        assert all(v.is_contiguous(memory_format=channels_last(task.dim)) == last for v in (x, w))
         found = right(x.float(), w.float(), g.float())
         return found * float("nan") if x.dtype == torch.bfloat16 and x.shape[1] == FEATURES[2] else found
 
     monkeypatch.setattr(precision, "weight_gradient", wrong)
     with pytest.raises(RuntimeError, match=r"stage 2 of the plan, .*3 x 4 voxels and 8 channels\. Set .amp. to .float32."):
-        precision.refuse_wrong_bfloat16(network, task.patch_size)
+        precision.refuse_wrong_bfloat16(network, task.patch_size, last)
 
 
 def test_the_gradient_that_bfloat16_is_compared_with_is_that_of_a_convolution() -> None:

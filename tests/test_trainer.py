@@ -17,6 +17,7 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnssl.cli import main
+from nnssl.layout import channels_last
 from nnssl.methods.diffcl import DiffCL
 from nnssl.randomness import seed_everything
 from nnssl.trainer import SemiTrainer
@@ -195,11 +196,33 @@ def test_losses_csv_is_cut_back_to_the_checkpoint(place: Place) -> None:
 @pytest.mark.parametrize(("amp", "tried"), [("bfloat16", True), ("float32", False)])
 def test_bfloat16_is_tried_on_the_cpu_before_it_is_used(place: Place, monkeypatch: pytest.MonkeyPatch, amp: str, tried: bool) -> None:
     grids: list[Any] = []
-    monkeypatch.setattr("nnssl.trainer.refuse_wrong_bfloat16", lambda network, patch_size: grids.append(patch_size))
-    place.plan(**{**SHORT, "amp": amp})
+    monkeypatch.setattr("nnssl.trainer.refuse_wrong_bfloat16", lambda network, patch_size, last: grids.append((patch_size, last)))
+    place.plan(**{**SHORT, "amp": amp, "channels_last": True})
     trainer = place.trainer("nnUNetTrainerSupervised")
     trainer.initialize()
-    assert grids == [trainer.configuration_manager.patch_size] * tried
+    assert grids == [(trainer.configuration_manager.patch_size, True)] * tried
+
+
+@pytest.mark.parametrize("config", ["3d_fullres", "2d"])
+def test_channels_last_changes_rounding_only_and_lasts_through_a_continuation(place: Place, config: str) -> None:
+    """The first steps agree with those of the default format; a killed and continued run is that which was never killed."""
+    dimensions, found = 3 if config == "3d_fullres" else 2, {}
+    for last in (False, True):
+        name = f"Last{last}"
+        place.plan(name, **SHORT, DiffCL=SMALL, channels_last=last)
+        found[last] = losses(run(place.trainer(plans=name, config=config)))
+    for term in ("loss/supervised", "loss/diffusion"):
+        assert [r[term] for r in found[True]] == pytest.approx([r[term] for r in found[False]], rel=1e-3)
+    shutil.rmtree(place.results)
+    trainer = place.trainer(plans="LastTrue", config=config)
+    trainer.on_epoch_start = _dies_in_epoch(trainer, 1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    resumed = place.trainer(plans="LastTrue", config=config, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    kernels = [p for p in resumed.method.parameters() if p.dim() == dimensions + 2]
+    assert kernels and all(p.is_contiguous(memory_format=channels_last(dimensions)) for p in kernels)
+    assert losses(run(resumed)) == found[True]
 
 
 def test_a_continued_run_knows_the_best_epoch_of_the_one_before(place: Place) -> None:
