@@ -192,7 +192,7 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
         if key not in types:
             raise SuiteError(f"{where}: unknown key {key!r}; valid keys are {', '.join(types)}")
         expected = (int, float) if types[key] is float else types[key]
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not object):
             names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
             raise SuiteError(f"{where}: {key} must be {names}, found {value!r}")
 
