@@ -183,6 +183,14 @@ def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
         report.write_report(suite(), tmp_path / "nowhere")
 
 
+def test_the_format_of_the_features_stands_beside_the_numbers(tmp_path: Path) -> None:
+    for last in (False, True):
+        which = dataclasses.replace(suite(), schedule={**suite().schedule, "amp": "bfloat16", "channels_last": last})
+        write_rows(tmp_path / str(last), which)
+        text = report.write_report(which, tmp_path / str(last))
+        assert ("bfloat16, channels_last, spacing" in text) == last != ("bfloat16, spacing" in text)
+
+
 def test_the_bootstrap_interval_covers_the_mean_and_shrinks_with_the_spread() -> None:
     values = np.random.default_rng(1).normal(0.03, 0.02, 20)
     low, high = report.interval(values)
