@@ -23,6 +23,7 @@ from benchmarks.leaderboard.prepare import ROOT, Workspace, lock, tail
 from benchmarks.leaderboard.suite import Suite, SuiteError
 
 POLL_SECONDS = 2.0
+QUIET_SECONDS = 60.0  # between two states of the progress bar where no terminal shows it
 YEAR_MINUTES = 365 * 24 * 60
 
 
@@ -87,8 +88,9 @@ def run_suite(
     running: dict[str, tuple[Job, submitit.Job, int]] = {}
     logs = work / suite.name / "submitit"
     try:
-        done, calm = len(selected) - len(waiting), 1 if sys.stderr.isatty() else 60
-        with tqdm(total=len(selected), initial=done, desc=suite.name, unit="row", mininterval=calm) as bar:
+        done, calm = len(selected) - len(waiting), 1 if sys.stderr.isatty() else QUIET_SECONDS
+        # miniters 0: the epochs are shown while no row ends
+        with tqdm(total=len(selected), initial=done, desc=suite.name, unit="row", mininterval=calm, miniters=0) as bar:
             while (waiting or running) and time.monotonic() < end:
                 for name, (job, process, _) in list(running.items()):
                     if process.done():

@@ -75,6 +75,28 @@ def test_every_row_is_run_once_and_finished_ones_never_again(tmp_path: Path, stu
     assert stub[2:] == ["supervised_all_all_s0"]
 
 
+def test_progress_names_the_epochs_of_rows_that_go_on_after_others_ended(
+    tmp_path: Path, stub: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = iter(range(1, 40))
+
+    class Slow(Process):
+        def done(self) -> bool:
+            return next(epochs) > 30
+
+    class Executor:
+        def submit(self, function: Any, suite: Suite, row: Row, work: Path, results: Path) -> Process:
+            row_file(Job(suite, row, work, results), "finished")
+            return Process("finished") if row.method == "supervised" else Slow("finished")
+
+    monkeypatch.setattr(run, "executor", lambda *_: Executor())
+    monkeypatch.setattr(run, "epoch", lambda job: str(next(epochs)))
+    monkeypatch.setattr(run, "QUIET_SECONDS", 0.0)
+    assert go(tmp_path, "supervised", "self_training") == 0
+    shown = capsys.readouterr().err
+    assert sum(f"self_training_n1_s0 {k}/" in shown for k in range(31)) > 5
+
+
 def test_a_process_that_dies_leaves_a_failed_row_which_the_next_run_tries_again(tmp_path: Path, stub: list[str]) -> None:
     assert go(tmp_path, "DiffCL") == 1
     row = json.loads((tmp_path / "results" / "smoke" / "DiffCL_n1_s0.json").read_text(encoding="utf-8"))
