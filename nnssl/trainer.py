@@ -268,6 +268,11 @@ class SemiTrainer(nnUNetTrainer):
         if isinstance(self.dataloader_train, TwoStreams):
             self.dataloader_train._finish()
 
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, in the precision of the training on a CPU too; on CUDA nnU-Net predicts in its own, float16."""
+        with self.step.autocast():
+            super().perform_actual_validation(save_probabilities)
+
     # checkpoints and what touches the network
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import suppress
 from importlib import metadata
@@ -21,7 +22,8 @@ from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, loc
 from benchmarks.leaderboard.suite import Row, Suite
 
 TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
-PREDICT = ("nnunetv2.inference.predict_from_raw_data:predict_entry_point", "nnUNetv2_predict")
+PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
+PREDICT_BFLOAT16 = "benchmarks.leaderboard.launch:predict_in_bfloat16"
 PACKAGES = ("nnunetv2", "batchgeneratorsv2", "torch", "numpy", "medpy")
 
 
@@ -36,6 +38,7 @@ class Job:
         self.plans = f"{row.name}_{row.fingerprint}"
         self.log = self.space.folder / "logs" / f"{self.plans}.log"
         self.usage = self.space.folder / "logs" / f"{self.plans}.jsonl"
+        self.commits = self.space.folder / "logs" / f"{self.plans}.commits"
         self.lock = self.space.folder / "locks" / self.plans
         self.epochs = int(row.settings["num_epochs"])
 
@@ -53,10 +56,11 @@ class Job:
                 return "busy"
             if self.state() == "finished":
                 return "finished"
-            commit = self.commit()
+            begun = time.time()
             try:
+                self.note_commit()
                 folder = self.self_training() if self.row.kind == "self_training" else self.train(self.space, self.plans, self.row.settings)
-                row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, commit)}
+                row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, begun)}
             except Exception as error:
                 with open(self.log, "a", encoding="utf-8") as file:
                     traceback.print_exc(file=file)
@@ -107,7 +111,9 @@ class Job:
                     link(path, scans / path.name)
             model = ["-d", self.space.identifier, "-c", self.suite.configuration, "-f", str(self.row.fold), "-tr", self.row.trainer]
             last = ["-p", f"{self.plans}_r1", "-chk", "checkpoint_final.pth", "-npp", "0", "-nps", "0", "--disable_progress_bar"]
-            self.nnunet(self.space, *PREDICT, "-i", str(scans), "-o", str(pseudo), *model, *last)
+            in_bfloat16 = self.suite.device == "cpu" and settings.get("amp") == "bfloat16"  # as the validation of such a training
+            entry = PREDICT_BFLOAT16 if in_bfloat16 else PREDICT
+            self.nnunet(self.space, entry, "nnUNetv2_predict", "-i", str(scans), "-o", str(pseudo), *model, *last)
             (second.folder / "predicted").touch()
         if not (second.folder / "prepared").is_file():
             for path in (*images["imagesTr"], *images["imagesUn"]):
@@ -185,16 +191,21 @@ class Job:
             "panel": {"case": middle, "aspect": aspect},
         }
 
-    def provenance(self, folder: Path, commit: str) -> dict[str, Any]:
-        """Curves, resolved configuration, plan, versions, hardware, time and memory."""
+    def provenance(self, folder: Path, begun: float) -> dict[str, Any]:
+        """Curves, resolved configuration, plan, versions, hardware, time and memory.
+
+        begun: when this process took the row (seconds since 1970). `train_seconds` are all epochs; `seconds` adds what this process did
+        beside them, not what an earlier one did that was killed.
+        """
         import torch
 
-        seconds, config = 0.0, {}
+        epochs: list[tuple[float, float]] = []
+        config = {}
         curve: dict[str, list[float | None]] = {}
         for one in getattr(self, "rounds", [folder]):
             checkpoint = torch.load(one / "checkpoint_final.pth", map_location="cpu", weights_only=False)
             log = checkpoint["logging"]
-            seconds += sum(log["epoch_end_timestamps"]) - sum(log["epoch_start_timestamps"])
+            epochs += zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
             for name, key in (("train_loss", "train_losses"), ("val_loss", "val_losses"), ("pseudo_dice", "mean_fg_dice")):
                 values = [float(v) for v in log[key]]
                 curve[name] = curve.get(name, []) + [round(v, 5) if math.isfinite(v) else None for v in values]
@@ -202,6 +213,7 @@ class Job:
         plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][self.suite.configuration]
         network = plan["architecture"]["arch_kwargs"]
         used = usage(self.usage)
+        earlier = sum(end - start for start, end in epochs if start < begun)
         return {
             "curve": curve,
             "config": config,
@@ -209,22 +221,24 @@ class Job:
                 **{k: plan[k] for k in ("spacing", "patch_size", "batch_size", "normalization_schemes")},
                 **{"network": plan["architecture"]["network_class_name"].split(".")[-1], "features": network["features_per_stage"]},
             },
-            "commit": commit,
+            "commit": ", ".join(dict.fromkeys(self.commits.read_text(encoding="utf-8").split())),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
             "hardware": hardware(self.suite.device),
-            "train_seconds": round(seconds),
+            "train_seconds": round(sum(end - start for start, end in epochs)),
+            "seconds": round(earlier + time.time() - begun),
             **{key: max(u[key] for u in used if key in u) for key in sorted({k for u in used for k in u})},
         }
 
-    @staticmethod
-    def commit() -> str:
-        """Of the code that trains, `+` where it was edited since; empty outside a checkout."""
+    def note_commit(self) -> None:
+        """Of the code that is about to work on the row, `+` where it was edited since; nothing outside a checkout."""
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
         edited = subprocess.run(
             [*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, encoding="utf-8"
         ).stdout.strip()
-        return head + "+" * bool(edited)
+        self.commits.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.commits, "a", encoding="utf-8") as file:
+            file.write(head + "+" * bool(head and edited) + "\n")
 
 
 def usage(path: Path) -> list[dict[str, int]]:

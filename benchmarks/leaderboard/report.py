@@ -167,14 +167,15 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
     steps = f"{schedule['num_epochs']} x {schedule['num_iterations_per_epoch']} iterations"
     batch = f"batch {plan_batch(finished)} labeled + {schedule.get('unlabeled_batch_size') or plan_batch(finished)} unlabeled"
     precision = schedule.get("amp", "float16") + ", channels_last" * schedule.get("channels_last", False)
-    seconds = sum(r["train_seconds"] for r in finished)
+    hours, training = (sum(r[key] for r in finished) / 3600 for key in ("seconds", "train_seconds"))
+    unit = "core-hours" if suite.device == "cpu" else "GPU-hours"
     spacing, patch = " x ".join(f"{s:g}" for s in plan["spacing"]), " x ".join(map(str, plan["patch_size"]))
     text = (
         f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last checkpoint (never the best one), "
         "nnU-Net's own inference, evaluated at the resolution of the labels. "
         f"Schedule of every row: {steps}, {batch}, {precision}, spacing {spacing} mm, patch {patch}, "
         f"{plan['network']} with features {', '.join(map(str, plan['features']))}. Self-training: two rounds of half the steps each. "
-        f"{several('hardware')}; {', '.join(versions)}. Training of the {len(finished)} rows took {seconds / 3600:.1f} hours.\n\n"
+        f"{several('hardware')}; {', '.join(versions)}. The {len(finished)} rows took {hours:.2f} {unit}, {training:.2f} of them in the epochs of training.\n\n"
         "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` and `asd`, in voxels and mm; a "
         "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "
         f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "

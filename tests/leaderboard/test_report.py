@@ -44,6 +44,7 @@ def content(row: Any, gain: float) -> dict[str, Any]:
             "versions": {"torch": "2"},
             "hardware": "a processor, one thread",
             "train_seconds": 1800,
+            "seconds": 1980,
             "peak_memory_mb": 900,
         },
     }
