@@ -15,6 +15,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.cli import main
 from nnssl.layout import channels_last
@@ -201,6 +202,22 @@ def test_bfloat16_is_tried_on_the_cpu_before_it_is_used(place: Place, monkeypatc
     trainer = place.trainer("nnUNetTrainerSupervised")
     trainer.initialize()
     assert grids == [(trainer.configuration_manager.patch_size, True)] * tried
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float32"])
+def test_the_validation_on_a_cpu_runs_in_the_precision_of_the_training(place: Place, monkeypatch: pytest.MonkeyPatch, amp: str) -> None:
+    found: list[Any] = []
+
+    def predict(self: Any, save_probabilities: bool = False) -> None:
+        found.append((self.network(torch.zeros(1, 2, *self.configuration_manager.patch_size))[0].dtype, save_probabilities))
+
+    monkeypatch.setattr("nnssl.trainer.refuse_wrong_bfloat16", lambda *_: None)
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predict)
+    place.plan(**{**SHORT, "amp": amp})
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    trainer.perform_actual_validation(True)
+    assert found == [(getattr(torch, amp), True)]
 
 
 @pytest.mark.parametrize("config", ["3d_fullres", "2d"])

@@ -94,6 +94,9 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     assert start(broken).wait(1500) == 0
     assert finished.stat().st_mtime_ns == stamp
     assert rows(broken) == rows(whole)
+    for file in finished.parent.glob("*.json"):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        assert row["seconds"] > row["train_seconds"] >= 0
     assert {row["status"] for row in rows(broken).values()} == {"finished"}
     assert len(rows(broken)) == len(METHODS)
     log = next((broken / "work" / "smoke" / "logs").glob("DiffCL*.log")).read_text(encoding="utf-8")

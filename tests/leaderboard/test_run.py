@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.leaderboard import job, prepare, run
+from benchmarks.leaderboard import job, launch, prepare, run
 from benchmarks.leaderboard.__main__ import key_value, main
 from benchmarks.leaderboard.job import Job
 from benchmarks.leaderboard.suite import Row, Suite, SuiteError, load_suite
@@ -232,7 +233,8 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
         trained.append((settings["num_epochs"], fold, batch_size))
         return tmp_path
 
-    def predict(space: Any, *command: str) -> None:
+    def predict(space: Any, entry: str, *command: str) -> None:
+        assert entry == "benchmarks.leaderboard.launch:predict_in_bfloat16"  # this suite trains on a CPU in bfloat16
         source, target = (Path(command[command.index(flag) + 1]) for flag in ("-i", "-o"))
         assert sorted(p.name for p in source.iterdir()) == [f"{n}_0000.nii.gz" for n in split["unlabeled"]]
         target.mkdir()
@@ -251,6 +253,37 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     assert {n: train_list.count(n) for n in set(train_list)} == {**dict.fromkeys(split["unlabeled"], 1), **dict.fromkeys(split["train"], 4)}
     one.self_training()  # again, as after a kill in round two: nothing is predicted or prepared anew
     assert len(trained) == 4
+
+
+def test_a_prediction_in_bfloat16_is_nnunets_own_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.dtype] = []
+    network = torch.nn.Conv3d(1, 2, 3)
+    monkeypatch.setattr(
+        "nnunetv2.inference.predict_from_raw_data.predict_entry_point", lambda: found.append(network(torch.zeros(1, 1, 4, 4, 4)).dtype)
+    )
+    launch.predict_in_bfloat16()
+    assert found == [torch.bfloat16]
+
+
+def test_the_seconds_of_a_row_leave_out_the_time_between_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 10 s by an earlier process, an hour of pause, an epoch of 20 s in the 50 s since this process began."""
+    one = Job(load_suite("smoke"), load_suite("smoke").rows()[0], tmp_path, tmp_path / "results")
+    starts, ends = [1000.0, 1012.0, 4605.0], [1010.0, 1022.0, 4625.0]
+    log = {"epoch_start_timestamps": starts, "epoch_end_timestamps": ends, "train_losses": [1.0] * 3, "val_losses": [1.0] * 3}
+    checkpoint = {"logging": {**log, "mean_fg_dice": [0.5] * 3}, "nnssl": {"config": {}}}
+    (tmp_path / "fold_0").mkdir()
+    torch.save(checkpoint, tmp_path / "fold_0" / "checkpoint_final.pth")
+    plan = plans()
+    network = plan["configurations"]["3d_fullres"]["architecture"] | {"network_class_name": "a.PlainConvUNet"}
+    plan["configurations"]["3d_fullres"] |= {"architecture": network, "spacing": [1, 1, 1], "normalization_schemes": ["ZScore"]}
+    (tmp_path / "plans.json").write_text(json.dumps(plan), encoding="utf-8")
+    monkeypatch.setattr(time, "time", lambda: 4650.0)
+    for _ in range(2):
+        one.note_commit()
+    row = one.provenance(tmp_path / "fold_0", 4600.0)
+    assert (row["train_seconds"], row["seconds"]) == (40, 70)
+    head = subprocess.run(["git", "-C", str(prepare.ROOT), "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
+    assert row["commit"].rstrip("+") == head
 
 
 def test_a_failing_command_is_a_failed_row_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
