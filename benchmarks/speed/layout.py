@@ -1,9 +1,9 @@
-"""What the configuration key `channels_last` is worth: supervised step and prediction of a tile in it and in PyTorch's default format.
+"""What the configuration key `channels_last` is worth: supervised step, and prediction of a tile as in the validation after a training.
 
     python -m benchmarks.speed.layout                      # left atrium at 2.5 mm, batch 2, one thread, both allocators
     python -m benchmarks.speed.layout --device cuda --amps float16 --widths 32 --patch 80 160 160
 
-Widths are features of the first stage; they double from stage to stage. Both formats are timed in turns in one process.
+Widths are features of the first stage; they double from stage to stage. It and PyTorch's default format are timed in turns in one process.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 if last:
                     use_channels_last(method, len(args.patch))
                 calls[f"step {name}"] = partial(full_step, method, step, batch)
-                predicts = step.autocast if device.type == "cuda" else torch.no_grad  # as nnU-Net does
-                calls[f"tile {name}"] = partial(forward_pass, method.student, predicts, tile)
+                calls[f"tile {name}"] = torch.no_grad()(partial(forward_pass, method.student, step.autocast, tile))
             seconds[f"{width} {amp}"] = medians(calls, args.repeats, device)
     return {"seconds": seconds, "machine": machine(device)}
 
@@ -52,7 +51,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     header = ["allocator", "features of stage 0", "amp"]
     header += [f"{part}, {unit}" for part in ("step", "tile") for unit in ("default, ms", "channels_last, ms", "ratio")]
     first = next(iter(results.values()))["machine"]
-    return f"{first}; patch {args.patch}, batch {args.batch}; tiles in float32 on a CPU\n\n{table(header, lines)}"
+    return f"{first}; patch {args.patch}, batch {args.batch}\n\n{table(header, lines)}"
 
 
 def main() -> None:
