@@ -63,8 +63,13 @@ def _training_state(trainer: SemiTrainer) -> dict[str, Any]:
     }
 
 
-def load_training_state(trainer: SemiTrainer, checkpoint: dict[str, Any]) -> None:
-    """Put a checkpoint back into an initialized trainer; random states are restored later, once the loaders have started."""
+def load_training_state(trainer: SemiTrainer, checkpoint: dict[str, Any], source: str) -> None:
+    """Put a checkpoint, from `source`, back into an initialized trainer; random states are restored once the loaders have started."""
+    if "nnssl" not in checkpoint:
+        raise RuntimeError(
+            f"{source} was not written by {type(trainer).__name__}: it has no key `nnssl`, so teachers and banks could not be "
+            "continued. Start from its weights with -pretrained_weights instead"
+        )
     state = checkpoint["nnssl"]
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.current_epoch = checkpoint["current_epoch"]

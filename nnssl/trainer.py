@@ -295,10 +295,5 @@ class SemiTrainer(nnUNetTrainer):
         if isinstance(checkpoint, str):
             source = checkpoint
             checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
-        if "nnssl" not in checkpoint:
-            raise RuntimeError(
-                f"{source} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and banks could not be "
-                "continued. Start from its weights with -pretrained_weights instead"
-            )
-        load_training_state(self, checkpoint)
+        load_training_state(self, checkpoint, source)
         self._resumed = checkpoint["nnssl"]
