@@ -16,11 +16,12 @@ class SemiBatch:
     """One labeled and one unlabeled batch. S = (D, H, W) in 3D, (H, W) in 2D.
 
     labeled         (B, C, S) float32, nnU-Net's augmented patches
-    target          (B, 1, S) label map, or (B, R, S) per region (plus a last channel for the ignore label); with deep supervision a
-                    list of these, finest first
+    target          (B, 1, S) label map, or (B, R, S) per region (plus a last channel for the ignore label);
+                    with deep supervision a list of these, finest first
     labeled_cases   B case names
     weak            (U, C, S) float32: spatial transform only; None without an unlabeled stream
-    strong          K views (U, C, S) of the same geometry, intensities transformed independently: voxels correspond
+    strong          K views (U, C, S) of the same geometry, intensities transformed independently: voxels
+                    correspond
     unlabeled_cases U case names
     """
 
@@ -33,7 +34,8 @@ class SemiBatch:
 
     @classmethod
     def from_loader(cls, batch: dict, device: torch.device) -> SemiBatch:
-        """From the dictionaries of nnU-Net's loader and of `UnlabeledLoader` (under `unlabeled`), moved to `device`."""
+        """From the dictionaries of nnU-Net's loader and of `UnlabeledLoader` (under `unlabeled`), moved to
+        `device`."""
 
         def move(x: Target) -> Target:
             if isinstance(x, list):

@@ -2,8 +2,9 @@
 
     {"nnssl": {"num_epochs": 100, "seed": 0, "DiffCL": {"ddim_steps": 2}}}
 
-General keys stand at the top, those of a method under its name. Sections of other methods are accepted and left alone (one plans file
-serves several trainers); any other unknown key, and any wrong type, is an error that lists what is valid.
+General keys stand at the top, those of a method under its name. Sections of other methods are accepted and
+left alone (one plans file serves several trainers); any other unknown key, and any wrong type, is an error
+that lists what is valid.
 """
 
 from __future__ import annotations
@@ -29,20 +30,39 @@ class GeneralConfig:
     initial_lr: float = 1e-2  # nnU-Net
     seed: int | None = None  # seeds python, numpy and torch; None: unseeded like nnU-Net
     unlabeled_batch_size: int | None = None  # over all GPUs; None: the labeled batch size of the plan
-    mirror_axes: tuple[int, ...] | None = None  # array axes that may be mirrored, in training and prediction; []: none; None: nnU-Net, all
+    mirror_axes: tuple[int, ...] | None = (
+        None  # array axes that may be mirrored, in training and prediction; []: none; None: nnU-Net, all
+    )
     amp: str = "float16"  # float16 (nnU-Net; on CUDA only), bfloat16 (on CPU too) or float32
-    channels_last: bool = False  # networks and features in PyTorch's channels_last formats; faster on CPU below 16 features
-    deploy: str = "student"  # which network becomes the model: student, or teacher (methods with an averaged one)
+    channels_last: bool = (
+        False  # networks and features in PyTorch's channels_last formats; faster on CPU below 16 features
+    )
+    deploy: str = (
+        "student"  # which network becomes the model: student, or teacher (methods with an averaged one)
+    )
     max_nonfinite_steps: int = 25  # so many steps in a row with a non-finite loss stop the run
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "max_nonfinite_steps"):
+        for name in (
+            "num_epochs",
+            "num_iterations_per_epoch",
+            "num_val_iterations_per_epoch",
+            "save_every",
+            "max_nonfinite_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.unlabeled_batch_size is not None and self.unlabeled_batch_size < 1:
-            raise ValueError(f"unlabeled_batch_size must be at least 1 or null, found {self.unlabeled_batch_size}")
-        if self.mirror_axes is not None and (len(set(self.mirror_axes)) < len(self.mirror_axes) or not set(self.mirror_axes) <= {0, 1, 2}):
-            raise ValueError(f"mirror_axes must be different axes out of 0, 1, 2 (in the order of the patch), found {self.mirror_axes}")
+            raise ValueError(
+                f"unlabeled_batch_size must be at least 1 or null, found {self.unlabeled_batch_size}"
+            )
+        if self.mirror_axes is not None and (
+            len(set(self.mirror_axes)) < len(self.mirror_axes) or not set(self.mirror_axes) <= {0, 1, 2}
+        ):
+            raise ValueError(
+                f"mirror_axes must be different axes out of 0, 1, 2 (in the order of the patch), found "
+                f"{self.mirror_axes}"
+            )
         if self.initial_lr <= 0:
             raise ValueError(f"initial_lr must be positive, found {self.initial_lr}")
         if self.amp not in ("float16", "bfloat16", "float32"):
@@ -66,7 +86,9 @@ def resolve(
         raise ValueError(f'"nnssl" in the plans file must be a JSON object, found {type(overrides).__name__}')
     known = known_methods | ({method} if method else set())  # a method of the user's own is in no list
     sections = {k: v for k, v in overrides.items() if k in known}
-    general = build(GeneralConfig, {k: v for k, v in overrides.items() if k not in sections}, "nnssl", also=sorted(known))
+    general = build(
+        GeneralConfig, {k: v for k, v in overrides.items() if k not in sections}, "nnssl", also=sorted(known)
+    )
     if method is None or method_config is None:
         return general, None
     return general, build(method_config, sections.get(method, {}), f"nnssl.{method}")
@@ -83,7 +105,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] |
     for key, value in values.items():
         if key not in fields:
             sections = f"; sections of methods: {', '.join(also)}" if also else ""
-            raise ValueError(f'unknown key "{key}" in "{where}" of the plans file; valid keys are {valid}{sections}')
+            raise ValueError(
+                f'unknown key "{key}" in "{where}" of the plans file; valid keys are {valid}{sections}'
+            )
         checked[key] = _convert(value, hints[key], f"{where}.{key}", valid)
     try:
         return cls(**checked)
@@ -101,7 +125,8 @@ def _convert(value: Any, hint: Any, where: str, valid: str) -> Any:
             return tuple(float(v) if item is float else v for v in value)
         return value
     raise ValueError(
-        f'"{where}" of the plans file must be {_type_name(hint)}, found {value!r} ({type(value).__name__}); valid keys are {valid}'
+        f'"{where}" of the plans file must be {_type_name(hint)}, found {value!r} ({type(value).__name__}); '
+        f"valid keys are {valid}"
     )
 
 

@@ -19,8 +19,8 @@ def frozen_copy(network: nn.Module) -> nn.Module:
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student for parameters; buffers are copied.
 
-    Walks parameters() and buffers(), not the state_dict: the state_dict of nnU-Net's networks names shared tensors several times,
-    and averaging those once per name would apply the decay repeatedly.
+    Walks parameters() and buffers(), not the state_dict: the state_dict of nnU-Net's networks names shared
+    tensors several times, and averaging those once per name would apply the decay repeatedly.
 
     Args:
         teacher: module with the same parameters and buffers as `student`, in the same order.

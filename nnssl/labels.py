@@ -1,4 +1,5 @@
-"""One view of nnU-Net's label spaces: softmax over classes or sigmoid per region, with or without an ignore label."""
+"""One view of nnU-Net's label spaces: softmax over classes or sigmoid per region, with or without an ignore
+label."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ class LabelSpace:
     ignore_label: int | None = None
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K, S) float32 with gradient. (nnU-Net's apply_inference_nonlin is unbatched and runs under no_grad.)"""
+        """(B, K, S) float32 with gradient. (nnU-Net's apply_inference_nonlin is unbatched and runs under
+        no_grad.)"""
         return torch.sigmoid(logits.float()) if self.has_regions else torch.softmax(logits.float(), dim=1)
 
     def harden(self, scores: Tensor) -> Tensor:
-        """Pseudo-labels (B, K, S), float32 zeros and ones, without gradient, from probabilities or logits of softmax networks.
+        """Pseudo-labels (B, K, S), float32 zeros and ones, without gradient, from probabilities or logits of
+        softmax networks.
 
         Classes: one-hot argmax. Regions: p > 0.5 in each channel (so `scores` must be probabilities there).
         """
@@ -37,10 +40,12 @@ class LabelSpace:
         return torch.zeros_like(scores, dtype=torch.float32).scatter_(1, best, 1.0)
 
     def encode(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Channels (B, K, S) in {0, 1} float32 and the mask (B, 1, S) of voxels that carry a label (None: all of them).
+        """Channels (B, K, S) in {0, 1} float32 and the mask (B, 1, S) of voxels that carry a label (None: all
+        of them).
 
         Args:
-            target: nnU-Net's target: label map (B, 1, S), or regions (B, K, S) plus a last channel for the ignore label.
+            target: nnU-Net's target: label map (B, 1, S), or regions (B, K, S) plus a last channel for the
+                ignore label.
         """
         if self.has_regions:
             if self.ignore_label is None:
@@ -53,7 +58,9 @@ class LabelSpace:
         labeled = None if self.ignore_label is None else label != self.ignore_label
         if labeled is not None:
             label = torch.where(labeled, label, 0)
-        channels = torch.zeros(label.shape[0], self.channels, *label.shape[2:], device=label.device).scatter_(1, label, 1.0)
+        channels = torch.zeros(label.shape[0], self.channels, *label.shape[2:], device=label.device).scatter_(
+            1, label, 1.0
+        )
         return (channels if labeled is None else channels * labeled), labeled
 
     def classes(self, channels: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ F = TypeVar("F", bound=Callable)
 class Planned:
     """What nnU-Net planned, as far as a method may need it.
 
-    build_network    (input channels, output channels) -> a fresh network of the planned architecture, same deep supervision
+    build_network    (input channels, output channels) -> a fresh network of the planned architecture, same
+                     deep supervision
     input_channels   C of an image
     labels           how logits are read
     patch_size       voxels per axis
@@ -47,14 +48,16 @@ class Planned:
 
 
 class SemiMethod(nn.Module):
-    """Base of all methods. Student, teachers, second networks, heads and banks are submodules and buffers: they are saved, moved to the
-    device and wrapped for several GPUs together. A subclass writes `build`, `terms` and `weights`; everything else is optional.
+    """Base of all methods. Student, teachers, second networks, heads and banks are submodules and buffers:
+    they are saved, moved to the device and wrapped for several GPUs together. A subclass writes `build`,
+    `terms` and `weights`; everything else is optional.
 
     name               key of the method's section in the plans file
     config_class       its frozen dataclass
     needs_unlabeled    whether there is an unlabeled stream at all
     num_strong_views   strong views per unlabeled patch
-    diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the same keys in every step
+    diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
+                       same keys in every step
     """
 
     name: ClassVar[str]
@@ -74,15 +77,19 @@ class SemiMethod(nn.Module):
         self.build()
 
     @classmethod
-    def adapt_network(cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> nn.Module:
-        """The deployed network, from the planned one. Called in training and in inference; default: the planned network itself."""
+    def adapt_network(
+        cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]
+    ) -> nn.Module:
+        """The deployed network, from the planned one. Called in training and in inference; default: the
+        planned network itself."""
         return network
 
     def build(self) -> None:
         """Create copies, further networks, heads and banks as attributes."""
 
     def make_copies(self) -> None:
-        """(Re)make what is a copy of the student; called once before the first step of a fresh run, after any pretrained weights."""
+        """(Re)make what is a copy of the student; called once before the first step of a fresh run, after any
+        pretrained weights."""
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         """Unweighted scalar losses, with gradient. t: training progress in [0, 1]."""
@@ -100,14 +107,16 @@ class SemiMethod(nn.Module):
         return ""
 
     def announce(self, t: float) -> str:
-        """One line about what the method does now, asked at the start of every epoch and logged when it changes; default: nothing."""
+        """One line about what the method does now, asked at the start of every epoch and logged when it
+        changes; default: nothing."""
         return ""
 
     def deployed(self, which: str) -> nn.Module:
         """The network that becomes the model. which: `student` or `teacher` (config key `deploy`)."""
         if which != "student":
             raise ValueError(
-                f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the planned shape; use "student"'
+                f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the '
+                f'planned shape; use "student"'
             )
         return self.student
 
@@ -126,9 +135,11 @@ class SemiMethod(nn.Module):
 
 
 class TeacherMethod(SemiMethod):
-    """Base of the methods with a teacher f_ema: the student's exponential moving average, which may be deployed instead of it.
+    """Base of the methods with a teacher f_ema: the student's exponential moving average, which may be
+    deployed instead of it.
 
-    Its config has `ema_decay` in [0, 1]; 0 makes the teacher a copy. The teacher has no gradient and predicts in eval mode.
+    Its config has `ema_decay` in [0, 1]; 0 makes the teacher a copy. The teacher has no gradient and predicts
+    in eval mode.
     """
 
     teacher: Any

@@ -6,7 +6,8 @@ import math
 
 
 def gaussian_ramp(t: float, t_ramp: float) -> float:
-    """exp(-5 (1 - min(t / t_ramp, 1))^2): from 0.0067 at t = 0 to 1 at t = t_ramp, constant after (Laine & Aila, ICLR 2017).
+    """exp(-5 (1 - min(t / t_ramp, 1))^2): from 0.0067 at t = 0 to 1 at t = t_ramp, constant after (Laine &
+    Aila, ICLR 2017).
 
     Args:
         t: training progress, iteration / all iterations, in [0, 1].

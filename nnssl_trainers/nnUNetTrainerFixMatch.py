@@ -3,6 +3,7 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerFixMatch(SemiTrainer):
-    """FixMatch: hard labels of the certain voxels of a weak view teach a strong one (Sohn et al., NeurIPS 2020; CutMix of UniMatch)."""
+    """FixMatch: hard labels of the certain voxels of a weak view teach a strong one (Sohn et al., NeurIPS
+    2020; CutMix of UniMatch)."""
 
     method_class = FixMatch

@@ -3,6 +3,7 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerSupervised(SemiTrainer):
-    """Supervised: nnU-Net on the labeled cases alone, same schedule keys, the lower bound (Isensee et al., Nat Methods 2021)."""
+    """Supervised: nnU-Net on the labeled cases alone, same schedule keys, the lower bound (Isensee et al.,
+    Nat Methods 2021)."""
 
     method_class = Supervised

@@ -68,7 +68,9 @@ class Task:
     def loss(self) -> Any:
         if self.regions:
             loss: nn.Module = DC_and_BCE_loss(
-                {}, {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}, use_ignore_label=self.ignore
+                {},
+                {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False},
+                use_ignore_label=self.ignore,
             )
         else:
             soft_dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
@@ -95,11 +97,14 @@ class Task:
         return method.train()
 
     def label_map(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Blobs rather than noise: (n, 1, S) int16, every class present, some voxels ignored where the task ignores."""
+        """Blobs rather than noise: (n, 1, S) int16, every class present, some voxels ignored where the task
+        ignores."""
         coarse = [max(2, s // 4) for s in self.patch_size]
         num = self.channels + 1 if self.regions else self.channels
         field = torch.rand((n, num, *coarse), generator=generator)
-        label = nn.functional.interpolate(field, self.patch_size, mode="trilinear" if self.dim == 3 else "bilinear").argmax(1, keepdim=True)
+        label = nn.functional.interpolate(
+            field, self.patch_size, mode="trilinear" if self.dim == 3 else "bilinear"
+        ).argmax(1, keepdim=True)
         if self.ignore:
             label[..., :2] = num
         return label.to(torch.int16)
@@ -107,7 +112,9 @@ class Task:
     def target(self, label: torch.Tensor) -> torch.Tensor:
         if not self.regions:
             return label
-        regions = [(label >= k + 1) & (label <= self.channels) for k in range(self.channels)]  # nested regions
+        regions = [
+            (label >= k + 1) & (label <= self.channels) for k in range(self.channels)
+        ]  # nested regions
         if self.ignore:
             regions.append(label == self.channels + 1)
         return torch.cat(regions, 1)
@@ -120,7 +127,12 @@ class Task:
         target: Any = self.target(label)
         if self.deep_supervision:
             half = [s // 2 for s in self.patch_size]
-            target = [target, nn.functional.interpolate(target.float(), half, mode="nearest-exact").to(target.dtype)]
+            target = [
+                target,
+                nn.functional.interpolate(target.float(), half, mode="nearest-exact").to(target.dtype),
+            ]
         weak = torch.randn((unlabeled, self.images, *self.patch_size), generator=g)
         strong = tuple(weak + 0.1 * torch.randn(weak.shape, generator=g) for _ in range(views))
-        return SemiBatch(images, target, ("case_0", "case_1")[:labeled], weak, strong, ("u_0", "u_1")[:unlabeled])
+        return SemiBatch(
+            images, target, ("case_0", "case_1")[:labeled], weak, strong, ("u_0", "u_1")[:unlabeled]
+        )

@@ -12,10 +12,12 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
-    ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16",  # virtual machines that hide half of AMX end bfloat16 with an illegal instruction
-    OMP_WAIT_POLICY="PASSIVE",  # threads of commands that the tests start: spinning ones crawl where several processes share the cores
+    # virtual machines that hide half of AMX end bfloat16 with an illegal instruction
+    ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16",
+    # threads of commands that the tests start: spinning ones crawl where several processes share the cores
+    OMP_WAIT_POLICY="PASSIVE",
 )
 
-import torch  # noqa: E402  # reads the environment when loaded
+import torch  # reads the environment when loaded  # noqa: E402
 
 torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Tiny nnU-Net raw datasets: two channels (one normalised by z-score, one like CT), anisotropic spacing, a zero border that is cropped."""
+"""Tiny nnU-Net raw datasets: two channels (one normalised by z-score, one like CT), anisotropic spacing, a
+zero border that is cropped."""
 
 from __future__ import annotations
 
@@ -56,7 +57,12 @@ def write_dataset(root: Path, name: str = "Dataset777_Tiny", labeled: int = 6, u
     for index in range(labeled):
         write_case(folder / "imagesTr", f"lab_{index:02d}", index, folder / "labelsTr")
     for index in range(unlabeled):
-        write_case(folder / "imagesUn", f"scan_{index:02d}", 100 + index, spacing=(1.1, 0.7, 1.5) if index == 1 else SPACING)
+        write_case(
+            folder / "imagesUn",
+            f"scan_{index:02d}",
+            100 + index,
+            spacing=(1.1, 0.7, 1.5) if index == 1 else SPACING,
+        )
     content = {
         "channel_names": {"0": "MR", "1": "CT"},
         "labels": {"background": 0, "a": 1, "b": 2},
@@ -68,14 +74,25 @@ def write_dataset(root: Path, name: str = "Dataset777_Tiny", labeled: int = 6, u
 
 
 def stored(path: Path) -> tuple[Any, ...]:
-    """What a .b2nd file holds and how; the bytes on disk may differ in the order in which blosc2's threads wrote the blocks."""
+    """What a .b2nd file holds and how; the bytes on disk may differ in the order in which blosc2's threads
+    wrote the blocks."""
     array = blosc2.open(str(path), mode="r")
-    return array[:].tobytes(), array.dtype, array.shape, array.chunks, array.blocks, array.cparams.filters, array.cparams.codec
+    return (
+        array[:].tobytes(),
+        array.dtype,
+        array.shape,
+        array.chunks,
+        array.blocks,
+        array.cparams.filters,
+        array.cparams.codec,
+    )
 
 
 def content(folder: Path) -> dict[str, Any]:
     """Everything in a folder of preprocessed cases."""
-    return {file.name: stored(file) if file.suffix == ".b2nd" else file.read_bytes() for file in folder.iterdir()}
+    return {
+        file.name: stored(file) if file.suffix == ".b2nd" else file.read_bytes() for file in folder.iterdir()
+    }
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,12 @@ def plans(spacing: tuple[float, float, float] = (2.0, 0.9, 0.8)) -> dict[str, An
     resampling: dict[str, Any] = {}
     for which, is_seg, order in (("data", False, 3), ("seg", True, 1), ("probabilities", False, 1)):
         resampling[f"resampling_fn_{which}"] = "resample_data_or_seg_to_shape"
-        resampling[f"resampling_fn_{which}_kwargs"] = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
+        resampling[f"resampling_fn_{which}_kwargs"] = {
+            "is_seg": is_seg,
+            "order": order,
+            "order_z": 0,
+            "force_separate_z": None,
+        }
     configurations = {}
     for name, dimensions in (("2d", 2), ("3d_fullres", 3)):
         configurations[name] = {
@@ -126,7 +148,9 @@ def plans(spacing: tuple[float, float, float] = (2.0, 0.9, 0.8)) -> dict[str, An
             "normalization_schemes": ["ZScoreNormalization", "CTNormalization"],
             "use_mask_for_norm": [False, False],
             **resampling,
-            "architecture": {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"},
+            "architecture": {
+                "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+            },
             "batch_dice": False,
         }
     intensities = {"mean": 380.0, "std": 60.0, "percentile_00_5": 270.0, "percentile_99_5": 480.0}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nnssl.batch import SemiBatch
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.method import SemiMethod, full_resolution, inference
-from nnssl.trainer import SemiTrainer
+from nnssl.training.trainer import SemiTrainer
 
 
 @dataclass(frozen=True)

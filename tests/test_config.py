@@ -22,7 +22,12 @@ class Example:
 
 def test_defaults_are_nnunets() -> None:
     general, _ = resolve({}, "DiffCL", DiffCLConfig, KNOWN)
-    assert (general.num_epochs, general.num_iterations_per_epoch, general.num_val_iterations_per_epoch, general.initial_lr) == (
+    assert (
+        general.num_epochs,
+        general.num_iterations_per_epoch,
+        general.num_val_iterations_per_epoch,
+        general.initial_lr,
+    ) == (
         1000,
         250,
         50,
@@ -31,9 +36,19 @@ def test_defaults_are_nnunets() -> None:
 
 
 def test_overrides_reach_trainer_and_method() -> None:
-    general, method = resolve({"num_epochs": 2, "seed": 0, "DiffCL": {"ddim_steps": 2, "temperature": 1}}, "DiffCL", DiffCLConfig, KNOWN)
+    general, method = resolve(
+        {"num_epochs": 2, "seed": 0, "DiffCL": {"ddim_steps": 2, "temperature": 1}},
+        "DiffCL",
+        DiffCLConfig,
+        KNOWN,
+    )
     assert (general.num_epochs, general.seed) == (2, 0)
-    assert method is not None and method.ddim_steps == 2 and method.temperature == 1.0 and isinstance(method.temperature, float)
+    assert (
+        method is not None
+        and method.ddim_steps == 2
+        and method.temperature == 1.0
+        and isinstance(method.temperature, float)
+    )
 
 
 def test_sections_of_other_methods_are_left_alone() -> None:
@@ -55,7 +70,16 @@ def test_unknown_keys_list_the_valid_ones() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", 1.5), ("steps", True), ("steps", "3"), ("rate", "x"), ("fractions", [1, "a"]), ("flag", 1), ("limit", 0.5), ("axes", 1)],
+    [
+        ("steps", 1.5),
+        ("steps", True),
+        ("steps", "3"),
+        ("rate", "x"),
+        ("fractions", [1, "a"]),
+        ("flag", 1),
+        ("limit", 0.5),
+        ("axes", 1),
+    ],
 )
 def test_wrong_types_are_errors_that_say_what_was_found(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"where.{key}.*found.*valid keys are rate: float"):
@@ -87,7 +111,14 @@ def test_impossible_values_are_refused(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("ddim_steps", 2000), ("bank_per_step", 5000), ("temperature", 0.0), ("channel_dropout", 1.5), ("embedding", 0)]
+    ("key", "value"),
+    [
+        ("ddim_steps", 2000),
+        ("bank_per_step", 5000),
+        ("temperature", 0.0),
+        ("channel_dropout", 1.5),
+        ("embedding", 0),
+    ],
 )
 def test_impossible_values_of_the_method_are_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf'"nnssl.DiffCL" of the plans file: {key} must'):

@@ -9,7 +9,9 @@ from nnssl.labels import LabelSpace
 def test_classes_are_softmax_and_regions_sigmoid_in_float32() -> None:
     logits = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
     torch.testing.assert_close(LabelSpace(3).probabilities(logits), logits.float().softmax(1))
-    torch.testing.assert_close(LabelSpace(3, has_regions=True).probabilities(logits), logits.float().sigmoid())
+    torch.testing.assert_close(
+        LabelSpace(3, has_regions=True).probabilities(logits), logits.float().sigmoid()
+    )
 
 
 def test_harden_is_one_hot_argmax_without_gradient() -> None:
@@ -35,7 +37,11 @@ def test_encode_ignores_what_carries_no_label() -> None:
 def test_encode_of_regions_cuts_the_ignore_channel_off() -> None:
     target = torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.bool).view(2, 3, 1, 1)
     channels, mask = LabelSpace(2, has_regions=True, ignore_label=3).encode(target)
-    assert channels.flatten().tolist() == [1, 1, 0, 0] and mask is not None and mask.flatten().tolist() == [True, False]
+    assert (
+        channels.flatten().tolist() == [1, 1, 0, 0]
+        and mask is not None
+        and mask.flatten().tolist() == [True, False]
+    )
 
 
 def test_every_voxel_belongs_to_a_class_also_with_regions() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from nnssl.layout import use_channels_last
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.methods import known_methods
 from nnssl.methods.action import ACTION, ACTIONConfig
@@ -25,6 +24,7 @@ from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from nnssl.methods.uamt import UAMT, UAMTConfig
+from nnssl.training.memory_format import use_channels_last
 from tests.building import Task
 
 
@@ -69,10 +69,22 @@ ROWS = {
     "SemSim": Row(
         SemSim,
         SemSimConfig(threshold=0.0, width=16, max_tokens=256),  # untrained networks are certain of nothing
-        {"supervised": {"student"}, "pseudo": {"student"}, "intra": {"student", "fusion"}, "cross": {"student", "fusion"}},
-        lambda t: {"supervised": 1.0, "pseudo": 0.5 * _ramp(t), "intra": 0.25 * _ramp(t), "cross": 0.25 * _ramp(t)},
+        {
+            "supervised": {"student"},
+            "pseudo": {"student"},
+            "intra": {"student", "fusion"},
+            "cross": {"student", "fusion"},
+        },
+        lambda t: {
+            "supervised": 1.0,
+            "pseudo": 0.5 * _ramp(t),
+            "intra": 0.25 * _ramp(t),
+            "cross": 0.25 * _ramp(t),
+        },
     ),
-    "Supervised": Row(Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}),
+    "Supervised": Row(
+        Supervised, SupervisedConfig(), {"supervised": {"student"}}, lambda t: {"supervised": 1.0}
+    ),
     "DiffCL": Row(
         DiffCL,
         DiffCLConfig(
@@ -105,8 +117,18 @@ ROWS = {
     "CPS": Row(
         CPS,
         CPSConfig(),
-        {"supervised": {"student"}, "supervised_second": {"second"}, "pseudo": {"student"}, "pseudo_second": {"second"}},
-        lambda t: {"supervised": 1.0, "supervised_second": 1.0, "pseudo": 0.5 * _ramp(t), "pseudo_second": 0.5 * _ramp(t)},
+        {
+            "supervised": {"student"},
+            "supervised_second": {"second"},
+            "pseudo": {"student"},
+            "pseudo_second": {"second"},
+        },
+        lambda t: {
+            "supervised": 1.0,
+            "supervised_second": 1.0,
+            "pseudo": 0.5 * _ramp(t),
+            "pseudo_second": 0.5 * _ramp(t),
+        },
     ),
     "CAML": Row(
         CAML,
@@ -136,7 +158,14 @@ ROWS = {
     ),
     "ACTION": Row(
         ACTION,
-        ACTIONConfig(threshold_pseudo=0.0, threshold_contrast=0.0, embedding=8, num_queries=16, num_negatives=32, candidates=64),
+        ACTIONConfig(
+            threshold_pseudo=0.0,
+            threshold_contrast=0.0,
+            embedding=8,
+            num_queries=16,
+            num_negatives=32,
+            candidates=64,
+        ),
         {
             "supervised": {"student"},
             "global": {"student", "distillation_global"},
@@ -166,7 +195,11 @@ ROWS = {
     "MCNet": Row(
         MCNet,
         MCNetConfig(),
-        {"supervised": {"student"}, "supervised_second": {"student", "second"}, "consistency": {"student", "second"}},
+        {
+            "supervised": {"student"},
+            "supervised_second": {"student", "second"},
+            "consistency": {"student", "second"},
+        },
         lambda t: {"supervised": 1.0, "supervised_second": 1.0, "consistency": 2.0 * _ramp(t)},
     ),
 }
@@ -196,7 +229,9 @@ def started(row: Row, task: Task, steps: int | None = None, t: float = 0.5) -> S
     return method
 
 
-def step(method: SemiMethod, optimizer: torch.optim.Optimizer, task: Task, i: int, t: float = 0.5) -> dict[str, float]:
+def step(
+    method: SemiMethod, optimizer: torch.optim.Optimizer, task: Task, i: int, t: float = 0.5
+) -> dict[str, float]:
     batch = task.batch(seed=i)
     terms, weights = method(batch, t), method.weights(t)
     optimizer.zero_grad()
@@ -290,7 +325,9 @@ def test_frozen_networks_have_no_gradient_and_keep_their_weights_in_the_step(row
     before = {n: [p.clone() for p in method.get_submodule(n).parameters()] for n in row.frozen}
     sum(method(TASKS["3d"].batch(), 0.5).values()).backward()
     for name, old in before.items():
-        assert all(torch.equal(a, b) for a, b in zip(old, method.get_submodule(name).parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(old, method.get_submodule(name).parameters(), strict=True)
+        )
 
 
 @rows
@@ -316,7 +353,9 @@ def test_bfloat16_autocast_stays_near_float32(row: Row) -> None:
 
 
 @rows
-@pytest.mark.parametrize("task", [TASKS["3d"], TASKS["2d"], TASKS["residual_encoder"]], ids=["3d", "2d", "residual_encoder"])
+@pytest.mark.parametrize(
+    "task", [TASKS["3d"], TASKS["2d"], TASKS["residual_encoder"]], ids=["3d", "2d", "residual_encoder"]
+)
 def test_channels_last_changes_rounding_only(row: Row, task: Task) -> None:
     found = []
     for last in (False, True):

@@ -1,4 +1,5 @@
-"""What `pip install .` and `pip install -e .` put on a machine, built without network in a copy of the tree."""
+"""What `pip install .` and `pip install -e .` put on a machine, built without network in a copy of the
+tree."""
 
 from __future__ import annotations
 
@@ -35,37 +36,83 @@ pytestmark = [
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree without what git ignores."""
     copy = tmp_path_factory.mktemp("source") / "tree"
-    ignored = (".git", ".venv", "build", "dist", "demo", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
-    shutil.copytree(ROOT, copy, ignore=lambda folder, names: shutil.ignore_patterns(*ignored)(folder, [n for n in names if n != "demo.py"]))
+    ignored = (
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "demo",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+        ".hypothesis",
+    )
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=lambda folder, names: shutil.ignore_patterns(*ignored)(
+            folder, [n for n in names if n != "demo.py"]
+        ),
+    )
     return copy
 
 
 def build(source: Path, kind: str, into: Path) -> Path:
-    code = f"import sys, setuptools.build_meta as b; open(sys.argv[2], 'w').write(b.build_{kind}(sys.argv[1]))"
+    code = (
+        f"import sys, setuptools.build_meta as b; open(sys.argv[2], 'w').write(b.build_{kind}(sys.argv[1]))"
+    )
     name = into / "name"
-    subprocess.run([sys.executable, "-c", code, str(into), str(name)], cwd=source, check=True, capture_output=True, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-c", code, str(into), str(name)],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+    )
     return into / name.read_text(encoding="utf-8")
 
 
 def trainers_path(site: Path) -> Path:
     """`nnssl trainers --path` in an interpreter where the project is installed in `site` and nowhere else."""
-    # -S keeps .pth files of this environment out, so that an installed copy of the project cannot answer instead
-    code = "import site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2]); from nnssl.cli import main; main(sys.argv[3:])"
-    command = [sys.executable, "-I", "-S", "-c", code, str(site), sysconfig.get_path("purelib"), "trainers", "--path"]
-    return Path(subprocess.run(command, cwd=site, check=True, capture_output=True, encoding="utf-8").stdout.strip())
+    # -S keeps .pth files of this environment out, so that an installed copy of the project cannot answer
+    # instead
+    code = (
+        "import site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2]); "
+        "from nnssl.commands.cli import main; main(sys.argv[3:])"
+    )
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        code,
+        str(site),
+        sysconfig.get_path("purelib"),
+        "trainers",
+        "--path",
+    ]
+    return Path(
+        subprocess.run(command, cwd=site, check=True, capture_output=True, encoding="utf-8").stdout.strip()
+    )
 
 
-def test_wheel_holds_packages_trainers_licence_and_command_and_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_wheel_holds_packages_trainers_licence_and_command_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
     wheel = build(source, "wheel", tmp_path)
     assert wheel.name == f"nnunet_semi-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = f"nnunet_semi-{__version__}.dist-info"
-        assert "nnssl = nnssl.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "nnssl = nnssl.commands.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
-    modules = {str(f.relative_to(source)) for package in ("nnssl", "nnssl_trainers") for f in (source / package).rglob("*.py")}
+    modules = {
+        str(f.relative_to(source))
+        for package in ("nnssl", "nnssl_trainers")
+        for f in (source / package).rglob("*.py")
+    }
     assert modules <= names
     assert {n.split("/")[0] for n in names} == {"nnssl", "nnssl_trainers", info}
     assert f"{info}/licenses/LICENSE" in names
@@ -83,9 +130,19 @@ def test_installed_project_finds_its_trainers(source: Path, tmp_path: Path, kind
 
 def test_sdist_holds_tests_and_licence_and_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
     with tarfile.open(build(source, "sdist", tmp_path)) as archive:
-        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        archive.extractall(
+            tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )
     tree = tmp_path / "unpacked" / f"nnunet_semi-{__version__}"
-    for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "tests/test_packaging.py", "tests/conftest.py"):
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "tests/test_packaging.py",
+        "tests/conftest.py",
+    ):
         assert (tree / name).is_file(), name
     wheels = []
     for start, folder in ((source, tmp_path / "a"), (tree, tmp_path / "b")):

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl import precision
-from nnssl.bank import ClassBank
+from nnssl.banks import ClassBank
 from nnssl.ema import copy_weights, ema_update, frozen_copy
-from nnssl.history import History
-from nnssl.layout import channels_last
 from nnssl.method import full_resolution, inference, split_batch
-from nnssl.randomness import restore_rng, rng_state, seed_everything
 from nnssl.schedules import gaussian_ramp
-from nnssl.step import OptimizationStep
+from nnssl.training import bfloat16_check as precision
+from nnssl.training.history import History
+from nnssl.training.memory_format import channels_last
+from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.randomness import restore_rng, rng_state, seed_everything
 from tests.building import FEATURES, Task
 
 
@@ -82,7 +82,11 @@ def test_bank_mean_counts_filled_rows_only() -> None:
     bank = ClassBank(2, 8, 2)
     bank.push(torch.ones(2, 3, 2), torch.tensor([[True, True, False], [False, False, False]]))
     mean, known = bank.mean()
-    assert mean[0].tolist() == [1, 1] and known.tolist() == [True, False] and bank.filled().sum(1).tolist() == [2, 0]
+    assert (
+        mean[0].tolist() == [1, 1]
+        and known.tolist() == [True, False]
+        and bank.filled().sum(1).tolist() == [2, 0]
+    )
 
 
 def test_bank_refuses_more_rows_than_it_holds() -> None:
@@ -100,7 +104,10 @@ def test_inference_restores_modes_and_gradients() -> None:
 def test_outputs_split_and_full_resolution_work_with_and_without_deep_supervision() -> None:
     scales = [torch.arange(3.0)[:, None], 10 * torch.arange(3.0)[:, None]]
     first, rest = split_batch(scales, 1)
-    assert [f.flatten().tolist() for f in first] == [[0], [0]] and [r.flatten().tolist() for r in rest] == [[1, 2], [10, 20]]
+    assert [f.flatten().tolist() for f in first] == [[0], [0]] and [r.flatten().tolist() for r in rest] == [
+        [1, 2],
+        [10, 20],
+    ]
     assert full_resolution(scales) is scales[0] and full_resolution(scales[1]) is scales[1]
 
 
@@ -112,7 +119,9 @@ def test_history_writes_one_row_per_epoch_and_rewinds(tmp_path: Path) -> None:
     with open(tmp_path / "losses.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == ["epoch", "lr", "loss/a", "loss/b", "weight/a", "weight/b"]
-    assert [r["epoch"] for r in rows] == ["0", "1"] and float(rows[1]["loss/a"]) == pytest.approx(1 / 3, abs=1e-9)
+    assert [r["epoch"] for r in rows] == ["0", "1"] and float(rows[1]["loss/a"]) == pytest.approx(
+        1 / 3, abs=1e-9
+    )
     assert (tmp_path / "losses.png").stat().st_size > 1000
     assert history.describe() == "losses a 0.3333 (weight 1), b 1.0000 (weight 0.5)"
 
@@ -121,15 +130,21 @@ def test_diagnostics_are_columns_and_end_the_line_of_the_log(tmp_path: Path) -> 
     history = History()
     history.add(0, 0.01, {"loss/a": 0.5, "diagnostic/share": 0.25}, {"a": 1.0})
     history.write(str(tmp_path))
-    assert (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()[0] == "epoch,lr,loss/a,diagnostic/share,weight/a"
+    assert (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()[
+        0
+    ] == "epoch,lr,loss/a,diagnostic/share,weight/a"
     assert history.describe() == "losses a 0.5000 (weight 1); share 0.25"
 
 
 def test_autocast_keeps_no_cast_weights_from_a_pass_without_gradient() -> None:
     layer = nn.Linear(3, 2)
-    step = OptimizationStep(torch.optim.SGD(layer.parameters(), 0.1), None, "bfloat16", torch.device("cpu"), 3)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), None, "bfloat16", torch.device("cpu"), 3
+    )
     with step.autocast():
-        assert not torch.is_autocast_cache_enabled()  # older releases of PyTorch lose the gradient below otherwise
+        assert (
+            not torch.is_autocast_cache_enabled()
+        )  # older releases of PyTorch lose the gradient below otherwise
         with torch.no_grad():
             layer(torch.ones(1, 3))
         loss = layer(torch.ones(1, 3)).float().sum()
@@ -140,7 +155,9 @@ def test_autocast_keeps_no_cast_weights_from_a_pass_without_gradient() -> None:
 def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> None:
     layer = nn.Linear(3, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124)
-    step = OptimizationStep(torch.optim.SGD(layer.parameters(), 0.1), scaler, "float16", torch.device("cpu"), 3)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), scaler, "float16", torch.device("cpu"), 3
+    )
     before, taken = layer.weight.clone(), []
     for _ in range(6):
         step.optimizer.zero_grad()
@@ -153,10 +170,14 @@ def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> No
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("task", [Task(), Task(dim=2)])
-def test_wrong_bfloat16_gradients_are_refused_with_their_stage(task: Task, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_bfloat16_gradients_are_refused_with_their_stage(
+    task: Task, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, right = task.network(), precision.weight_gradient
     state = rng_state()
-    monkeypatch.setattr(precision, "weight_gradient", lambda x, w, g: right(x.float(), w.float(), g.float()).to(x.dtype))
+    monkeypatch.setattr(
+        precision, "weight_gradient", lambda x, w, g: right(x.float(), w.float(), g.float()).to(x.dtype)
+    )
     precision.refuse_wrong_bfloat16(network, task.patch_size, last)
     assert torch.equal(state["torch"], rng_state()["torch"])
 
@@ -166,7 +187,9 @@ def test_wrong_bfloat16_gradients_are_refused_with_their_stage(task: Task, last:
         return found * float("nan") if x.dtype == torch.bfloat16 and x.shape[1] == FEATURES[2] else found
 
     monkeypatch.setattr(precision, "weight_gradient", wrong)
-    with pytest.raises(RuntimeError, match=r"stage 2 of the plan, .*3 x 4 voxels and 8 channels\. Set .amp. to .float32."):
+    with pytest.raises(
+        RuntimeError, match=r"stage 2 of the plan, .*3 x 4 voxels and 8 channels\. Set .amp. to .float32."
+    ):
         precision.refuse_wrong_bfloat16(network, task.patch_size, last)
 
 
@@ -174,7 +197,9 @@ def test_the_gradient_that_bfloat16_is_compared_with_is_that_of_a_convolution() 
     layer, x = nn.Conv3d(3, 3, (1, 3, 3), padding=(0, 1, 1), bias=False), torch.randn(2, 3, 4, 5, 6)
     upstream = torch.randn(2, 3, 4, 5, 6)
     layer(x).backward(upstream)
-    torch.testing.assert_close(precision.weight_gradient(x, layer.weight.detach().clone(), upstream), layer.weight.grad)
+    torch.testing.assert_close(
+        precision.weight_gradient(x, layer.weight.detach().clone(), upstream), layer.weight.grad
+    )
 
 
 def test_random_states_are_restored() -> None:

@@ -23,25 +23,52 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m benchmarks.leaderboard", description=__doc__, allow_abbrev=False)
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.leaderboard", description=__doc__, allow_abbrev=False
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and score every row that is not finished; resumes after any kill", allow_abbrev=False)
-    run.add_argument("--data", type=Path, required=True, help="folder of nnU-Net raw datasets; nothing is written there")
+    run = commands.add_parser(
+        "run",
+        help="train and score every row that is not finished; resumes after any kill",
+        allow_abbrev=False,
+    )
+    run.add_argument(
+        "--data", type=Path, required=True, help="folder of nnU-Net raw datasets; nothing is written there"
+    )
     run.add_argument("--work", type=Path, required=True, help="preprocessed data, checkpoints, logs")
-    run.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows or methods, e.g. DiffCL '*_n2_s0'")
+    run.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="rows or methods, e.g. DiffCL '*_n2_s0'"
+    )
     where = run.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, help="rows at a time on this machine (default: 1)")
-    where.add_argument("--slurm", nargs="*", type=key_value, metavar="KEY=VALUE", help="submit to SLURM; submitit's parameters")
+    where.add_argument(
+        "--slurm",
+        nargs="*",
+        type=key_value,
+        metavar="KEY=VALUE",
+        help="submit to SLURM; submitit's parameters",
+    )
     run.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     report = commands.add_parser("report", help="table and pictures from the rows", allow_abbrev=False)
     for command in (run, report):
         command.add_argument("suite", help="a name in suites/ or a .toml file")
-        command.add_argument("--results", type=Path, default=FOLDER / "results", help="where rows are kept (default: %(default)s)")
-    convert = commands.add_parser("convert", help="public data of the papers -> nnU-Net raw dataset", allow_abbrev=False)
+        command.add_argument(
+            "--results",
+            type=Path,
+            default=FOLDER / "results",
+            help="where rows are kept (default: %(default)s)",
+        )
+    convert = commands.add_parser(
+        "convert", help="public data of the papers -> nnU-Net raw dataset", allow_abbrev=False
+    )
     convert.add_argument("name", help="la_h5, la_nrrd, pancreas_h5, pancreas_dicom, brats19_h5 or acdc_h5")
     convert.add_argument("--source", type=Path, required=True, help="the unpacked data")
     convert.add_argument("--raw", type=Path, required=True, help="where the dataset folder goes")
-    convert.add_argument("--lists", type=Path, help="folder of the papers' lists (train.list, test.list; default: found below --source)")
+    convert.add_argument(
+        "--lists",
+        type=Path,
+        help="folder of the papers' lists (train.list, test.list; default: found below --source)",
+    )
     return top
 
 
@@ -52,7 +79,19 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks.leaderboard.run import run_suite
 
             slurm = None if args.slurm is None else dict(args.slurm)
-            return int(run_suite(load_suite(args.suite), args.data, args.work, args.results, args.only, args.jobs, slurm, args.minutes) > 0)
+            return int(
+                run_suite(
+                    load_suite(args.suite),
+                    args.data,
+                    args.work,
+                    args.results,
+                    args.only,
+                    args.jobs,
+                    slurm,
+                    args.minutes,
+                )
+                > 0
+            )
         if args.command == "report":
             from benchmarks.leaderboard.report import write_report
 

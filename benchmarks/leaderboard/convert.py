@@ -1,19 +1,21 @@
 """`convert`: the papers' public data sets -> nnU-Net raw datasets, in the order of the papers' lists.
 
-Cases are renamed <PREFIX>_001, ... so that the name order is the order of the training list, then that of the test list: the first n are
-the papers' labeled cases, the last ones their test scans. `cases.json` keeps the old names. The dataset appears whole or not at all.
+Cases are renamed <PREFIX>_001, ... so that the name order is the order of the training list, then that of the
+test list: the first n are the papers' labeled cases, the last ones their test scans. `cases.json` keeps the
+    old names. The dataset appears whole or not at all.
 
 | name | source (below --source) | dataset | train + test | labeled in the papers |
 |---|---|---|---|---|
 | la_h5 | UA-MT's `<case>/mri_norm2.h5` | Dataset511_LA | 80 + 20 | 4, 8, 16 |
 | la_nrrd | the challenge's `<case>/lgemri.nrrd`, `laendo.nrrd` | Dataset511_LA | 80 + 20 | 4, 8, 16 |
 | pancreas_h5 | `<case>_norm.h5` or `<case>.h5` | Dataset512_Pancreas | 62 + 20 | 6, 12 |
-| pancreas_dicom | NIH's `PANCREAS_0001/**/*.dcm`, `label0001.nii.gz` | Dataset512_Pancreas | 62 + 20 | 6, 12 |
-| brats19_h5 | SSL4MIS's `<case>.h5` | Dataset513_BraTS19 | 250 + 60 (their 25 validation scans are left out) | 25, 50 |
-| acdc_h5 | SSL4MIS's volumes `patient001_frame01.h5` | Dataset514_ACDC | 140 + 40 volumes, two per patient (10 patients left out) | 6, 14 |
+| pancreas_dicom | NIH's `PANCREAS_0001/**/*.dcm`, `label0001.nii.gz` | Dataset512_Pancreas | 62 + 20 | 6, 12
+| | brats19_h5 | SSL4MIS's `<case>.h5` | Dataset513_BraTS19 | 250 + 60 (their 25 validation scans are left
+out) | 25, 50 | | acdc_h5 | SSL4MIS's volumes `patient001_frame01.h5` | Dataset514_ACDC | 140 + 40 volumes,
+two per patient (10 patients left out) | 6, 14 |
 
-The papers' preparation uses labels: LA and pancreas are cropped around the structure, test scans included. Whoever compares with their
-figures needs the same.
+The papers' preparation uses labels: LA and pancreas are cropped around the structure, test scans included.
+Whoever compares with their figures needs the same.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Format:
 
 
 def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Path:
-    """Write the dataset of converter `name` below `raw`; returns its folder. ValueError where something is missing."""
+    """Write the dataset of converter `name` below `raw`; returns its folder. ValueError where something is
+    missing."""
     if name not in FORMATS:
         raise ValueError(f"no converter {name!r}; there are {', '.join(FORMATS)}")
     form = FORMATS[name]
@@ -66,14 +69,25 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
     for number, case in enumerate(tqdm(names, desc=name, unit="case"), 1):
         image, label, spacing = form.read(source, case)
         if image.shape != label.shape or label.max() > len(form.labels):
-            raise ValueError(f"{case}: image {image.shape}, label {label.shape} with values to {label.max()}; expected {form.labels}")
+            raise ValueError(
+                f"{case}: image {image.shape}, label {label.shape} with values to {label.max()}; expected "
+                f"{form.labels}"
+            )
         new = renamed[case] = f"{form.prefix}_{number:03d}"
-        for array, path in ((image.astype(np.float32), f"imagesTr/{new}_0000"), (label.astype(np.uint8), f"labelsTr/{new}")):
+        for array, path in (
+            (image.astype(np.float32), f"imagesTr/{new}_0000"),
+            (label.astype(np.uint8), f"labelsTr/{new}"),
+        ):
             picture = sitk.GetImageFromArray(array)
             picture.SetSpacing([float(s) for s in spacing])
             sitk.WriteImage(picture, str(partial / f"{path}.nii.gz"), useCompression=True)
     labels = {"background": 0, **{label: k for k, label in enumerate(form.labels, 1)}}
-    content = {"channel_names": {"0": form.channel}, "labels": labels, "numTraining": len(names), "file_ending": ".nii.gz"}
+    content = {
+        "channel_names": {"0": form.channel},
+        "labels": labels,
+        "numTraining": len(names),
+        "file_ending": ".nii.gz",
+    }
     (partial / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (partial / "cases.json").write_text(json.dumps(renamed, indent=1), encoding="utf-8")
     os.replace(partial, folder)
@@ -83,11 +97,14 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
 def read_list(folder: Path, name: str) -> list[str]:
     """Case names of one of the papers' lists, in its order; a file of this name anywhere below `folder`."""
     path = find(folder, name)
-    return [line.strip().split(",")[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        line.strip().split(",")[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def find(folder: Path, *patterns: str) -> Path:
-    """The one file or folder below `folder` that has one of these names; ValueError if there is none, or more than one."""
+    """The one file or folder below `folder` that has one of these names; ValueError if there is none, or more
+    than one."""
     for pattern in patterns:
         if (folder / pattern).exists():
             return folder / pattern
@@ -116,7 +133,8 @@ def la_h5(source: Path, case: str) -> Volume:
 
 
 def la_nrrd(source: Path, case: str) -> Volume:
-    """The challenge's own files, prepared as UA-MT's, but with the middle of its random margins: no two runs differ.
+    """The challenge's own files, prepared as UA-MT's, but with the middle of its random margins: no two runs
+    differ.
 
     The crop is in plane only: the public code computes a box in z too, but keeps all slices.
     """
@@ -141,10 +159,11 @@ def pancreas_h5(source: Path, case: str) -> Volume:
 
 
 def pancreas_dicom(source: Path, case: str) -> Volume:
-    """NIH's series and label: window [-125, 275] HU, 1 mm, crop 25 voxels around the label, zero mean and unit variance.
+    """NIH's series and label: window [-125, 275] HU, 1 mm, crop 25 voxels around the label, zero mean and
+    unit variance.
 
-    `case` ends in the number (`image0001`, `PANCREAS_0001`). Both files are brought to the same orientation by their own headers; a label
-    that then does not lie on soft tissue is an error, not a guess.
+    `case` ends in the number (`image0001`, `PANCREAS_0001`). Both files are brought to the same orientation
+    by their own headers; a label that then does not lie on soft tissue is an error, not a guess.
     """
     number = case[-4:]
     folder = find(source, f"PANCREAS_{number}")
@@ -154,21 +173,35 @@ def pancreas_dicom(source: Path, case: str) -> Volume:
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series.pop())))
     scan = sitk.DICOMOrient(reader.Execute(), "LPS")
-    mask = sitk.DICOMOrient(sitk.ReadImage(str(find(source, f"label{number}.nii.gz", f"label{number}.nii"))), "LPS")
+    mask = sitk.DICOMOrient(
+        sitk.ReadImage(str(find(source, f"label{number}.nii.gz", f"label{number}.nii"))), "LPS"
+    )
     if scan.GetSize() != mask.GetSize():
         raise ValueError(f"{case}: the scan has {scan.GetSize()} voxels, its label {mask.GetSize()}")
     mask.CopyInformation(scan)  # origins of the labels are not those of the scans
     inside = sitk.GetArrayViewFromImage(scan)[sitk.GetArrayViewFromImage(mask) > 0]
     if not len(inside) or not SOFT_TISSUE[0] <= inside.mean() <= SOFT_TISSUE[1]:
         mean = f"{inside.mean():.0f} HU" if len(inside) else "nowhere"
-        raise ValueError(f"{case}: the label lies on {mean}, a pancreas does not: check the orientation in the label's header")
+        raise ValueError(
+            f"{case}: the label lies on {mean}, a pancreas does not: check the orientation in the label's "
+            f"header"
+        )
     size = [max(1, round(n * s)) for n, s in zip(scan.GetSize(), scan.GetSpacing(), strict=True)]
     image, label = (
-        sitk.GetArrayFromImage(sitk.Resample(picture, size, sitk.Transform(), how, scan.GetOrigin(), (1.0,) * 3, scan.GetDirection(), fill))
-        for picture, how, fill in ((sitk.Cast(scan, sitk.sitkFloat32), sitk.sitkLinear, -1000.0), (mask, sitk.sitkNearestNeighbor, 0))
+        sitk.GetArrayFromImage(
+            sitk.Resample(
+                picture, size, sitk.Transform(), how, scan.GetOrigin(), (1.0,) * 3, scan.GetDirection(), fill
+            )
+        )
+        for picture, how, fill in (
+            (sitk.Cast(scan, sitk.sitkFloat32), sitk.sitkLinear, -1000.0),
+            (mask, sitk.sitkNearestNeighbor, 0),
+        )
     )
     lows, highs = ([int(f(i)) for i in np.nonzero(label)] for f in (np.min, np.max))
-    box = tuple(slice(max(0, a - PANCREAS_MARGIN), b + PANCREAS_MARGIN + 1) for a, b in zip(lows, highs, strict=True))
+    box = tuple(
+        slice(max(0, a - PANCREAS_MARGIN), b + PANCREAS_MARGIN + 1) for a, b in zip(lows, highs, strict=True)
+    )
     image = np.clip(image[box], *PANCREAS_WINDOW)
     return (image - image.mean()) / max(float(image.std()), 1e-6), label[box] > 0, (1.0,) * 3
 
@@ -188,8 +221,18 @@ def acdc_h5(source: Path, case: str) -> Volume:
 FORMATS = {
     "la_h5": Format("Dataset511_LA", "LA", ("left_atrium",), ("train.list", "test.list"), la_h5),
     "la_nrrd": Format("Dataset511_LA", "LA", ("left_atrium",), ("train.list", "test.list"), la_nrrd),
-    "pancreas_h5": Format("Dataset512_Pancreas", "PANCREAS", ("pancreas",), ("train.list", "test.list"), pancreas_h5),
-    "pancreas_dicom": Format("Dataset512_Pancreas", "PANCREAS", ("pancreas",), ("train.list", "test.list"), pancreas_dicom),
+    "pancreas_h5": Format(
+        "Dataset512_Pancreas", "PANCREAS", ("pancreas",), ("train.list", "test.list"), pancreas_h5
+    ),
+    "pancreas_dicom": Format(
+        "Dataset512_Pancreas", "PANCREAS", ("pancreas",), ("train.list", "test.list"), pancreas_dicom
+    ),
     "brats19_h5": Format("Dataset513_BraTS19", "BRATS", ("tumour",), ("train.txt", "test.txt"), brats19_h5),
-    "acdc_h5": Format("Dataset514_ACDC", "ACDC", ("right_ventricle", "myocardium", "left_ventricle"), ("train.list", "test.list"), acdc_h5),
+    "acdc_h5": Format(
+        "Dataset514_ACDC",
+        "ACDC",
+        ("right_ventricle", "myocardium", "left_ventricle"),
+        ("train.list", "test.list"),
+        acdc_h5,
+    ),
 }

@@ -1,4 +1,5 @@
-"""One row of the leaderboard: train, let nnU-Net predict the validation cases with the last checkpoint, score, write the row."""
+"""One row of the leaderboard: train, let nnU-Net predict the validation cases with the last checkpoint,
+score, write the row."""
 
 from __future__ import annotations
 
@@ -59,7 +60,11 @@ class Job:
             begun = time.time()
             try:
                 self.note_commit()
-                folder = self.self_training() if self.row.kind == "self_training" else self.train(self.space, self.plans, self.row.settings)
+                folder = (
+                    self.self_training()
+                    if self.row.kind == "self_training"
+                    else self.train(self.space, self.plans, self.row.settings)
+                )
                 row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, begun)}
             except Exception as error:
                 with open(self.log, "a", encoding="utf-8") as file:
@@ -69,14 +74,31 @@ class Job:
             self.write(row)
             return "finished"
 
-    def train(self, space: Workspace, plans: str, settings: Any, fold: int | None = None, batch_size: int | None = None) -> Path:
-        """A training to its end, from its last checkpoint if it has one; returns nnU-Net's folder of the fold."""
+    def train(
+        self,
+        space: Workspace,
+        plans: str,
+        settings: Any,
+        fold: int | None = None,
+        batch_size: int | None = None,
+    ) -> Path:
+        """A training to its end, from its last checkpoint if it has one; returns nnU-Net's folder of the
+        fold."""
         fold = self.row.fold if fold is None else fold
         name = f"{self.row.trainer}__{plans}__{self.suite.configuration}"
         folder = space.folder / "results" / self.suite.dataset / name / f"fold_{fold}"
         if not (folder / "validation" / "summary.json").is_file():
             space.write_plans(plans, settings, batch_size)
-            arguments = [space.identifier, self.suite.configuration, str(fold), "-tr", self.row.trainer, "-p", plans, "--c"]
+            arguments = [
+                space.identifier,
+                self.suite.configuration,
+                str(fold),
+                "-tr",
+                self.row.trainer,
+                "-p",
+                plans,
+                "--c",
+            ]
             self.nnunet(space, *TRAIN, *arguments)
         return folder
 
@@ -90,18 +112,23 @@ class Job:
     def self_training(self) -> Path:
         """What a user of stock nnU-Net does with unlabeled scans: train, predict them, train anew on both.
 
-        Each round takes half of the row's steps. Round two draws its batch, as large as the labeled and the unlabeled batch of the other
-        methods together, from the labeled cases and the pseudo-labeled scans; labeled cases stand in its list so many times that the
-        expected number of labeled samples per step is the others'. Pseudo-labels come from the last checkpoint of round one. Both rounds
+        Each round takes half of the row's steps. Round two draws its batch, as large as the labeled and the
+        unlabeled batch of the other methods together, from the labeled cases and the pseudo-labeled scans;
+        labeled cases stand in its list so many times that the expected number of labeled samples per step is
+        the others'. Pseudo-labels come from the last checkpoint of round one. Both rounds
         are nnUNetTrainerSupervised: stock nnU-Net with a schedule and a seed.
         """
         settings, half = dict(self.row.settings), self.epochs // 2
         first = self.train(self.space, f"{self.plans}_r1", {**settings, "num_epochs": half})
         second = Workspace(self.space.folder / "self_training" / self.plans, self.suite)
-        split = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[self.row.fold]
+        split = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[
+            self.row.fold
+        ]
         ending = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        images = {name: sorted((self.space.raw / name).glob(f"*{ending}")) for name in ("imagesTr", "imagesUn")}
-        case = lambda path: path.name.removesuffix(ending)[:-5]  # noqa: E731  # without the channel number
+        images = {
+            name: sorted((self.space.raw / name).glob(f"*{ending}")) for name in ("imagesTr", "imagesUn")
+        }
+        case = lambda path: path.name.removesuffix(ending)[:-5]  # without the channel number  # noqa: E731
         pseudo, scans = second.folder / "pseudo", second.folder / "scans"
         unlabeled = {case(p): None for p in images["imagesUn"]} | dict.fromkeys(split["unlabeled"])
         if not (second.folder / "predicted").is_file():
@@ -109,17 +136,43 @@ class Job:
             for path in (*images["imagesTr"], *images["imagesUn"]):
                 if case(path) in unlabeled:
                     link(path, scans / path.name)
-            model = ["-d", self.space.identifier, "-c", self.suite.configuration, "-f", str(self.row.fold), "-tr", self.row.trainer]
-            last = ["-p", f"{self.plans}_r1", "-chk", "checkpoint_final.pth", "-npp", "0", "-nps", "0", "--disable_progress_bar"]
-            in_bfloat16 = self.suite.device == "cpu" and settings.get("amp") == "bfloat16"  # as the validation of such a training
+            model = [
+                "-d",
+                self.space.identifier,
+                "-c",
+                self.suite.configuration,
+                "-f",
+                str(self.row.fold),
+                "-tr",
+                self.row.trainer,
+            ]
+            last = [
+                "-p",
+                f"{self.plans}_r1",
+                "-chk",
+                "checkpoint_final.pth",
+                "-npp",
+                "0",
+                "-nps",
+                "0",
+                "--disable_progress_bar",
+            ]
+            in_bfloat16 = (
+                self.suite.device == "cpu" and settings.get("amp") == "bfloat16"
+            )  # as the validation of such a training
             entry = PREDICT_BFLOAT16 if in_bfloat16 else PREDICT
-            self.nnunet(self.space, entry, "nnUNetv2_predict", "-i", str(scans), "-o", str(pseudo), *model, *last)
+            self.nnunet(
+                self.space, entry, "nnUNetv2_predict", "-i", str(scans), "-o", str(pseudo), *model, *last
+            )
             (second.folder / "predicted").touch()
         if not (second.folder / "prepared").is_file():
             for path in (*images["imagesTr"], *images["imagesUn"]):
                 link(path, second.raw / "imagesTr" / path.name)
             for name in (*split["train"], *split["val"]):
-                link(self.space.raw / "labelsTr" / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
+                link(
+                    self.space.raw / "labelsTr" / f"{name}{ending}",
+                    second.raw / "labelsTr" / f"{name}{ending}",
+                )
             for name in unlabeled:
                 link(pseudo / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
             dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
@@ -135,8 +188,16 @@ class Job:
         more = settings.get("unlabeled_batch_size") or batch
         times = max(1, round(len(unlabeled) * batch / (more * len(split["train"]))))
         train = sorted(split["train"] * times + list(unlabeled))
-        write_whole(second.preprocessed / "splits_final.json", json.dumps([{"train": train, "val": split["val"]}]))
-        folder = self.train(second, self.plans, {**settings, "num_epochs": self.epochs - half}, fold=0, batch_size=batch + more)
+        write_whole(
+            second.preprocessed / "splits_final.json", json.dumps([{"train": train, "val": split["val"]}])
+        )
+        folder = self.train(
+            second,
+            self.plans,
+            {**settings, "num_epochs": self.epochs - half},
+            fold=0,
+            batch_size=batch + more,
+        )
         self.rounds = [first, folder]
         return folder
 
@@ -147,17 +208,40 @@ class Job:
         labeled = row.labeled
         if labeled is None and split.is_file():
             labeled = len(json.loads(split.read_text(encoding="utf-8"))[row.fold]["train"])
-        what = {"suite": self.suite.name, "method": row.method, "trainer": row.trainer, "dataset": self.suite.dataset, "labeled": labeled}
-        return {**what, "seed": row.seed, "fold": row.fold, "dice": None, "status": status, "fingerprint": row.fingerprint}
+        what = {
+            "suite": self.suite.name,
+            "method": row.method,
+            "trainer": row.trainer,
+            "dataset": self.suite.dataset,
+            "labeled": labeled,
+        }
+        return {
+            **what,
+            "seed": row.seed,
+            "fold": row.fold,
+            "dice": None,
+            "status": status,
+            "fingerprint": row.fingerprint,
+        }
 
     def fail(self, reason: str) -> None:
-        """A visible row for a training that ended early; the next run tries again from its last checkpoint."""
+        """A visible row for a training that ended early; the next run tries again from its last
+        checkpoint."""
         lines = reason.splitlines()
-        self.write({**self.identity("failed"), "error": lines[0] if lines else "", "log": tail(self.log).splitlines()})
+        self.write(
+            {
+                **self.identity("failed"),
+                "error": lines[0] if lines else "",
+                "log": tail(self.log).splitlines(),
+            }
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.result, "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n}\n")
+        write_whole(
+            self.result,
+            "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n}\n",
+        )
 
     def scores(self, folder: Path) -> dict[str, Any]:
         """Metrics of every validation case, their means, the panel."""
@@ -168,20 +252,33 @@ class Job:
 
         dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
         ending = dataset["file_ending"]
-        structures = {k: v for k, v in dataset["labels"].items() if isinstance(v, int) and v > 0 and k != "ignore"}
-        names = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[self.row.fold]["val"]
+        structures = {
+            k: v for k, v in dataset["labels"].items() if isinstance(v, int) and v > 0 and k != "ignore"
+        }
+        names = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[
+            self.row.fold
+        ]["val"]
         table: dict[str, list[list[float | None]]] = {}
         volumes = []
         for name in names:
             truth = sitk.ReadImage(str(self.space.raw / "labelsTr" / f"{name}{ending}"))
-            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "validation" / f"{name}{ending}")))
+            prediction = sitk.GetArrayFromImage(
+                sitk.ReadImage(str(folder / "validation" / f"{name}{ending}"))
+            )
             reference = sitk.GetArrayFromImage(truth)
             volumes.append(int((reference > 0).sum()))
-            for metric, values in score_case(prediction, reference, truth.GetSpacing()[::-1], list(structures.values())).items():
+            for metric, values in score_case(
+                prediction, reference, truth.GetSpacing()[::-1], list(structures.values())
+            ).items():
                 table.setdefault(metric, []).append(values)
-        middle = names[int(np.argsort(volumes, kind="stable")[len(names) // 2])]  # the same case for every method
+        middle = names[
+            int(np.argsort(volumes, kind="stable")[len(names) // 2])
+        ]  # the same case for every method
         aspect = write_panel(self.space.raw, folder / "validation", middle, ending, self.panel)
-        means = {metric: float(np.mean([v for row in values for v in row if v is not None])) for metric, values in table.items()}
+        means = {
+            metric: float(np.mean([v for row in values for v in row if v is not None]))
+            for metric, values in table.items()
+        }
         return {
             "dice": means["dice"],
             "metrics": {k: round(v, 5) for k, v in means.items()},
@@ -194,7 +291,8 @@ class Job:
     def provenance(self, folder: Path, begun: float) -> dict[str, Any]:
         """Curves, resolved configuration, plan, versions, hardware, time and memory.
 
-        begun: when this process took the row (seconds since 1970). `train_seconds` are all epochs; `seconds` adds what this process did
+        begun: when this process took the row (seconds since 1970). `train_seconds` are all epochs; `seconds`
+            adds what this process did
         beside them, not what an earlier one did that was killed.
         """
         import torch
@@ -206,11 +304,19 @@ class Job:
             checkpoint = torch.load(one / "checkpoint_final.pth", map_location="cpu", weights_only=False)
             log = checkpoint["logging"]
             epochs += zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
-            for name, key in (("train_loss", "train_losses"), ("val_loss", "val_losses"), ("pseudo_dice", "mean_fg_dice")):
+            for name, key in (
+                ("train_loss", "train_losses"),
+                ("val_loss", "val_losses"),
+                ("pseudo_dice", "mean_fg_dice"),
+            ):
                 values = [float(v) for v in log[key]]
-                curve[name] = curve.get(name, []) + [round(v, 5) if math.isfinite(v) else None for v in values]
+                curve[name] = curve.get(name, []) + [
+                    round(v, 5) if math.isfinite(v) else None for v in values
+                ]
             config = checkpoint["nnssl"]["config"]
-        plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][self.suite.configuration]
+        plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][
+            self.suite.configuration
+        ]
         network = plan["architecture"]["arch_kwargs"]
         used = usage(self.usage)
         earlier = sum(end - start for start, end in epochs if start < begun)
@@ -219,10 +325,16 @@ class Job:
             "config": config,
             "plan": {
                 **{k: plan[k] for k in ("spacing", "patch_size", "batch_size", "normalization_schemes")},
-                **{"network": plan["architecture"]["network_class_name"].split(".")[-1], "features": network["features_per_stage"]},
+                **{
+                    "network": plan["architecture"]["network_class_name"].split(".")[-1],
+                    "features": network["features_per_stage"],
+                },
             },
             "commit": ", ".join(dict.fromkeys(self.commits.read_text(encoding="utf-8").split())),
-            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in PACKAGES},
+            },
             "hardware": hardware(self.suite.device),
             "train_seconds": round(sum(end - start for start, end in epochs)),
             "seconds": round(earlier + time.time() - begun),
@@ -230,9 +342,12 @@ class Job:
         }
 
     def note_commit(self) -> None:
-        """Of the code that is about to work on the row, `+` where it was edited since; nothing outside a checkout."""
+        """Of the code that is about to work on the row, `+` where it was edited since; nothing outside a
+        checkout."""
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8").stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8"
+        ).stdout.strip()
         edited = subprocess.run(
             [*git, "status", "--porcelain", "nnssl", "nnssl_trainers"], capture_output=True, encoding="utf-8"
         ).stdout.strip()
@@ -242,7 +357,8 @@ class Job:
 
 
 def usage(path: Path) -> list[dict[str, int]]:
-    """What the commands of a row used, as far as they lived to say so; a line cut short by a kill is left out."""
+    """What the commands of a row used, as far as they lived to say so; a line cut short by a kill is left
+    out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.leaderboard.launch PARENT USAGE MODULE:FUNCTION ARGUMENTS...`: one nnU-Net command in a process of its own.
+"""`python -m benchmarks.leaderboard.launch PARENT USAGE MODULE:FUNCTION ARGUMENTS...`: one nnU-Net command in
+a process of its own.
 
-It runs with one thread (nnU-Net's `-device cpu` asks for one per core), ends when the process PARENT does, however that ended, and adds
-what it used to the file USAGE, a JSON object per line.
+It runs with one thread (nnU-Net's `-device cpu` asks for one per core), ends when the process PARENT does,
+however that ended, and adds what it used to the file USAGE, a JSON object per line.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import time
 
 
 def end_with(parent: int) -> None:
-    """Leave at once when the process `parent` is gone: nobody would take the result, and the next run must find the folder at rest."""
+    """Leave at once when the process `parent` is gone: nobody would take the result, and the next run must
+    find the folder at rest."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def predict_in_bfloat16() -> None:
-    """`nnUNetv2_predict` on a CPU in the precision of the training: in float32 PyTorch takes a slow routine for batches of one tile."""
+    """`nnUNetv2_predict` on a CPU in the precision of the training: in float32 PyTorch takes a slow routine
+    for batches of one tile."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 

@@ -1,8 +1,10 @@
-"""Dice, Jaccard, 95 % Hausdorff distance and average surface distance of a label map, as the papers compute them: medpy's definitions.
+"""Dice, Jaccard, 95 % Hausdorff distance and average surface distance of a label map, as the papers compute
+them: medpy's definitions.
 
-ASD is medpy's `asd`, from the surface of the prediction to that of the truth (not symmetric). A structure that the truth has and the
-prediction lacks, or the other way round, scores Dice and Jaccard 0 and, as distance, the diagonal of the grid (the papers' public code
-counts 0 there, which rewards it); one that both lack is not scored.
+ASD is medpy's `asd`, from the surface of the prediction to that of the truth (not symmetric). A structure
+that the truth has and the prediction lacks, or the other way round, scores Dice and Jaccard 0 and, as
+distance, the diagonal of the grid (the papers' public code counts 0 there, which rewards it); one that both
+lack is not scored.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     if not truth.any() or not prediction.any():
         voxel, mm = (float(np.linalg.norm(np.multiply(truth.shape, s))) for s in (1.0, spacing))
         return [0.0, 0.0, voxel, voxel, mm, mm]
-    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]  # distances are the same there, and faster
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[
+        0
+    ]  # distances are the same there, and faster
     p, t = (np.pad(mask[box], 1) for mask in (prediction, truth))
     values = [binary.dc(p, t), binary.jc(p, t)]
     for s in (None, tuple(spacing)):
@@ -38,8 +42,11 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     return mask if count < 2 else labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
 
 
-def score_case(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], labels: Sequence[int]) -> dict[str, list[Any]]:
-    """{metric: value per label}, and the same of each label's largest component under `<metric>_lcc`. Truth beyond `labels` is ignored."""
+def score_case(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], labels: Sequence[int]
+) -> dict[str, list[Any]]:
+    """{metric: value per label}, and the same of each label's largest component under `<metric>_lcc`. Truth
+    beyond `labels` is ignored."""
     table: dict[str, list[Any]] = {name + suffix: [] for suffix in ("", "_lcc") for name in NAMES}
     known = (truth <= max(labels)) & (truth >= 0)
     for label in labels:

@@ -1,4 +1,5 @@
-"""The qualitative panel: one strip per row (image, labels, prediction, error) on the same slice, and all strips under each other."""
+"""The qualitative panel: one strip per row (image, labels, prediction, error) on the same slice, and all
+strips under each other."""
 
 from __future__ import annotations
 
@@ -10,22 +11,32 @@ import SimpleITK as sitk
 from matplotlib import image as pictures
 from matplotlib.colors import to_rgb
 
-from nnssl.figures import ERROR, PALETTE
+from nnssl.demo.figures import ERROR, PALETTE
 
 OPACITY = 0.6
 
 
 def write_panel(raw: Path, predictions: Path, case: str, ending: str, path: Path) -> float:
-    """The strip of one case as a PNG, a pixel per voxel, on the slice with most of its smallest structure; returns its pixels' aspect."""
+    """The strip of one case as a PNG, a pixel per voxel, on the slice with most of its smallest structure;
+    returns its pixels' aspect."""
     channel = sorted(json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["channel_names"])[0]
-    files = (raw / "imagesTr" / f"{case}_{int(channel):04d}{ending}", raw / "labelsTr" / f"{case}{ending}", predictions / f"{case}{ending}")
+    files = (
+        raw / "imagesTr" / f"{case}_{int(channel):04d}{ending}",
+        raw / "labelsTr" / f"{case}{ending}",
+        predictions / f"{case}{ending}",
+    )
     scans = [sitk.ReadImage(str(f)) for f in files]
     image, truth, prediction = (np.array(sitk.GetArrayFromImage(s), ndmin=3) for s in scans)
     values, counts = np.unique(truth[truth > 0], return_counts=True)
     z = int((truth == values[counts.argmin()]).sum((1, 2)).argmax()) if len(values) else len(truth) // 2
     low, high = np.percentile(image, [0.5, 99.5])
     grey = np.repeat(np.clip((image[z] - low) / max(high - low, 1e-6), 0, 1)[..., None], 3, axis=-1)
-    layers = [grey, paint(grey, truth[z], PALETTE), paint(grey, prediction[z], PALETTE), paint(grey, truth[z] != prediction[z], [ERROR])]
+    layers = [
+        grey,
+        paint(grey, truth[z], PALETTE),
+        paint(grey, prediction[z], PALETTE),
+        paint(grey, truth[z] != prediction[z], [ERROR]),
+    ]
     gap = np.ones((len(grey), 2, 3))
     strip = np.concatenate([part for layer in layers for part in (layer, gap)][:-1], axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,5 +50,7 @@ def paint(grey: np.ndarray, labels: np.ndarray, palette: list[str]) -> np.ndarra
     painted = grey.copy()
     for value in np.unique(labels[labels > 0]):
         inside = labels == value
-        painted[inside] = (1 - OPACITY) * grey[inside] + OPACITY * np.array(to_rgb(palette[(int(value) - 1) % len(palette)]))
+        painted[inside] = (1 - OPACITY) * grey[inside] + OPACITY * np.array(
+            to_rgb(palette[(int(value) - 1) % len(palette)])
+        )
     return painted

@@ -1,4 +1,5 @@
-"""The pictures of a report: bars, label-budget curves, training curves, overlay panel. Nothing in them depends on when they are drawn."""
+"""The pictures of a report: bars, label-budget curves, training curves, overlay panel. Nothing in them
+depends on when they are drawn."""
 
 from __future__ import annotations
 
@@ -25,16 +26,21 @@ NAMES = {
 def write_pictures(
     suite: Suite, table: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]], results: Path
 ) -> dict[str, str]:
-    """All pictures of a suite, as PNG and, but for the overlay, SVG; returns what there is: the end of its name and what it shows.
+    """All pictures of a suite, as PNG and, but for the overlay, SVG; returns what there is: the end of its
+    name and what it shows.
 
     Curves and overlay are of the smallest budget with a finished row; no overlay where no row has its panel.
     """
-    budget = min(e["budget"] for e in table if e["method"] != "supervised_all" or all(f["bound"] for f in finished))
+    budget = min(
+        e["budget"] for e in table if e["method"] != "supervised_all" or all(f["bound"] for f in finished)
+    )
     chosen: dict[str, Mapping[str, Any]] = {}
     for row in finished:
         if row["bound"] or row["labeled"] == budget:
             chosen.setdefault(row["method"], row)  # the first seed
-    panels = {method: results / suite.name / "panels" / f"{row['name']}.png" for method, row in chosen.items()}
+    panels = {
+        method: results / suite.name / "panels" / f"{row['name']}.png" for method, row in chosen.items()
+    }
     shown = {method: row for method, row in chosen.items() if panels[method].is_file()}
     with matplotlib.rc_context({"svg.hashsalt": "leaderboard", "font.family": "DejaVu Sans"}):
         save(draw_bars(suite, table), results / f"{suite.name}_bars")
@@ -42,7 +48,12 @@ def write_pictures(
         save(draw_curves(suite, chosen, budget), results / f"{suite.name}_curves")
         if shown:
             save(draw_overlay(shown, panels, budget), results / f"{suite.name}_overlay", svg=False)
-    names = {"bars": "Dice", "budgets": "Dice over labels", "overlay": "the same slice for every method", "curves": "training"}
+    names = {
+        "bars": "Dice",
+        "budgets": "Dice over labels",
+        "overlay": "the same slice for every method",
+        "curves": "training",
+    }
     return {name: text for name, text in names.items() if shown or name != "overlay"}
 
 
@@ -60,12 +71,20 @@ def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
         entries = sorted((e for e in table if e["budget"] == budget), key=lambda e: (e["dice"], e["method"]))
         values = [100 * e["dice"] for e in entries]
         errors = [100 * (e["dice_sd"] or 0) for e in entries]
-        axis.barh(range(len(entries)), values, xerr=errors, color=[colour(e["method"]) for e in entries], height=0.7)
+        axis.barh(
+            range(len(entries)), values, xerr=errors, color=[colour(e["method"]) for e in entries], height=0.7
+        )
         ends = [value + error for value, error in zip(values, errors, strict=True)]
         for k, (value, end) in enumerate(zip(values, ends, strict=True)):
             axis.text(end, k, f" {value:.1f}", va="center", fontsize=8)
-        axis.set_yticks(range(len(entries)), [NAMES.get(e["method"], e["method"]) for e in entries], fontsize=9)
-        axis.set(title=f"{budget} labeled", xlabel="Dice % (axis does not start at 0)", xlim=(max(0, lowest - 3), max(ends) + 2))
+        axis.set_yticks(
+            range(len(entries)), [NAMES.get(e["method"], e["method"]) for e in entries], fontsize=9
+        )
+        axis.set(
+            title=f"{budget} labeled",
+            xlabel="Dice % (axis does not start at 0)",
+            xlim=(max(0, lowest - 3), max(ends) + 2),
+        )
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -78,7 +97,13 @@ def draw_budgets(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
     for k, method in enumerate(dict.fromkeys(e["method"] for e in table)):
         entries = [e for e in table if e["method"] == method]
         if method == "supervised_all":
-            axis.axhline(100 * entries[0]["dice"], color="black", linestyle="--", linewidth=1, label=f"all {entries[0]['labeled']} labels")
+            axis.axhline(
+                100 * entries[0]["dice"],
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label=f"all {entries[0]['labeled']} labels",
+            )
             continue
         style = {"color": "black", "linewidth": 2} if method == "supervised" else {"color": colours(k % 20)}
         errors = [100 * (e["dice_sd"] or 0) for e in entries]
@@ -105,10 +130,16 @@ def draw_curves(suite: Suite, chosen: Mapping[str, Mapping[str, Any]], budget: i
         for axis, key in zip(axes, ("val_loss", "pseudo_dice"), strict=True):
             values = [np.nan if v is None else v for v in row["curve"][key]]
             axis.plot(
-                range(1, len(values) + 1), values, color=colours(k % 20), label=NAMES.get(method, method) if key == "val_loss" else None
+                range(1, len(values) + 1),
+                values,
+                color=colours(k % 20),
+                label=NAMES.get(method, method) if key == "val_loss" else None,
             )
     axes[0].set_ylabel("nnU-Net's loss, validation patches")
-    axes[1].set(ylabel="pseudo Dice, validation patches", xlabel=f"epoch of {suite.schedule['num_iterations_per_epoch']} iterations")
+    axes[1].set(
+        ylabel="pseudo Dice, validation patches",
+        xlabel=f"epoch of {suite.schedule['num_iterations_per_epoch']} iterations",
+    )
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -124,7 +155,9 @@ def draw_overlay(chosen: Mapping[str, Mapping[str, Any]], panels: Mapping[str, P
     aspect = next(iter(chosen.values()))["panel"]["aspect"]
     columns = 1 if len(strips) < 5 else 2
     lines = -(-len(strips) // columns)
-    figure = Figure(figsize=(6.6 * columns, (5.2 * height * aspect / width + 0.06) * lines + 0.4), layout="constrained")
+    figure = Figure(
+        figsize=(6.6 * columns, (5.2 * height * aspect / width + 0.06) * lines + 0.4), layout="constrained"
+    )
     axes = figure.subplots(lines, columns, squeeze=False).T.ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -132,9 +165,19 @@ def draw_overlay(chosen: Mapping[str, Mapping[str, Any]], panels: Mapping[str, P
         axis.imshow(strip, aspect=aspect, interpolation="nearest")
         dice = np.nanmean([v if v is not None else np.nan for v in case_dice(chosen[method])])
         name = NAMES.get(method, method).replace(", ", ",\n")
-        axis.text(-0.01, 0.5, f"{name}\n{100 * dice:.1f}", transform=axis.transAxes, ha="right", va="center", fontsize=8)
+        axis.text(
+            -0.01,
+            0.5,
+            f"{name}\n{100 * dice:.1f}",
+            transform=axis.transAxes,
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
     case = next(iter(chosen.values()))["panel"]["case"]
-    figure.suptitle(f"{case}, {budget} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9)
+    figure.suptitle(
+        f"{case}, {budget} labeled: image, labels, prediction, error; Dice % of the case", fontsize=9
+    )
     return figure
 
 

@@ -1,4 +1,5 @@
-"""From a raw dataset to planned, preprocessed and split data: one folder per suite, nothing outside it is written."""
+"""From a raw dataset to planned, preprocessed and split data: one folder per suite, nothing outside it is
+written."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def link(source: Path, target: Path) -> None:
 
 
 class Workspace:
-    """A folder with `raw`, `preprocessed` and `results` of one dataset: nnU-Net's three variables point at it."""
+    """A folder with `raw`, `preprocessed` and `results` of one dataset: nnU-Net's three variables point at
+    it."""
 
     def __init__(self, folder: Path, suite: Suite) -> None:
         self.folder, self.suite = folder.resolve(), suite
@@ -64,8 +66,9 @@ class Workspace:
         self.identifier = str(int(suite.dataset[7:10]))
 
     def environment(self) -> dict[str, str]:
-        """The caller's without its nnU-Net variables, one thread per process, the suite's own variables last."""
-        from nnssl.cli import trainers_folder
+        """The caller's without its nnU-Net variables, one thread per process, the suite's own variables
+        last."""
+        from nnssl.commands.trainers import trainers_folder
 
         folders = {f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -76,7 +79,15 @@ class Workspace:
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")},
             **folders,
-            **{name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc")},
+            **{
+                name: "1"
+                for name in (
+                    "OMP_NUM_THREADS",
+                    "MKL_NUM_THREADS",
+                    "OPENBLAS_NUM_THREADS",
+                    "nnUNet_def_n_proc",
+                )
+            },
             **(memory if self.suite.device == "cpu" else {}),
             **({"nnUNet_compile": "f"} if self.suite.device == "cpu" else {}),
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -89,12 +100,14 @@ class Workspace:
 
     def nnssl(self, log: Path, *arguments: str) -> None:
         """An `nnssl` command, its output to `log`; RuntimeError with the last lines where it fails."""
-        run(log, [sys.executable, "-m", "nnssl.cli", *arguments], self.environment())
+        run(log, [sys.executable, "-m", "nnssl.commands.cli", *arguments], self.environment())
 
     def cases(self) -> list[str]:
         """Sorted names of the labeled cases of the raw dataset."""
         ending = json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        return sorted(p.name.removesuffix(ending) for p in (self.raw / "labelsTr").iterdir() if p.name.endswith(ending))
+        return sorted(
+            p.name.removesuffix(ending) for p in (self.raw / "labelsTr").iterdir() if p.name.endswith(ending)
+        )
 
     def plans(self, name: str = BASE_PLAN) -> dict[str, Any]:
         return json.loads((self.preprocessed / f"{name}.json").read_text(encoding="utf-8"))
@@ -111,7 +124,11 @@ class Workspace:
         """Link the raw dataset, split, plan, preprocess; what is there already is left alone."""
         source, log = data / self.suite.dataset, self.folder / "logs" / "prepare.log"
         if not (source / "dataset.json").is_file():
-            how = f"; make it with `python -m benchmarks.leaderboard convert {self.suite.converter}`" if self.suite.converter else ""
+            how = (
+                f"; make it with `python -m benchmarks.leaderboard convert {self.suite.converter}`"
+                if self.suite.converter
+                else ""
+            )
             raise SuiteError(f"{source} is no nnU-Net raw dataset (no dataset.json){how}")
         with lock(self.folder / "prepare.lock", wait=True):
             for name in ("raw", "preprocessed", "results", "logs"):
@@ -122,17 +139,29 @@ class Workspace:
                 if (source / name).is_dir() and not (self.raw / name).exists():
                     (self.raw / name).symlink_to((source / name).resolve())
             self.preprocessed.mkdir(exist_ok=True)
-            write_whole(self.preprocessed / "splits_final.json", json.dumps(folds(self.suite, self.cases()), indent=1))
+            write_whole(
+                self.preprocessed / "splits_final.json", json.dumps(folds(self.suite, self.cases()), indent=1)
+            )
             spacing = self.suite.plan.get("spacing")
             edits = ["-overwrite_target_spacing", *map(str, spacing)] if spacing else []
-            asked = self.folder / "spacing.json"  # nnU-Net's plan need not tell: its axes may be in another order
+            asked = (
+                self.folder / "spacing.json"
+            )  # nnU-Net's plan need not tell: its axes may be in another order
             if not (self.preprocessed / f"{BASE_PLAN}.json").is_file():
                 write_whole(asked, json.dumps(spacing))
-                chosen = ["-d", self.identifier, "-c", self.suite.configuration, "-overwrite_plans_name", BASE_PLAN]
+                chosen = [
+                    "-d",
+                    self.identifier,
+                    "-c",
+                    self.suite.configuration,
+                    "-overwrite_plans_name",
+                    BASE_PLAN,
+                ]
                 self.nnssl(log, "plan-and-preprocess", *chosen, *edits, "--no_pp", "-npfp", str(jobs))
             elif asked.is_file() and (planned := json.loads(asked.read_text(encoding="utf-8"))) != spacing:
                 raise SuiteError(
-                    f"{self.folder} was planned with [plan] spacing {planned}, the suite asks for {spacing}: use another --work"
+                    f"{self.folder} was planned with [plan] spacing {planned}, the suite asks for "
+                    f"{spacing}: use another --work"
                 )
             edit_plan(self.plans(), self.suite)  # refuses what does not fit before hours of work
             self.preprocess(log, BASE_PLAN, jobs)
@@ -147,24 +176,34 @@ def run(log: Path, command: Sequence[str], environment: Mapping[str, str]) -> No
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        status = subprocess.run(command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
+        status = subprocess.run(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        ).returncode
     if status:
         shown = next((c for c in command if c.startswith("nnUNetv2_")), " ".join(command[2:]))
         raise RuntimeError(f"{shown} ended with status {status}, see {log}; its last lines:\n{tail(log)}")
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.is_file() else ""
+    return (
+        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        if log.is_file()
+        else ""
+    )
 
 
 def folds(suite: Suite, cases: Sequence[str]) -> list[dict[str, list[str]]]:
-    """One fold per budget, and one with all labels: the first names are labeled, the others unlabeled, validation apart."""
+    """One fold per budget, and one with all labels: the first names are labeled, the others unlabeled,
+    validation apart."""
     val = list(cases[-suite.validation :]) if isinstance(suite.validation, int) else sorted(suite.validation)
     if unknown := sorted(set(val) - set(cases)):
         raise SuiteError(f"validation: no case {', '.join(unknown[:5])} in {suite.dataset}")
     pool = [case for case in cases if case not in set(val)]
     if not pool or max(suite.budgets) > len(pool):
-        raise SuiteError(f"budgets {suite.budgets}: {suite.dataset} has {len(pool)} cases beside the {len(val)} for validation")
+        raise SuiteError(
+            f"budgets {suite.budgets}: {suite.dataset} has {len(pool)} cases beside the {len(val)} for "
+            f"validation"
+        )
     return [{"train": pool[:n], "val": val, "unlabeled": pool[n:]} for n in (*suite.budgets, len(pool))]
 
 
@@ -172,7 +211,9 @@ def edit_plan(plans: dict[str, Any], suite: Suite) -> dict[str, Any]:
     """The suite's [plan] put into a plan; SuiteError where a patch does not fit the network."""
     configuration = plans["configurations"].get(suite.configuration)
     if configuration is None:
-        raise SuiteError(f"configuration {suite.configuration!r}: the plan has {', '.join(plans['configurations'])}")
+        raise SuiteError(
+            f"configuration {suite.configuration!r}: the plan has {', '.join(plans['configurations'])}"
+        )
     network = configuration["architecture"]["arch_kwargs"]
     divisor = suite.plan.get("features_divisor", 1)
     network["features_per_stage"] = [max(1, f // divisor) for f in network["features_per_stage"]]
@@ -180,6 +221,8 @@ def edit_plan(plans: dict[str, Any], suite: Suite) -> dict[str, Any]:
     patch = suite.plan.get("patch_size", configuration["patch_size"])
     strides = [int(s) for s in np.prod(network["strides"], axis=0)]
     if len(patch) != len(strides) or any(p % s for p, s in zip(patch, strides, strict=True)):
-        raise SuiteError(f"[plan] patch_size {patch} must be multiples of {strides}: so far does the planned network pool")
+        raise SuiteError(
+            f"[plan] patch_size {patch} must be multiples of {strides}: so far does the planned network pool"
+        )
     configuration["patch_size"] = patch
     return plans

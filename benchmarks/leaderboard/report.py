@@ -1,4 +1,5 @@
-"""`report`: Markdown, CSV and JSON tables, bar chart, label-budget curve, overlay panel and training curves, from the rows alone.
+"""`report`: Markdown, CSV and JSON tables, bar chart, label-budget curve, overlay panel and training curves,
+from the rows alone.
 
 The same rows give the same files: nothing in them depends on when or where they were written.
 """
@@ -30,7 +31,8 @@ METRICS = {
 
 
 def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
-    """The rows of the suite that are on disk, in its order; SuiteError if there is none, or one of other settings."""
+    """The rows of the suite that are on disk, in its order; SuiteError if there is none, or one of other
+    settings."""
     rows, outdated = [], []
     for row in suite.rows():
         path = results / suite.name / f"{row.name}.json"
@@ -40,7 +42,10 @@ def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
             if content["fingerprint"] != row.fingerprint:
                 outdated.append(str(path))
     if outdated:
-        raise SuiteError(f"rows of other settings than the suite's: remove them or bring the suite back: {' '.join(outdated)}")
+        raise SuiteError(
+            f"rows of other settings than the suite's: remove them or bring the suite back: "
+            f"{' '.join(outdated)}"
+        )
     if not rows:
         raise SuiteError(f"no row in {results / suite.name}: use `run` first")
     return rows
@@ -61,7 +66,8 @@ def interval(difference: np.ndarray) -> tuple[float, float]:
 
 
 def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per budget and method with a finished row; the upper bound, trained on all labels, closes every budget."""
+    """One entry per budget and method with a finished row; the upper bound, trained on all labels, closes
+    every budget."""
     finished = [r for r in rows if r["status"] == "finished"]
     upper = [r for r in finished if r["bound"]]
     table = []
@@ -87,9 +93,14 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     entry[f"dice_minus_{base}"] = float(difference.mean())
                     entry[f"dice_minus_{base}_interval"] = interval(difference)
             if upper and "supervised" in here and method != "supervised":
-                low, gap = per_case(here["supervised"], "dice"), per_case(upper, "dice") - per_case(here["supervised"], "dice")
+                low, gap = (
+                    per_case(here["supervised"], "dice"),
+                    per_case(upper, "dice") - per_case(here["supervised"], "dice"),
+                )
                 gain = float((per_case(found, "dice") - low).mean())
-                entry["gap_closed"] = gain / float(gap.mean()) if interval(gap)[0] > 0 else None  # a share of nothing says nothing
+                entry["gap_closed"] = (
+                    gain / float(gap.mean()) if interval(gap)[0] > 0 else None
+                )  # a share of nothing says nothing
             table.append(entry)
     return table
 
@@ -97,7 +108,9 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
 def number(value: float | None, factor: float = 1, sd: float | None = None, signed: bool = False) -> str:
     if value is None:
         return ""
-    return f"{factor * value:{'+' if signed else ''}.2f}" + (f" ± {factor * sd:.2f}" if sd is not None else "")
+    return f"{factor * value:{'+' if signed else ''}.2f}" + (
+        f" ± {factor * sd:.2f}" if sd is not None else ""
+    )
 
 
 def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list[str]:
@@ -106,15 +119,24 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
     if not suffix:
         heads += ["− supervised", "− self-training", "gap closed %"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for e in sorted(entries, key=lambda e: (e["method"] == "supervised_all", -e[f"dice{suffix}"], e["method"])):
+    for e in sorted(
+        entries, key=lambda e: (e["method"] == "supervised_all", -e[f"dice{suffix}"], e["method"])
+    ):
         cells = [NAMES.get(e["method"], e["method"]), str(len(e["seeds"]))]
         for metric in METRICS:
-            cells.append(number(e[metric + suffix], 100 if metric in ("dice", "jaccard") else 1, e[f"{metric}{suffix}_sd"]))
+            cells.append(
+                number(
+                    e[metric + suffix], 100 if metric in ("dice", "jaccard") else 1, e[f"{metric}{suffix}_sd"]
+                )
+            )
         if not suffix:
             for base in ("supervised", "self_training"):
                 low, high = e.get(f"dice_minus_{base}_interval", (None, None))
                 cells.append(
-                    f"{number(e[f'dice_minus_{base}'], 100, signed=True)} [{100 * low:+.2f}, {100 * high:+.2f}]" if low is not None else ""
+                    f"{number(e[f'dice_minus_{base}'], 100, signed=True)} [{100 * low:+.2f}, "
+                    f"{100 * high:+.2f}]"
+                    if low is not None
+                    else ""
                 )
             cells.append("" if e.get("gap_closed") is None else f"{100 * e['gap_closed']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -123,21 +145,37 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
 
 def verdict(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which methods have a higher mean Dice than what one can do without them, and which have not."""
-    base = {m: d for m in ("supervised", "self_training") for d in (e["dice"] for e in entries if e["method"] == m)}
-    methods = sorted((e for e in entries if e["method"] not in NAMES), key=lambda e: (-e["dice"], e["method"]))
+    base = {
+        m: d
+        for m in ("supervised", "self_training")
+        for d in (e["dice"] for e in entries if e["method"] == m)
+    }
+    methods = sorted(
+        (e for e in entries if e["method"] not in NAMES), key=lambda e: (-e["dice"], e["method"])
+    )
     if not base or not methods:
         return []
     above = [e["method"] for e in methods if e["dice"] > max(base.values())]
-    text = f"Mean Dice above {' and '.join(NAMES[m] for m in base)}: {', '.join(above) or 'no method'} ({len(above)} of {len(methods)})."
+    bounds, winners = " and ".join(NAMES[m] for m in base), ", ".join(above) or "no method"
+    text = f"Mean Dice above {bounds}: {winners} ({len(above)} of {len(methods)})."
     if (share := methods[0].get("gap_closed")) is not None:
         text += f" The best, {methods[0]['method']}, closes {100 * share:.0f} % of the gap to all labels."
     for name, dice in base.items():
-        if below := [f"{e['method']} ({number(e['dice'] - dice, 100, signed=True)})" for e in methods if e["dice"] <= dice]:
+        if below := [
+            f"{e['method']} ({number(e['dice'] - dice, 100, signed=True)})"
+            for e in methods
+            if e["dice"] <= dice
+        ]:
             text += f" **Not above {NAMES[name]}**: {', '.join(below)}."
     return [text, ""]
 
 
-def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]], pictures: Mapping[str, str]) -> str:
+def markdown(
+    suite: Suite,
+    rows: Sequence[Mapping[str, Any]],
+    table: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, str],
+) -> str:
     finished = [r for r in rows if r["status"] == "finished"]
     lines = [f"# {suite.title}", ""]
     if finished:
@@ -145,7 +183,15 @@ def markdown(suite: Suite, rows: Sequence[Mapping[str, Any]], table: Sequence[Ma
     for budget in suite.budgets:
         entries = [e for e in table if e["budget"] == budget]
         if entries:
-            lines += [f"## {budget} labeled", "", *verdict(entries), *budget_table(entries), "", "Largest component of each structure:", ""]
+            lines += [
+                f"## {budget} labeled",
+                "",
+                *verdict(entries),
+                *budget_table(entries),
+                "",
+                "Largest component of each structure:",
+                "",
+            ]
             lines += [*budget_table(entries, "_lcc"), ""]
     if suite.published:
         lines += [*published_table(suite, table), ""]
@@ -165,43 +211,69 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
     several = lambda key: "; ".join(sorted({str(r[key]) for r in finished}))  # noqa: E731
     versions = sorted({f"{k} {v}" for r in finished for k, v in r["versions"].items()})
     steps = f"{schedule['num_epochs']} x {schedule['num_iterations_per_epoch']} iterations"
-    batch = f"batch {plan_batch(finished)} labeled + {schedule.get('unlabeled_batch_size') or plan_batch(finished)} unlabeled"
+    labeled = plan_batch(finished)
+    batch = f"batch {labeled} labeled + {schedule.get('unlabeled_batch_size') or labeled} unlabeled"
     precision = schedule.get("amp", "float16") + ", channels_last" * schedule.get("channels_last", False)
     hours, training = (sum(r[key] for r in finished) / 3600 for key in ("seconds", "train_seconds"))
     unit = "core-hours" if suite.device == "cpu" else "GPU-hours"
     spacing, patch = " x ".join(f"{s:g}" for s in plan["spacing"]), " x ".join(map(str, plan["patch_size"]))
     text = (
-        f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last checkpoint (never the best one), "
+        f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last "
+        f"checkpoint (never the best one), "
         "nnU-Net's own inference, evaluated at the resolution of the labels. "
         f"Schedule of every row: {steps}, {batch}, {precision}, spacing {spacing} mm, patch {patch}, "
-        f"{plan['network']} with features {', '.join(map(str, plan['features']))}. Self-training: two rounds of half the steps each. "
+        f"{plan['network']} with features {', '.join(map(str, plan['features']))}. Self-training: two "
+        f"rounds of half the steps each. "
         f"{several('hardware')}; {', '.join(versions)}. "
-        f"The {len(finished)} rows took {hours:.2f} {unit}, {training:.2f} of them in the epochs of training.\n\n"
-        "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` and `asd`, in voxels and mm; a "
+        f"The {len(finished)} rows took {hours:.2f} {unit}, {training:.2f} of them in the epochs of "
+        f"training.\n\n"
+        "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` "
+        "and `asd`, in voxels and mm; a "
         "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "
         f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "
-        "Gap closed: share of the way from supervised only to all labels; none where the interval of that way holds 0."
+        "Gap closed: share of the way from supervised only to all labels; none where the interval of that "
+        "way holds 0."
     )
-    own = {m.removeprefix("nnUNetTrainer"): {**s.get("schedule", {}), **s.get("options", {})} for m, s in suite.method.items()}
-    settings = "; ".join(f"{m} ({', '.join(f'{k} = {v}' for k, v in s.items())})" for m, s in own.items() if s)
+    own = {
+        m.removeprefix("nnUNetTrainer"): {**s.get("schedule", {}), **s.get("options", {})}
+        for m, s in suite.method.items()
+    }
+    settings = "; ".join(
+        f"{m} ({', '.join(f'{k} = {v}' for k, v in s.items())})" for m, s in own.items() if s
+    )
     text += f" Settings of single methods: {settings}." if settings else ""
     return text + (f"\n\n{suite.note}" if suite.note else "")
 
 
 def plan_batch(finished: Sequence[Mapping[str, Any]]) -> int:
-    return next((r["plan"]["batch_size"] for r in finished if r["method"] != "self_training"), finished[0]["plan"]["batch_size"])
+    return next(
+        (r["plan"]["batch_size"] for r in finished if r["method"] != "self_training"),
+        finished[0]["plan"]["batch_size"],
+    )
 
 
 def published_table(suite: Suite, table: Sequence[Mapping[str, Any]]) -> list[str]:
     """The papers' figures beside ours."""
     ours = {(e["method"], e["budget"]): e for e in table}
     columns = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD vox", "asd": "ASD vox"}
-    keys = {"dice": ("dice", 100), "jaccard": ("jaccard", 100), "hd95": ("hd95_voxel", 1), "asd": ("asd_voxel", 1)}
-    heads = ["method", "labeled", *(f"{c}, published" for c in columns.values()), *(f"{c}, ours" for c in columns.values()), "source"]
+    keys = {
+        "dice": ("dice", 100),
+        "jaccard": ("jaccard", 100),
+        "hd95": ("hd95_voxel", 1),
+        "asd": ("asd_voxel", 1),
+    }
+    heads = [
+        "method",
+        "labeled",
+        *(f"{c}, published" for c in columns.values()),
+        *(f"{c}, ours" for c in columns.values()),
+        "source",
+    ]
     lines = [
         "## Published figures",
         "",
-        "As printed in the source named; many authors chose the checkpoint that does best on the test scans. Ours never do.",
+        "As printed in the source named; many authors chose the checkpoint that does best on the test "
+        "scans. Ours never do.",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
@@ -241,6 +313,9 @@ def write_report(suite: Suite, results: Path) -> str:
     finished = [r for r in rows if r["status"] == "finished"]
     text = markdown(suite, rows, table, write_pictures(suite, table, finished, results) if finished else {})
     write_whole(results / f"{suite.name}.md", text)
-    write_whole(results / f"{suite.name}.json", json.dumps({"suite": suite.name, "table": table}, indent=1, sort_keys=True) + "\n")
+    write_whole(
+        results / f"{suite.name}.json",
+        json.dumps({"suite": suite.name, "table": table}, indent=1, sort_keys=True) + "\n",
+    )
     write_whole(results / f"{suite.name}.csv", comma_separated(table))
     return text

@@ -1,6 +1,7 @@
 """The runner: every row of a suite that is not finished, each in a process of its own, through submitit.
 
-A row is locked by the process that works on it, and a training goes on from its last checkpoint, so runner and jobs may be killed at any
+A row is locked by the process that works on it, and a training goes on from its last checkpoint, so runner
+and jobs may be killed at any
 time and several runners may share a work folder: the next `run` does what is missing.
 """
 
@@ -28,18 +29,29 @@ YEAR_MINUTES = 365 * 24 * 60
 
 
 def select(suite: Suite, work: Path, results: Path, only: Sequence[str]) -> list[Job]:
-    """The rows whose name or method matches a pattern of `only`; SuiteError where trainers are unknown or rows are of other settings."""
-    from nnssl.cli import list_trainers, trainers_folder
+    """The rows whose name or method matches a pattern of `only`; SuiteError where trainers are unknown or
+    rows are of other settings."""
+    from nnssl.commands.trainers import list_trainers, trainers_folder
 
-    rows = [r for r in suite.rows() if not only or any(fnmatch.fnmatchcase(n, p) for n in (r.name, r.method) for p in only)]
+    rows = [
+        r
+        for r in suite.rows()
+        if not only or any(fnmatch.fnmatchcase(n, p) for n in (r.name, r.method) for p in only)
+    ]
     if not rows:
         raise SuiteError(f"no row matches {', '.join(only)}. Rows: {', '.join(r.name for r in suite.rows())}")
     trainers = list_trainers(trainers_folder())
     if unknown := sorted({r.trainer for r in rows} - set(trainers)):
-        raise SuiteError(f"no trainer {', '.join(unknown)}; `nnssl trainers` lists {', '.join(trainers)}. --only leaves rows out")
+        raise SuiteError(
+            f"no trainer {', '.join(unknown)}; `nnssl trainers` lists {', '.join(trainers)}. --only leaves "
+            f"rows out"
+        )
     jobs = [Job(suite, row, work, results) for row in rows]
     if old := [job.result for job in jobs if job.state() == "outdated"]:
-        raise SuiteError(f"rows of other settings than the suite's are in the way, remove them to train anew: {' '.join(map(str, old))}")
+        raise SuiteError(
+            f"rows of other settings than the suite's are in the way, remove them to train anew: "
+            f"{' '.join(map(str, old))}"
+        )
     return jobs
 
 
@@ -58,7 +70,9 @@ def executor(folder: Path, suite: Suite, slurm: Mapping[str, Any] | None, slot: 
         import torch
 
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        known = [int(n) for n in chosen.split(",")] if chosen else list(range(max(1, torch.cuda.device_count())))
+        known = (
+            [int(n) for n in chosen.split(",")] if chosen else list(range(max(1, torch.cuda.device_count())))
+        )
         gpus = {"gpus_per_node": 1, "visible_gpus": (known[slot % len(known)],)}
     local.update_parameters(timeout_min=YEAR_MINUTES, stderr_to_stdout=True, **gpus)
     return local
@@ -74,7 +88,8 @@ def run_suite(
     slurm: Mapping[str, Any] | None = None,
     minutes: float | None = None,
 ) -> int:
-    """Prepare the data, then bring every selected row to its end; returns the number of rows that are not finished.
+    """Prepare the data, then bring every selected row to its end; returns the number of rows that are not
+    finished.
 
     jobs     rows at a time on this machine; on SLURM all are submitted at once
     minutes  stop after so long, at a checkpoint's loss at most; the next call goes on
@@ -90,7 +105,9 @@ def run_suite(
     try:
         done, calm = len(selected) - len(waiting), 1 if sys.stderr.isatty() else QUIET_SECONDS
         # miniters 0: the epochs are shown while no row ends
-        with tqdm(total=len(selected), initial=done, desc=suite.name, unit="row", mininterval=calm, miniters=0) as bar:
+        with tqdm(
+            total=len(selected), initial=done, desc=suite.name, unit="row", mininterval=calm, miniters=0
+        ) as bar:
             while (waiting or running) and time.monotonic() < end:
                 for name, (job, process, _) in list(running.items()):
                     if process.done():
@@ -109,10 +126,15 @@ def run_suite(
                         bar.update()
                     elif slurm is not None or len(running) + len(elsewhere) < jobs:
                         slot = min(set(range(len(running) + 1)) - {used for _, _, used in running.values()})
-                        process = executor(logs, suite, slurm, slot).submit(run_job, suite, job.row, work, results)
+                        process = executor(logs, suite, slurm, slot).submit(
+                            run_job, suite, job.row, work, results
+                        )
                         running[job.row.name] = (job, process, slot)
                         waiting.remove(job)
-                bar.set_postfix_str(", ".join(f"{name} {epoch(job)}/{job.epochs}" for name, (job, _, _) in running.items()), refresh=False)
+                bar.set_postfix_str(
+                    ", ".join(f"{name} {epoch(job)}/{job.epochs}" for name, (job, _, _) in running.items()),
+                    refresh=False,
+                )
                 bar.update(0)
                 time.sleep(POLL_SECONDS)
     finally:

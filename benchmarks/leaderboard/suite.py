@@ -4,24 +4,26 @@
     dataset = "Dataset501_LeftAtrium"        # an nnU-Net raw dataset below --data
     configuration = "3d_fullres"
     validation = 20                          # the last so many names; or a list of names
-    budgets = [2, 4]                         # labeled cases: the first in name order; all others but the validation cases are unlabeled
-    seeds = [0]
+    budgets = [2, 4]                         # labeled cases: the first in name order; all others but the
+    validation cases are unlabeled seeds = [0]
     methods = ["supervised", "supervised_all", "self_training", "nnUNetTrainerDiffCL"]
 
     [plan]                                   # edits of nnU-Net's plan, all optional
     spacing = [2.5, 2.5, 2.5]
     features_divisor = 4
 
-    [schedule]                               # general keys of the section `nnssl` of a plans file, the same for every row
+    [schedule]                               # general keys of the section `nnssl` of a plans file, the same
+                                             for every row
     num_epochs = 15
 
     [method.nnUNetTrainerDiffCL]             # optional, for one method
     seeds = { 2 = [0, 1] }                   # by budget (the others take the suite's), or one list for all
     options = { ddim_steps = 2 }             # the method's own section
 
-`supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases (the upper bound),
-`self_training` what a user of stock nnU-Net would do (run.py). Any other method is a trainer; a second row of the same trainer with other
-settings takes any name and says `trainer = "nnUNetTrainer..."`.
+`supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases
+(the upper bound), `self_training` what a user of stock nnU-Net would do (run.py). Any other method is a
+trainer; a second row of the same trainer with other settings takes any name and says `trainer =
+"nnUNetTrainer..."`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,16 @@ FOLDER = Path(__file__).parent
 SPECIAL = ("supervised", "supervised_all", "self_training")
 PLAN_KEYS = {"spacing": list, "features_divisor": int, "batch_size": int, "patch_size": list}
 METHOD_KEYS = {"trainer": str, "seeds": (list, dict), "budgets": list, "options": dict, "schedule": dict}
-PUBLISHED_KEYS = {"method": str, "labeled": int, "source": str, "dice": float, "jaccard": float, "hd95": float, "asd": float, "note": str}
+PUBLISHED_KEYS = {
+    "method": str,
+    "labeled": int,
+    "source": str,
+    "dice": float,
+    "jaccard": float,
+    "hd95": float,
+    "asd": float,
+    "note": str,
+}
 
 
 class SuiteError(ValueError):
@@ -90,7 +101,9 @@ class Suite:
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     method: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     published: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the trainings, e.g. nnUNet_n_proc_DA
+    environment: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of the trainings, e.g. nnUNet_n_proc_DA
 
     @property
     def iterations(self) -> int:
@@ -111,9 +124,30 @@ class Suite:
                     settings = {**self.schedule, **own.get("schedule", {}), "seed": seed}
                     if own.get("options"):
                         settings[trainer.removeprefix("nnUNetTrainer")] = own["options"]
-                    decides = [self.dataset, self.configuration, self.validation, self.plan, self.device, trainer, kind, labeled, settings]
+                    decides = [
+                        self.dataset,
+                        self.configuration,
+                        self.validation,
+                        self.plan,
+                        self.device,
+                        trainer,
+                        kind,
+                        labeled,
+                        settings,
+                    ]
                     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-                    found.append(Row(method.removeprefix("nnUNetTrainer"), trainer, kind, labeled, fold, seed, settings, digest))
+                    found.append(
+                        Row(
+                            method.removeprefix("nnUNetTrainer"),
+                            trainer,
+                            kind,
+                            labeled,
+                            fold,
+                            seed,
+                            settings,
+                            digest,
+                        )
+                    )
         return found
 
 
@@ -136,8 +170,24 @@ def load_suite(name: str) -> Suite:
 def _checked(name: str, content: dict[str, Any]) -> Suite:
     from nnssl.config import GeneralConfig, build
 
-    types = {"title": str, "dataset": str, "configuration": str, "validation": (int, list), "budgets": list, "seeds": list, "methods": list}
-    optional = {"device": str, "converter": str, "note": str, "plan": dict, "schedule": dict, "method": dict, "published": list}
+    types = {
+        "title": str,
+        "dataset": str,
+        "configuration": str,
+        "validation": (int, list),
+        "budgets": list,
+        "seeds": list,
+        "methods": list,
+    }
+    optional = {
+        "device": str,
+        "converter": str,
+        "note": str,
+        "plan": dict,
+        "schedule": dict,
+        "method": dict,
+        "published": list,
+    }
     _check_types(content, {**types, **optional, "environment": dict}, "the file", required=types)
     suite = Suite(name=name, **content)
     if not re.fullmatch(r"Dataset\d{3}_\w+", suite.dataset):
@@ -148,13 +198,22 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     _check_numbers(suite.seeds, 0, "seeds")
     if isinstance(suite.validation, int):
         _check_numbers([suite.validation], 1, "validation")
-    if not suite.methods or len(set(suite.methods)) < len(suite.methods) or not all(isinstance(m, str) for m in suite.methods):
+    if (
+        not suite.methods
+        or len(set(suite.methods)) < len(suite.methods)
+        or not all(isinstance(m, str) for m in suite.methods)
+    ):
         raise SuiteError(f"methods must be a list of different names, found {suite.methods}")
     _check_types(suite.plan, PLAN_KEYS, "[plan]")
     for key in ("features_divisor", "batch_size"):
         _check_numbers([suite.plan.get(key, 1)], 1, f"[plan] {key}")
     build(GeneralConfig, suite.schedule, "schedule")
-    _check_types(suite.schedule, dict.fromkeys(suite.schedule, object), "[schedule]", required=("num_epochs", "num_iterations_per_epoch"))
+    _check_types(
+        suite.schedule,
+        dict.fromkeys(suite.schedule, object),
+        "[schedule]",
+        required=("num_epochs", "num_iterations_per_epoch"),
+    )
     if "seed" in suite.schedule:
         raise SuiteError("[schedule] seed: use the list `seeds`")
     if unknown := sorted(set(suite.method) - set(suite.methods)):
@@ -167,13 +226,20 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
             _check_numbers(found, 0, f"[method.{method}] seeds")
         if extra := sorted(set(own.get("budgets", [])) - set(suite.budgets)):
             raise SuiteError(f"[method.{method}] budgets: {extra} not in budgets = {suite.budgets}")
-        if isinstance(seeds, dict) and (extra := sorted(set(seeds) - set(map(str, own.get("budgets", suite.budgets))))):
-            raise SuiteError(f"[method.{method}] seeds: {extra} not in budgets = {own.get('budgets', suite.budgets)}")
+        if isinstance(seeds, dict) and (
+            extra := sorted(set(seeds) - set(map(str, own.get("budgets", suite.budgets))))
+        ):
+            raise SuiteError(
+                f"[method.{method}] seeds: {extra} not in budgets = {own.get('budgets', suite.budgets)}"
+            )
         if isinstance(seeds, dict) and method == "supervised_all":
             raise SuiteError("[method.supervised_all] seeds: expected a list, this row has no budget")
         build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
-            raise SuiteError(f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and names no trainer")
+            raise SuiteError(
+                f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and "
+                f"names no trainer"
+            )
     halved = {**suite.schedule, **suite.method.get("self_training", {}).get("schedule", {})}
     if "self_training" in suite.methods and halved["num_epochs"] < 2:
         raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
@@ -193,7 +259,9 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
             raise SuiteError(f"{where}: unknown key {key!r}; valid keys are {', '.join(types)}")
         expected = (int, float) if types[key] is float else types[key]
         if not isinstance(value, expected) or (isinstance(value, bool) and expected is not object):
-            names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+            names = " or ".join(
+                t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))
+            )
             raise SuiteError(f"{where}: {key} must be {names}, found {value!r}")
 
 

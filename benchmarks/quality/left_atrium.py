@@ -1,14 +1,16 @@
-"""Left atrium, few labels, one CPU thread: the methods beside nnU-Net alone, from raw scans to a table and pictures.
+"""Left atrium, few labels, one CPU thread: the methods beside nnU-Net alone, from raw scans to a table and
+pictures.
 
-    python -m benchmarks.quality.left_atrium prepare --data DATA --work WORK      # raw nnU-Net dataset -> plan, split, preprocessed
-    python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed 0          # resumes; two at once on two cores
-    python -m benchmarks.quality.left_atrium report --work WORK
+    python -m benchmarks.quality.left_atrium prepare --data DATA --work WORK      # raw nnU-Net dataset ->
+    plan, split, preprocessed python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed
+    0          # resumes; two at once on two cores python -m benchmarks.quality.left_atrium report --work WORK
 
-DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled` keep their labels, the last 20
-are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100 iterations, nnU-Net's augmentation,
-bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all see equally many labeled patches, and with a moving average that
-reaches back over as small a share of the run as the paper's. Dice: nnU-Net's own evaluation
-of the validation cases with the last checkpoint.
+DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled`
+keep their labels, the last 20
+are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100
+iterations, nnU-Net's augmentation, bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all
+see equally many labeled patches, and with a moving average that reaches back over as small a share of the run
+as the paper's. Dice: nnU-Net's own evaluation of the validation cases with the last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ TRAINERS = ("Supervised", "FixMatch", "DiffCL", "CAML", "SemSim", "ACTION")
 
 def environment(work: Path) -> dict[str, str]:
     folders = {f"nnUNet_{n}": str(work / n) for n in ("raw", "preprocessed", "results")}
-    trainers = subprocess.run([sys.executable, "-m", "nnssl.cli", "trainers", "--path"], capture_output=True, encoding="utf-8", check=True)
+    trainers = subprocess.run(
+        [sys.executable, "-m", "nnssl.commands.cli", "trainers", "--path"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
     single = {"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1", "nnUNet_extTrainer": trainers.stdout.strip()}
     return {**os.environ, **folders, **single}
 
@@ -60,9 +67,18 @@ def prepare(data: Path, work: Path, labeled: int) -> None:
         (work / name).mkdir(parents=True, exist_ok=True)
     if not (work / "raw" / DATASET).exists():
         shutil.copytree(data / DATASET, work / "raw" / DATASET)
-    nnssl_command = [sys.executable, "-m", "nnssl.cli"]
+    nnssl_command = [sys.executable, "-m", "nnssl.commands.cli"]
     spacing = ["-overwrite_target_spacing", "2.5", "2.5", "2.5", "-overwrite_plans_name", BASE]
-    split = ["split", "-d", "501", "--labeled", str(labeled), "--first", "--val", *(f"LA_{i:03d}" for i in range(61, 81))]
+    split = [
+        "split",
+        "-d",
+        "501",
+        "--labeled",
+        str(labeled),
+        "--first",
+        "--val",
+        *(f"LA_{i:03d}" for i in range(61, 81)),
+    ]
     for arguments in (["plan-and-preprocess", "-d", "501", "-c", CONFIGURATION, *spacing], split):
         subprocess.run([*nnssl_command, *arguments], env=environment(work), check=True)
 
@@ -80,14 +96,21 @@ def run(work: Path, trainer: str, labeled: int, seed: int) -> None:
     # nnUNetv2_train -device cpu takes every core; this is the same function with one thread
     code = (
         "import sys, torch; torch.set_num_threads(1); from nnunetv2.run.run_training import run_training; "
-        f"run_training('501', '{CONFIGURATION}', 0, sys.argv[1], sys.argv[2], continue_training=True, device=torch.device('cpu'))"
+        f"run_training('501', '{CONFIGURATION}', 0, sys.argv[1], sys.argv[2], continue_training=True, "
+        f"device=torch.device('cpu'))"
     )
     arguments = [sys.executable, "-c", code, f"nnUNetTrainer{trainer}", name]
     subprocess.run(arguments, env={**environment(work), "nnUNet_n_proc_DA": "0"}, check=True)
 
 
 def fold_folder(work: Path, trainer: str, labeled: int, seed: int) -> Path:
-    return work / "results" / DATASET / f"nnUNetTrainer{trainer}__{plans_name(trainer, labeled, seed)}__{CONFIGURATION}" / "fold_0"
+    return (
+        work
+        / "results"
+        / DATASET
+        / f"nnUNetTrainer{trainer}__{plans_name(trainer, labeled, seed)}__{CONFIGURATION}"
+        / "fold_0"
+    )
 
 
 def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
@@ -100,7 +123,9 @@ def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
             if not (folder / "validation" / "summary.json").is_file():
                 continue
             summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
-            state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["nnssl"]
+            state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)[
+                "nnssl"
+            ]
             dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
             rows.append(
                 {
@@ -121,17 +146,25 @@ def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], labeled: int) -> str:
     seeds = sorted({r["seed"] for r in rows})
-    lines = [f"| {labeled} labels | {' | '.join(f'seed {s}' for s in seeds)} | mean |", "|---|" + "---|" * (len(seeds) + 1)]
+    lines = [
+        f"| {labeled} labels | {' | '.join(f'seed {s}' for s in seeds)} | mean |",
+        "|---|" + "---|" * (len(seeds) + 1),
+    ]
     for trainer in TRAINERS:
         found = {r["seed"]: 100 * r["dice"] for r in rows if r["method"] == trainer}
         if found:
             cells = [f"{found[s]:.2f}" if s in found else "" for s in seeds]
-            lines.append(f"| nnUNetTrainer{trainer} | {' | '.join(cells)} | {np.mean(list(found.values())):.2f} |")
+            lines.append(
+                f"| nnUNetTrainer{trainer} | {' | '.join(cells)} | {np.mean(list(found.values())):.2f} |"
+            )
     versions = {k: v for r in rows for k, v in r["versions"].items()}
     note = (
-        f"Validation Dice (%) of 20 scans, last checkpoint, nnU-Net's own evaluation. {DATASET} at 2.5 mm, features/2, batch 2, "
-        "15 x 100 iterations (ACTION 20 x 100, a quarter of them without labels), bfloat16, one thread of a CPU with AMX; "
-        f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Commands: `benchmarks/quality/left_atrium.py`."
+        f"Validation Dice (%) of 20 scans, last checkpoint, nnU-Net's own evaluation. {DATASET} at 2.5 mm, "
+        f"features/2, batch 2, "
+        "15 x 100 iterations (ACTION 20 x 100, a quarter of them without labels), bfloat16, one thread of a "
+        "CPU with AMX; "
+        f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Commands: "
+        f"`benchmarks/quality/left_atrium.py`."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -139,23 +172,35 @@ def table(rows: list[dict[str, Any]], labeled: int) -> str:
 def pictures(work: Path, labeled: int, seed: int) -> None:
     import torch
 
-    from nnssl.figures import draw_curve, draw_overlay
+    from nnssl.demo.figures import draw_curve, draw_overlay
 
     folders = {t: fold_folder(work, t, labeled, seed) for t in TRAINERS}
     folders = {t: f for t, f in folders.items() if (f / "validation" / "summary.json").is_file()}
     read = lambda path: sitk.GetArrayFromImage(sitk.ReadImage(str(path)))  # noqa: E731
-    summary = json.loads((next(iter(folders.values())) / "validation" / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads(
+        (next(iter(folders.values())) / "validation" / "summary.json").read_text(encoding="utf-8")
+    )
     dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
-    name = Path(summary["metric_per_case"][int(np.argsort(dice)[len(dice) // 2])]["prediction_file"]).name  # the first method's median case
+    name = Path(
+        summary["metric_per_case"][int(np.argsort(dice)[len(dice) // 2])]["prediction_file"]
+    ).name  # the first method's median case
     raw = work / "raw" / DATASET
-    image, truth = read(raw / "imagesTr" / name.replace(".nii.gz", "_0000.nii.gz")), read(raw / "labelsTr" / name)
+    image, truth = (
+        read(raw / "imagesTr" / name.replace(".nii.gz", "_0000.nii.gz")),
+        read(raw / "labelsTr" / name),
+    )
     rows = {f"{t}, {name[:6]}": (image, truth, read(f / "validation" / name)) for t, f in folders.items()}
     draw_overlay(rows, ["left atrium"], RESULTS / f"left_atrium_{labeled}_overlay.png")
     for trainer, folder in folders.items():
         with open(folder / "losses.csv", encoding="utf-8", newline="") as file:
             losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         log = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
-        draw_curve(losses, log["dice_per_class_or_region"], ["left atrium"], RESULTS / f"left_atrium_{labeled}_{trainer.lower()}.png")
+        draw_curve(
+            losses,
+            log["dice_per_class_or_region"],
+            ["left atrium"],
+            RESULTS / f"left_atrium_{labeled}_{trainer.lower()}.png",
+        )
 
 
 def report(work: Path, labeled: int, seeds: list[int]) -> None:
@@ -173,7 +218,9 @@ def report(work: Path, labeled: int, seeds: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["prepare", "run", "report"])
     parser.add_argument("--data", type=Path, help="folder with Dataset501_LeftAtrium (prepare)")
     parser.add_argument("--work", type=Path, required=True)

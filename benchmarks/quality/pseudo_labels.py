@@ -1,7 +1,8 @@
-"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the noised estimate of f and from
-noise) against the labels that the split hid.
+"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the
+noised estimate of f and from noise) against the labels that the split hid.
 
-    python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint checkpoint_final.pth
+    python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint
+    checkpoint_final.pth
 
 Looks at one central patch of every hidden case; nothing here feeds back into a training.
 """
@@ -19,7 +20,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from tqdm import tqdm
 
 from nnssl.method import full_resolution, inference
-from nnssl.randomness import seed_everything
+from nnssl.training.randomness import seed_everything
 
 STEPS = (1, 2, 4, 10)
 
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, "nnUNetTrainerDiffCL", args.p, device=torch.device("cpu"))
+    trainer = get_trainer_from_args(
+        args.dataset, args.configuration, args.fold, "nnUNetTrainerDiffCL", args.p, device=torch.device("cpu")
+    )
     trainer.load_checkpoint(os.path.join(trainer.output_folder, args.checkpoint))
     method, patch = trainer.method, list(trainer.configuration_manager.patch_size)
     hidden = trainer._hidden()[:: args.every]
@@ -73,8 +76,14 @@ def main() -> None:
             for share in (method.config.sampling_start, 1.0):
                 for steps in STEPS:
                     taus = method.diffusion.trailing_steps(steps, share)
-                    x = noise if share == 1 else method.diffusion.q_sample(2 * p_f - 1, torch.tensor(taus[:1]), noise)
-                    x = method.diffusion.ddim_sample(lambda x, tau, i=image: method.estimate(method.denoiser(x, tau, i)), x, taus)
+                    x = (
+                        noise
+                        if share == 1
+                        else method.diffusion.q_sample(2 * p_f - 1, torch.tensor(taus[:1]), noise)
+                    )
+                    x = method.diffusion.ddim_sample(
+                        lambda x, tau, i=image: method.estimate(method.denoiser(x, tau, i)), x, taus
+                    )
                     origin = "noise" if share == 1 else f"p_f at tau = {taus[0]}"
                     record(f"y_g from {origin}, S = {steps}", (x + 1) / 2)
     print("| pseudo-label | mean Dice | sd |\n|---|---|---|")
@@ -82,7 +91,9 @@ def main() -> None:
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} |")
     if args.output:
         with open(args.output, "w", encoding="utf-8") as f:
-            json.dump({"cases": len(hidden), "dice": {k: float(np.mean(v)) for k, v in scores.items()}}, f, indent=1)
+            json.dump(
+                {"cases": len(hidden), "dice": {k: float(np.mean(v)) for k, v in scores.items()}}, f, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What ACTION's anatomical contrast costs against the published algorithm, and its representation at sampled voxels against full maps.
+"""What ACTION's anatomical contrast costs against the published algorithm, and its representation at sampled
+voxels against full maps.
 
     python -m benchmarks.speed.action                # CPU, one thread, plain and tuned allocator
     python -m benchmarks.speed.action --device cuda
 
-Contrast: embeddings (4, 128, 56, 56, 40), 256 queries per class, 512 negatives each, forward and backward; "published" restates the
-public algorithm (tests/reference/action.py). Representation: decoder maps of four scales, 64 channels each, one volume of 56 x 56 x 40;
-up-sampled, concatenated and convolved at full resolution (3x3x3 then 1x1x1 as published, or 1x1x1 twice) against one linear map at the
+Contrast: embeddings (4, 128, 56, 56, 40), 256 queries per class, 512 negatives each, forward and backward;
+    "published" restates the
+public algorithm (tests/reference/action.py). Representation: decoder maps of four scales, 64 channels each,
+one volume of 56 x 56 x 40; up-sampled, concatenated and convolved at full resolution (3x3x3 then 1x1x1 as
+published, or 1x1x1 twice) against one linear map at the
 sampled voxels: 256 queries with gradient and 4096 candidates without, per class.
 """
 
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.losses.anatomical import dense_anatomical_contrast
-from nnssl.losses.sampling import gather_interpolated
+from nnssl.sampling import gather_interpolated
 from tests.reference import action as published
 
 BATCH, EMBEDDING, GRID = 4, 128, (56, 56, 40)
@@ -33,7 +36,8 @@ FORMS = ("published", "exact", "shared")
 
 
 def contrast_inputs(classes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings, one-hot labels in blobs, mask of confident voxels, probabilities; half of the voxels are hard."""
+    """Embeddings, one-hot labels in blobs, mask of confident voxels, probabilities; half of the voxels are
+    hard."""
     torch.manual_seed(0)
     scores = F.interpolate(torch.randn(BATCH, classes, 7, 7, 5), GRID, mode="trilinear")
     label = F.one_hot(scores.argmax(1), classes).movedim(-1, 1).float()
@@ -48,14 +52,19 @@ def contrast(classes: int, repeats: int, device: torch.device) -> dict[str, Any]
 
     def ours(negatives: str) -> Tensor:
         member = (label * mask).movedim(1, 0).flatten(1) > 0.5
-        return dense_anatomical_contrast(embeddings, member, (probabilities < 0.97).movedim(1, 0).flatten(1), negatives=negatives)
+        return dense_anatomical_contrast(
+            embeddings, member, (probabilities < 0.97).movedim(1, 0).flatten(1), negatives=negatives
+        )
 
     losses: dict[str, Callable[[], Tensor]] = {
         "published": lambda: published.anatomical_contrast(embeddings, label, mask, probabilities),
         "exact": lambda: ours("exact"),
         "shared": lambda: ours("shared"),
     }
-    calls = {name: partial(lambda loss: torch.autograd.grad(loss(), embeddings), loss) for name, loss in losses.items()}
+    calls = {
+        name: partial(lambda loss: torch.autograd.grad(loss(), embeddings), loss)
+        for name, loss in losses.items()
+    }
     return {
         "classes": classes,
         "loss": {name: loss().item() for name, loss in losses.items()},
@@ -69,8 +78,12 @@ def representation(repeats: int, device: torch.device) -> dict[str, Any]:
     maps = [torch.randn(1, CHANNELS, *s, device=device, requires_grad=True) for s in SCALES]
     width = CHANNELS * len(SCALES)
     heads = {
-        "3x3x3 + 1x1x1, full resolution": nn.Sequential(nn.Conv3d(width, EMBEDDING, 3, padding=1), nn.Conv3d(EMBEDDING, EMBEDDING, 1)),
-        "1x1x1 + 1x1x1, full resolution": nn.Sequential(nn.Conv3d(width, EMBEDDING, 1), nn.Conv3d(EMBEDDING, EMBEDDING, 1)),
+        "3x3x3 + 1x1x1, full resolution": nn.Sequential(
+            nn.Conv3d(width, EMBEDDING, 3, padding=1), nn.Conv3d(EMBEDDING, EMBEDDING, 1)
+        ),
+        "1x1x1 + 1x1x1, full resolution": nn.Sequential(
+            nn.Conv3d(width, EMBEDDING, 1), nn.Conv3d(EMBEDDING, EMBEDDING, 1)
+        ),
         "linear, sampled voxels": nn.Linear(width, EMBEDDING),
     }
     voxels = torch.Size(GRID).numel()
@@ -92,14 +105,23 @@ def representation(repeats: int, device: torch.device) -> dict[str, Any]:
         y = at(query)
         torch.autograd.grad(y, [*maps, *head.parameters()], torch.ones_like(y))
 
-    calls = {n: partial(sampled if isinstance(h, nn.Linear) else full, h.to(device)) for n, h in heads.items()}
-    return {"seconds": medians(calls, repeats, device), "peak": {name: peak_bytes(call, device) for name, call in calls.items()}}
+    calls = {
+        n: partial(sampled if isinstance(h, nn.Linear) else full, h.to(device)) for n, h in heads.items()
+    }
+    return {
+        "seconds": medians(calls, repeats, device),
+        "peak": {name: peak_bytes(call, device) for name, call in calls.items()},
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     contrasts = [contrast(classes, args.repeats, device) for classes in CLASSES]
-    return {"contrasts": contrasts, "representation": representation(args.repeats, device), "machine": machine(device)}
+    return {
+        "contrasts": contrasts,
+        "representation": representation(args.repeats, device),
+        "machine": machine(device),
+    }
 
 
 def report(results: dict[str, Any]) -> str:
@@ -113,14 +135,29 @@ def report(results: dict[str, Any]) -> str:
                 contrasts.append([allocator, entry["classes"], form, *cells])
         s, peak = result["representation"]["seconds"], result["representation"]["peak"]
         slowest = next(iter(s))
-        heads += [[allocator, name, 1e3 * s[name], f"{s[slowest] / s[name]:.1f}x", peak[name] / 1e6] for name in s]
-    header = ["allocator", "classes", "contrast", "ms", "faster", "extra memory, MB", "of published", "loss (random)"]
+        heads += [
+            [allocator, name, 1e3 * s[name], f"{s[slowest] / s[name]:.1f}x", peak[name] / 1e6] for name in s
+        ]
+    header = [
+        "allocator",
+        "classes",
+        "contrast",
+        "ms",
+        "faster",
+        "extra memory, MB",
+        "of published",
+        "loss (random)",
+    ]
     head_header = ["allocator", "representation", "ms", "faster", "extra memory, MB"]
-    return "\n\n".join([next(iter(results.values()))["machine"], table(header, contrasts), table(head_header, heads)])
+    return "\n\n".join(
+        [next(iter(results.values()))["machine"], table(header, contrasts), table(head_header, heads)]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     command("action", parser, measure, lambda results, args: report(results), 3)
 
 

@@ -1,13 +1,19 @@
-"""What CAML's omni-correlation and its bank cost: as a share of a CAML step, and against the public way of computing them.
+"""What CAML's omni-correlation and its bank cost: as a share of a CAML step, and against the public way of
+computing them.
 
-    python -m benchmarks.speed.caml                  # left atrium at 2.5 mm, features/2, batch 2, one thread, both allocators
-    python -m benchmarks.speed.caml --device cuda --features 32 64 128 256 320 320 --patch 80 160 160 --strides 1 2 2 2 2 1,2,2
+    python -m benchmarks.speed.caml                  # left atrium at 2.5 mm, features/2, batch 2, one thread,
+    both allocators python -m benchmarks.speed.caml --device cuda --features 32 64 128 256 320 320 --patch 80
+    160 160 --strides 1 2 2 2 2 1,2,2
 
-The part: predictions to agreement, rows for the bank, the bank itself, choice of voxels, heads, loss, and the backward pass to features and
-heads; on features of the last decoder stage and predictions that are right in most voxels, with a bank that has seen all labeled cases.
-The public way is tests/reference/caml.py: batch-normalised heads on all voxels, full sorts, a bank of all right voxels on the host. It uses
-12,800 queries per class; ours takes a share of small patches by default, and is measured with 12,800 too.
-Host reads: operations of a step for which the host waits for the device, or whose shapes depend on values there (tests/host_reads.py).
+The part: predictions to agreement, rows for the bank, the bank itself, choice of voxels, heads, loss, and the
+    backward pass to features and
+heads; on features of the last decoder stage and predictions that are right in most voxels, with a bank that
+has seen all labeled cases.
+The public way is tests/reference/caml.py: batch-normalised heads on all voxels, full sorts, a bank of all
+right voxels on the host. It uses 12,800 queries per class; ours takes a share of small patches by default,
+and is measured with 12,800 too.
+Host reads: operations of a step for which the host waits for the device, or whose shapes depend on values
+    there (tests/host_reads.py).
 """
 
 from __future__ import annotations
@@ -30,11 +36,17 @@ from tests.host_reads import HostReads
 from tests.reference.caml import PublicOmniCorrelation
 
 CASES = ("a", "b", "c", "d", "e", "f", "g", "h")
-STEP, OURS, OURS_AT_12800, PUBLIC = "CAML step", "omni-correlation", "omni-correlation, 12,800 queries", "the public way"
+STEP, OURS, OURS_AT_12800, PUBLIC = (
+    "CAML step",
+    "omni-correlation",
+    "omni-correlation, 12,800 queries",
+    "the public way",
+)
 
 
 class Part:
-    """One step's omni-correlation, ours or the public one, on fixed features and predictions; the labeled cases take turns."""
+    """One step's omni-correlation, ours or the public one, on fixed features and predictions; the labeled
+    cases take turns."""
 
     def __init__(self, setting: Setting, batch: SemiBatch) -> None:
         label = batch.full_target()[:, 0].long()
@@ -50,13 +62,19 @@ class Part:
 
     def ours(self, method: CAML, batch: SemiBatch) -> None:
         labels, n = method.labels, self.n
-        p_v, p_a = (method.probabilities(z) for z in self.logits)  # the step has these anyway, the public way computes them as well
+        p_v, p_a = (
+            method.probabilities(z) for z in self.logits
+        )  # the step has these anyway, the public way computes them as well
         agreed = labels.classes(labels.harden(p_v)) & labels.classes(labels.harden(p_a))
         right = agreed[:, :n] & labels.classes(labels.encode(self.label[:, None])[0])
         f_v, f_a = self.features
         method._bank_update = method.labeled_rows(f_v[:n], f_a[:n], right)
         loss = method.correlation(f_v[n:], f_a[n:], p_v[n:], agreed[:, n:])
-        torch.autograd.grad(loss, [*self.features, *method.head_v.parameters(), *method.head_a.parameters()], allow_unused=True)
+        torch.autograd.grad(
+            loss,
+            [*self.features, *method.head_v.parameters(), *method.head_a.parameters()],
+            allow_unused=True,
+        )
         method.after_step(replace(batch, labeled_cases=self.cases()), 0.5)
 
     def public(self, term: PublicOmniCorrelation) -> None:
@@ -71,7 +89,9 @@ class Part:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(args.device)
-    setting = Setting(args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, device, args.amp)
+    setting = Setting(
+        args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, device, args.amp
+    )
     method, step, batch = make(CAML, CAMLConfig(), setting)
     part = Part(setting, batch)
     calls: dict[str, Callable[[], None]] = {STEP: partial(full_step, method, step, batch)}
@@ -81,7 +101,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         calls[name] = partial(part.ours, alone, batch)
         banks[name] = alone.bank.rows.nbytes
     c = CAMLConfig()
-    public = PublicOmniCorrelation(setting.features[0], c.embedding, CLASSES, c.rows, c.queries, c.temperature, batch_norm=True).to(device)
+    public = PublicOmniCorrelation(
+        setting.features[0], c.embedding, CLASSES, c.rows, c.queries, c.temperature, batch_norm=True
+    ).to(device)
     calls[PUBLIC] = partial(part.public, public)
     for name in (OURS, OURS_AT_12800, PUBLIC):
         for _ in range(-(-len(CASES) // args.batch)):  # every case is in the bank
@@ -94,7 +116,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         reads[name] = len(found.found)
     peaks = {name: peak_bytes(call, device) for name, call in calls.items() if name != STEP}
     seconds = medians(calls, args.repeats, device)
-    return {"seconds": seconds, "bytes": peaks, "banks": banks, "reads": reads, "agreement": part.agreement(), "machine": machine(device)}
+    return {
+        "seconds": seconds,
+        "bytes": peaks,
+        "banks": banks,
+        "reads": reads,
+        "agreement": part.agreement(),
+        "machine": machine(device),
+    }
 
 
 def method_alone(method: SemiMethod, batch: SemiBatch) -> None:
@@ -105,7 +134,8 @@ def method_alone(method: SemiMethod, batch: SemiBatch) -> None:
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
-    shape = f"patch {args.patch}, features {args.features}, batch {args.batch} + {args.batch}, {len(CASES)} labeled cases"
+    batch = f"batch {args.batch} + {args.batch}"
+    shape = f"patch {args.patch}, features {args.features}, {batch}, {len(CASES)} labeled cases"
     rows = []
     for allocator, result in results.items():
         s, mib = result["seconds"], 2**20
@@ -114,10 +144,27 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
             share = s[name] / (s[STEP] - s[OURS] + s[name])  # of the step that has this part
             sizes = result["bytes"][name] / mib, result["banks"][name] / mib
             rows.append(
-                [allocator, name, 1e3 * s[name], f"{100 * share:.1f} %", f"{s[PUBLIC] / s[name]:.1f}x", *sizes, result["reads"][name]]
+                [
+                    allocator,
+                    name,
+                    1e3 * s[name],
+                    f"{100 * share:.1f} %",
+                    f"{s[PUBLIC] / s[name]:.1f}x",
+                    *sizes,
+                    result["reads"][name],
+                ]
             )
     first = next(iter(results.values()))
-    header = ["allocator", "", "ms", "share of its step", "faster than the public way", "peak, MiB", "bank, MiB", "host reads"]
+    header = [
+        "allocator",
+        "",
+        "ms",
+        "share of its step",
+        "faster than the public way",
+        "peak, MiB",
+        "bank, MiB",
+        "host reads",
+    ]
     notes = (
         f"The networks agree in {100 * first['agreement']:.0f} % of the unlabeled voxels. "
         "On CPU the public way's copies of its bank to and from the host are free and not counted."
@@ -126,7 +173,9 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--strides", nargs="+", default=["1", "2", "2", "1,2,2"])
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 40, 48])

@@ -3,9 +3,10 @@
     python -m benchmarks.speed.hfm                   # CPU, one thread, plain and tuned allocator
     python -m benchmarks.speed.hfm --device cuda
 
-High-pass: features (2, 32, *grid), forward and backward, relative to one 3x3x3 convolution 32 -> 32 on them; separable (what HFM uses) and
-by rfftn with the same box as a mask (also the price of any other mask). Networks: nnU-Net's plan for left atria of 2.5 mm at half its
-features; HFM's stage follows from the limit of its tokens. Layouts: the block alone on contiguous and on channels_last features.
+High-pass: features (2, 32, *grid), forward and backward, relative to one 3x3x3 convolution 32 -> 32 on them;
+separable (what HFM uses) and by rfftn with the same box as a mask (also the price of any other mask).
+Networks: nnU-Net's plan for left atria of 2.5 mm at half its features; HFM's stage follows from the limit of
+    its tokens. Layouts: the block alone on contiguous and on channels_last features.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from nnssl.networks.hf_mamba import HighFrequencyMamba, box_radii, describe_hfm,
 
 GRIDS = ((12, 20, 24), (16, 32, 32), (24, 40, 48), (33, 47, 29))
 CUTOFFS = (0.25, 0.5)
-PATCH, SPACING, FEATURES, STRIDES = (24, 40, 48), (2.5, 2.5, 2.5), [16, 32, 64, 128], [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
+PATCH, SPACING, FEATURES, STRIDES = (
+    (24, 40, 48),
+    (2.5, 2.5, 2.5),
+    [16, 32, 64, 128],
+    [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
+)
 TOKEN_LIMITS = (4096, 32768)
 
 
@@ -34,7 +40,9 @@ def outside_box(grid: tuple[int, ...], radii: tuple[int, ...], device: torch.dev
     inside = torch.ones(*grid[:-1], grid[-1] // 2 + 1, dtype=torch.bool, device=device)
     for axis, (n, radius) in enumerate(zip(grid, radii, strict=True)):
         index = torch.arange(inside.shape[axis], device=device)
-        inside &= (torch.minimum(index, n - index) <= radius).view([-1 if a == axis else 1 for a in range(len(grid))])
+        inside &= (torch.minimum(index, n - index) <= radius).view(
+            [-1 if a == axis else 1 for a in range(len(grid))]
+        )
     return ~inside
 
 
@@ -60,12 +68,15 @@ def high_passes(grid: tuple[int, ...], cutoff: float, repeats: int, device: torc
 def planned_network(device: torch.device) -> nn.Module:
     norm, relu = {"eps": 1e-5, "affine": True}, {"inplace": True}
     sizes: tuple[Any, ...] = (1, len(FEATURES), FEATURES, nn.Conv3d, 3, STRIDES, 2, 2, 2)
-    network = PlainConvUNet(*sizes, True, nn.InstanceNorm3d, norm, None, None, nn.LeakyReLU, relu, deep_supervision=True)
+    network = PlainConvUNet(
+        *sizes, True, nn.InstanceNorm3d, norm, None, None, nn.LeakyReLU, relu, deep_supervision=True
+    )
     return network.to(device)
 
 
 def networks(repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of a pass of 2 patches forward and backward, and of a prediction of 1 tile as large as the patch."""
+    """Seconds of a pass of 2 patches forward and backward, and of a prediction of 1 tile as large as the
+    patch."""
     candidates = {"planned": planned_network(device)}
     for limit in TOKEN_LIMITS:
         network = insert_hfm(planned_network(device), PATCH, SPACING, max_tokens=limit)
@@ -86,28 +97,44 @@ def networks(repeats: int, device: torch.device) -> dict[str, Any]:
     trained = {name: partial(train, network) for name, network in candidates.items()}
     predicted = {name: partial(predict, network) for name, network in candidates.items()}
     peaks = {name: peak_bytes(call, device) for name, call in trained.items()}
-    return {"training": medians(trained, repeats, device), "prediction": medians(predicted, repeats, device), "peaks": peaks}
+    return {
+        "training": medians(trained, repeats, device),
+        "prediction": medians(predicted, repeats, device),
+        "peaks": peaks,
+    }
 
 
 def layouts(channels: int, grid: tuple[int, ...], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of one block, forward and backward on 2 patches, for both memory formats of its features and their gradient."""
+    """Seconds of one block, forward and backward on 2 patches, for both memory formats of its features and
+    their gradient."""
     block = HighFrequencyMamba(channels, [1.0] * len(grid)).to(device)
     nn.init.ones_(block.gate)
     x, grad = torch.randn(2, channels, *grid, device=device), torch.randn(2, channels, *grid, device=device)
 
     def call(memory_format: torch.memory_format) -> None:
         inputs = x.to(memory_format=memory_format).requires_grad_()
-        torch.autograd.grad(block(inputs), [inputs, *block.parameters()], grad.to(memory_format=memory_format))
+        torch.autograd.grad(
+            block(inputs), [inputs, *block.parameters()], grad.to(memory_format=memory_format)
+        )
 
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-    return {"channels": channels, "grid": grid, "seconds": medians({k: partial(call, f) for k, f in formats.items()}, repeats, device)}
+    return {
+        "channels": channels,
+        "grid": grid,
+        "seconds": medians({k: partial(call, f) for k, f in formats.items()}, repeats, device),
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     blocks = [layouts(64, (6, 10, 12), args.repeats, device), layouts(32, (12, 20, 24), args.repeats, device)]
     passes = [high_passes(grid, cutoff, args.repeats, device) for grid in GRIDS for cutoff in CUTOFFS]
-    return {"high_passes": passes, "layouts": blocks, "networks": networks(args.repeats, device), "machine": machine(device)}
+    return {
+        "high_passes": passes,
+        "layouts": blocks,
+        "networks": networks(args.repeats, device),
+        "machine": machine(device),
+    }
 
 
 def report(results: dict[str, Any]) -> str:
@@ -116,15 +143,21 @@ def report(results: dict[str, Any]) -> str:
         for entry in result["high_passes"]:
             s, grid = entry["seconds"], " x ".join(map(str, entry["grid"]))
             relative = [f"{s[k] / s['convolution']:.2f}" for k in ("separable", "rfftn")]
-            filters.append([allocator, grid, f"{entry['cutoff']:g}", *(1e3 * v for v in s.values()), *relative])
+            filters.append(
+                [allocator, grid, f"{entry['cutoff']:g}", *(1e3 * v for v in s.values()), *relative]
+            )
         for entry in result["layouts"]:
             s, grid = entry["seconds"], " x ".join(map(str, entry["grid"]))
-            blocks.append([allocator, f"{entry['channels']} channels, {grid}", *(1e3 * v for v in s.values())])
+            blocks.append(
+                [allocator, f"{entry['channels']} channels, {grid}", *(1e3 * v for v in s.values())]
+            )
         training, prediction = result["networks"]["training"], result["networks"]["prediction"]
         for name in training:
             ratios = [f"{t[name] / t['planned']:.2f}x" for t in (training, prediction)]
             peak = result["networks"]["peaks"][name] / 2**20
-            whole.append([allocator, name, 1e3 * training[name], ratios[0], peak, 1e3 * prediction[name], ratios[1]])
+            whole.append(
+                [allocator, name, 1e3 * training[name], ratios[0], peak, 1e3 * prediction[name], ratios[1]]
+            )
     header = [
         "allocator",
         "grid",
@@ -135,15 +168,33 @@ def report(results: dict[str, Any]) -> str:
         "separable / convolution",
         "rfftn / convolution",
     ]
-    network_header = ["allocator", "network", "training pass, ms", "to planned", "its peak, MiB", "prediction of a tile, ms", "to planned"]
+    network_header = [
+        "allocator",
+        "network",
+        "training pass, ms",
+        "to planned",
+        "its peak, MiB",
+        "prediction of a tile, ms",
+        "to planned",
+    ]
     voxels = math.prod(PATCH)
     shape = f"Networks: features {FEATURES}, patch {' x '.join(map(str, PATCH))} = {voxels} voxels."
     block_table = table(["allocator", "block alone", "contiguous, ms", "channels_last, ms"], blocks)
-    return "\n\n".join([next(iter(results.values()))["machine"], table(header, filters), block_table, shape, table(network_header, whole)])
+    return "\n\n".join(
+        [
+            next(iter(results.values()))["machine"],
+            table(header, filters),
+            block_table,
+            shape,
+            table(network_header, whole),
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     command("hfm", parser, measure, lambda results, args: report(results), 7)
 
 

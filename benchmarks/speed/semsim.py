@@ -1,12 +1,15 @@
-"""What SemSim costs: memory and time of its refinement against the explicit matrix, and its step against the floor of its networks.
+"""What SemSim costs: memory and time of its refinement against the explicit matrix, and its step against the
+floor of its networks.
 
     python -m benchmarks.speed.semsim                   # CPU, one thread, plain and tuned allocator
     python -m benchmarks.speed.semsim --device cuda
 
-Refinement: one image, features (1, 128, N), 2 classes, forward and backward; peak is the memory in use during the call beyond what was in
-use before it. Slopes are those of log time and log peak over log N. Step, under both allocators: nnU-Net's plan for left atria of 2.5 mm
-at half its features, batch 2 + 2. Floor: the same passes through the networks (labeled and first strong view through encoder and decoder,
-second strong view through the encoder, forward and backward; the weak view forward only) and nothing else.
+Refinement: one image, features (1, 128, N), 2 classes, forward and backward; peak is the memory in use during
+    the call beyond what was in
+use before it. Slopes are those of log time and log peak over log N. Step, under both allocators: nnU-Net's
+plan for left atria of 2.5 mm at half its features, batch 2 + 2. Floor: the same passes through the networks
+(labeled and first strong view through encoder and decoder, second strong view through the encoder, forward
+and backward; the weak view forward only) and nothing else.
 """
 
 from __future__ import annotations
@@ -49,18 +52,27 @@ def refinements(repeats: int, device: torch.device) -> list[dict[str, Any]]:
         p = torch.rand(1, CLASSES, n, device=device).softmax(1)
         target = torch.rand_like(p)
 
-        def call(operation: Callable[[Tensor, Tensor, float], Tensor], x: Tensor = features, p: Tensor = p, y: Tensor = target) -> None:
+        def call(
+            operation: Callable[[Tensor, Tensor, float], Tensor],
+            x: Tensor = features,
+            p: Tensor = p,
+            y: Tensor = target,
+        ) -> None:
             torch.autograd.grad((operation(x, p, 20.0) - y).square().sum(), x)
 
         operations = {"fused": refine} | ({"matrix": explicit} if n in MATRIX else {})
         calls = {name: partial(call, operation) for name, operation in operations.items()}
         seconds = medians(calls, repeats if n < ONCE else 1, device)
-        entries.append({"tokens": n, "seconds": seconds, "peak": {k: peak_bytes(c, device) for k, c in calls.items()}})
+        entries.append(
+            {"tokens": n, "seconds": seconds, "peak": {k: peak_bytes(c, device) for k, c in calls.items()}}
+        )
     return entries
 
 
 def step(repeats: int, device: torch.device) -> dict[str, Any]:
-    setting = Setting([16, 32, 64, 128], [[1] * 3, [2] * 3, [2] * 3, [1, 2, 2]], [24, 40, 48], 2, 2.5, device, "float16")
+    setting = Setting(
+        [16, 32, 64, 128], [[1] * 3, [2] * 3, [2] * 3, [1, 2, 2]], [24, 40, 48], 2, 2.5, device, "float16"
+    )
     supervised = make(Supervised, SupervisedConfig(), setting)
     semsim = make(SemSim, SemSimConfig(), setting)
     method, optimization, batch = cast(SemSim, semsim[0]), *semsim[1:]
@@ -99,7 +111,9 @@ def step(repeats: int, device: torch.device) -> dict[str, Any]:
     parts: dict[str, Callable[[], Any]] = {
         "supervised step": partial(full_step, *supervised),
         "SemSim step": partial(full_step, *semsim),
-        "supervised floor": partial(training_pass, supervised[0].student, optimization.autocast, batch.labeled),
+        "supervised floor": partial(
+            training_pass, supervised[0].student, optimization.autocast, batch.labeled
+        ),
         "networks of SemSim": partial(networks, n + u),
         "networks, all views decoded": partial(networks, n + 2 * u),
         "fusion": fusion,
@@ -120,7 +134,14 @@ def report(steps: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     for allocator, result in steps.items():
         s = result["seconds"]
         floor, whole = s["networks of SemSim"], s["SemSim step"]
-        parts = (s["supervised step"], whole, floor, s["fusion"], s["refinement"], whole - floor - s["fusion"] - s["refinement"])
+        parts = (
+            s["supervised step"],
+            whole,
+            floor,
+            s["fusion"],
+            s["refinement"],
+            whole - floor - s["fusion"] - s["refinement"],
+        )
         beyond = [f"{100 * (whole / f - 1):.1f} %" for f in (floor, s["networks, all views decoded"])]
         ratios = [f"{whole / s['supervised step']:.2f}x", *beyond]
         whole_rows.append([allocator, *(1e3 * v for v in parts), *ratios])
@@ -128,14 +149,27 @@ def report(steps: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         measured = [e for e in entries if name in e["seconds"]]
         rows += [[name, e["tokens"], 1e3 * e["seconds"][name], e["peak"][name] / 2**20] for e in measured]
         tokens = [e["tokens"] for e in measured]
-        slopes.append([name, *(f"{slope(tokens, [e[key][name] for e in measured]):.2f}" for key in ("seconds", "peak"))])
-    header = ["allocator", "supervised step, ms", "SemSim step, ms", "networks, ms", "fusion, ms", "refinement, ms", "rest, ms"]
+        slopes.append(
+            [name, *(f"{slope(tokens, [e[key][name] for e in measured]):.2f}" for key in ("seconds", "peak"))]
+        )
+    header = [
+        "allocator",
+        "supervised step, ms",
+        "SemSim step, ms",
+        "networks, ms",
+        "fusion, ms",
+        "refinement, ms",
+        "rest, ms",
+    ]
     first = next(iter(steps.values()))
     return "\n\n".join(
         [
             first["machine"],
             first["plan"],
-            table([*header, "to supervised", "beyond networks", "beyond networks that decode all views"], whole_rows),
+            table(
+                [*header, "to supervised", "beyond networks", "beyond networks that decode all views"],
+                whole_rows,
+            ),
             table(["refinement", "tokens", "forward + backward, ms", "peak, MiB"], rows),
             table(["refinement", "slope of time", "slope of peak"], slopes),
         ]
@@ -143,10 +177,14 @@ def report(steps: dict[str, Any], entries: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="measure the step in this process as it is and print JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="measure the step in this process as it is and print JSON"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(args.device)

@@ -1,10 +1,12 @@
-"""The state-space mixer against mambapy's block, mamba-ssm's kernels (CUDA) and the plain recurrence; forward and backward.
+"""The state-space mixer against mambapy's block, mamba-ssm's kernels (CUDA) and the plain recurrence; forward
+and backward.
 
-    python -m benchmarks.speed.ssm                   # CPU, one thread, plain and tuned allocator; needs mambapy
-    python -m benchmarks.speed.ssm --device cuda
+    python -m benchmarks.speed.ssm                   # CPU, one thread, plain and tuned allocator; needs
+    mambapy python -m benchmarks.speed.ssm --device cuda
 
-Batch 2, state 16, expand 2. mambapy's block is Mamba-1 with its parallel scan in PyTorch, what people fall back to where mamba-ssm does not
-build; ours is Mamba-2: the same task at the same widths, not the same function.
+Batch 2, state 16, expand 2. mambapy's block is Mamba-1 with its parallel scan in PyTorch, what people fall
+back to where mamba-ssm does not build; ours is Mamba-2: the same task at the same widths, not the same
+function.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def training_pass(mixer: nn.Module, length: int, width: int, device: torch.devic
 def mixers(length: int, width: int, repeats: int, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     blocks: dict[str, nn.Module] = {
-        "mambapy": MambaBlock(MambaConfig(d_model=width, n_layers=1, d_state=STATE, expand_factor=2, pscan=True)),
+        "mambapy": MambaBlock(
+            MambaConfig(d_model=width, n_layers=1, d_state=STATE, expand_factor=2, pscan=True)
+        ),
         "nnssl": Mamba2Mixer(width, STATE, expand=2, backend="torch"),
     }
     if device.type == "cuda" and available_backends()[1].usable:
@@ -54,7 +58,14 @@ def mixers(length: int, width: int, repeats: int, device: torch.device) -> dict[
 def scans(length: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """The scan alone, 2 heads of 32 channels, against the loop over tokens."""
     g = torch.Generator().manual_seed(0)
-    shapes = ((BATCH, length, 2, 32), (BATCH, length, 2), (2,), (BATCH, length, 1, STATE), (BATCH, length, 1, STATE), (2,))
+    shapes = (
+        (BATCH, length, 2, 32),
+        (BATCH, length, 2),
+        (2,),
+        (BATCH, length, 1, STATE),
+        (BATCH, length, 1, STATE),
+        (2,),
+    )
     x, dt, A, B, C, D = (torch.rand(shape, generator=g).to(device) for shape in shapes)
     inputs = [v.requires_grad_() for v in (x, 0.1 * dt, -A, B, C, D)]
 
@@ -88,13 +99,21 @@ def report(results: dict[str, Any]) -> str:
             loop, ours = entry["seconds"]["loop over tokens"], entry["seconds"]["nnssl"]
             short.append([allocator, entry["length"], 1e3 * loop, 1e3 * ours, f"{loop / ours:.0f}x"])
     units = [f"{name}, {unit}" for name in names for unit in ("ms", "MiB")]
-    blocks = [table(["allocator", "length x width", *units, "mambapy / nnssl, time", "mambapy / nnssl, memory"], rows)]
-    blocks.append(table(["allocator", "scan alone, length", "loop over tokens, ms", "nnssl, ms", "ratio"], short))
+    blocks = [
+        table(
+            ["allocator", "length x width", *units, "mambapy / nnssl, time", "mambapy / nnssl, memory"], rows
+        )
+    ]
+    blocks.append(
+        table(["allocator", "scan alone, length", "loop over tokens, ms", "nnssl, ms", "ratio"], short)
+    )
     return "\n\n".join([next(iter(results.values()))["machine"], *blocks])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
     command("ssm", parser, measure, lambda results, args: report(results), 5)

@@ -1,11 +1,15 @@
-"""What a training step costs: every method against a supervised step and against the floor of its own networks; where Diff-CL's goes.
+"""What a training step costs: every method against a supervised step and against the floor of its own
+networks; where Diff-CL's goes.
 
-    python -m benchmarks.speed.steps                       # left atrium at 2.5 mm, features/2, batch 2, one thread, both allocators
-    python -m benchmarks.speed.steps --methods DiffCL CAML
-    python -m benchmarks.speed.steps --device cuda --features 32 64 128 256 320 320 --patch 80 160 160 --strides 1 2 2 2 2 1,2,2
+    python -m benchmarks.speed.steps                       # left atrium at 2.5 mm, features/2, batch 2, one
+    thread, both allocators python -m benchmarks.speed.steps --methods DiffCL CAML
+    python -m benchmarks.speed.steps --device cuda --features 32 64 128 256 320 320 --patch 80 160 160
+    --strides 1 2 2 2 2 1,2,2
 
-The floor of a method: all its forward and backward passes through networks of the planned shape, at the batches the method uses, and
-nothing else. Everything is timed in one process, part after part in every round, medians over rounds (benchmarks/speed/timing.py).
+The floor of a method: all its forward and backward passes through networks of the planned shape, at the
+    batches the method uses, and
+nothing else. Everything is timed in one process, part after part in every round, medians over rounds
+(benchmarks/speed/timing.py).
 Data: nnU-Net's augmentation of the labeled batch and the views of the unlabeled one, on random volumes.
 """
 
@@ -32,7 +36,7 @@ from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
-from nnssl.step import OptimizationStep
+from nnssl.training.optimizer_step import OptimizationStep
 
 CLASSES, IMAGES = 2, 1
 
@@ -52,7 +56,20 @@ class Setting:
     def network(self, inputs: int = IMAGES, outputs: int = CLASSES) -> nn.Module:
         norm, relu = {"eps": 1e-5, "affine": True}, {"inplace": True}
         n = len(self.features)
-        args: tuple[Any, ...] = (inputs, n, self.features, nn.Conv3d, 3, self.strides, 2, outputs, 2, True, nn.InstanceNorm3d, norm)
+        args: tuple[Any, ...] = (
+            inputs,
+            n,
+            self.features,
+            nn.Conv3d,
+            3,
+            self.strides,
+            2,
+            outputs,
+            2,
+            True,
+            nn.InstanceNorm3d,
+            norm,
+        )
         net = PlainConvUNet(*args, None, None, nn.LeakyReLU, relu, deep_supervision=True)
         return net.apply(net.initialize).to(self.device)
 
@@ -72,19 +89,27 @@ class Setting:
 
     def semi_batch(self, views: int) -> SemiBatch:
         image = torch.randn(self.batch, IMAGES, *self.patch, device=self.device)
-        smooth = nn.functional.interpolate(torch.randn(self.batch, 1, 4, 4, 4, device=self.device), self.patch, mode="trilinear")
+        smooth = nn.functional.interpolate(
+            torch.randn(self.batch, 1, 4, 4, 4, device=self.device), self.patch, mode="trilinear"
+        )
         targets, stride = [], np.ones(3, dtype=int)
         for s in self.strides[:-1]:
             stride = stride * np.array(s)
             targets.append((smooth[:, :, :: stride[0], :: stride[1], :: stride[2]] > 0).short())
         return SemiBatch(
-            image, targets, ("a", "b"), torch.randn_like(image), tuple(torch.randn_like(image) for _ in range(views)), ("u", "v")
+            image,
+            targets,
+            ("a", "b"),
+            torch.randn_like(image),
+            tuple(torch.randn_like(image) for _ in range(views)),
+            ("u", "v"),
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A step that is measured. floor: how often each of `passes` runs in it; t: progress at which it is taken; section: nnssl's config."""
+    """A step that is measured. floor: how often each of `passes` runs in it; t: progress at which it is
+    taken; section: nnssl's config."""
 
     method: str  # module of nnssl.methods
     floor: dict[str, int]
@@ -100,7 +125,9 @@ def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
         "Supervised": Row("supervised", {"train B": 1}),
         "DiffCL": Row("diffcl", diffcl_floor, section=diffcl),
         "DiffCL without HFM": Row("diffcl", diffcl_floor, section=diffcl | {"hfm_stages": 0}),
-        "CAML": Row("caml", {"train 2B": 1, "train interpolating 2B": 1, "infer B": 1, "infer interpolating 2B": 1}),
+        "CAML": Row(
+            "caml", {"train 2B": 1, "train interpolating 2B": 1, "infer B": 1, "infer interpolating 2B": 1}
+        ),
         "SemSim": Row("semsim", {"train 3B": 1, "infer B": 1}),
         "ACTION, phase 3": Row("action", one_teacher, t=0.9),
         "FixMatch": Row("fixmatch", one_teacher),
@@ -162,29 +189,50 @@ def full_step(method: SemiMethod, step: OptimizationStep, batch: SemiBatch, t: f
 def method_class(module: str) -> type[SemiMethod]:
     """The method of nnssl.methods.`module`."""
     found = importlib.import_module(f"nnssl.methods.{module}")
-    return next(c for c in vars(found).values() if isinstance(c, type) and issubclass(c, SemiMethod) and c.__module__ == found.__name__)
+    return next(
+        c
+        for c in vars(found).values()
+        if isinstance(c, type) and issubclass(c, SemiMethod) and c.__module__ == found.__name__
+    )
 
 
-def make(cls: type[SemiMethod], config: Any, setting: Setting) -> tuple[SemiMethod, OptimizationStep, SemiBatch]:
+def make(
+    cls: type[SemiMethod], config: Any, setting: Setting
+) -> tuple[SemiMethod, OptimizationStep, SemiBatch]:
     planned = setting.planned()
     student = cls.adapt_network(setting.network(), config, planned.patch_size, planned.spacing)
     method = cls(student, config, planned).to(setting.device).train()
     method.make_copies()
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-3, momentum=0.99, nesterov=True)
-    scaler = torch.amp.GradScaler("cuda") if setting.device.type == "cuda" and setting.amp == "float16" else None
-    return method, OptimizationStep(optimizer, scaler, setting.amp, setting.device, 10**6), setting.semi_batch(cls.num_strong_views)
+    optimizer = torch.optim.SGD(
+        [p for p in method.parameters() if p.requires_grad], 1e-3, momentum=0.99, nesterov=True
+    )
+    scaler = (
+        torch.amp.GradScaler("cuda") if setting.device.type == "cuda" and setting.amp == "float16" else None
+    )
+    return (
+        method,
+        OptimizationStep(optimizer, scaler, setting.amp, setting.device, 10**6),
+        setting.semi_batch(cls.num_strong_views),
+    )
 
 
 def data_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
     """Augmentation of one labeled and one unlabeled batch, from cropped patches on."""
     initial = [round(p * 1.35) for p in setting.patch]
     rotation = (-np.pi / 6, np.pi / 6)
-    scales = [[1 / v for v in np.cumprod(np.array(setting.strides), axis=0)[i]] for i in range(len(setting.strides) - 1)]
-    stock = nnUNetTrainer.get_training_transforms(setting.patch, rotation, scales, (0, 1, 2), False, use_mask_for_norm=[False])
+    scales = [
+        [1 / v for v in np.cumprod(np.array(setting.strides), axis=0)[i]]
+        for i in range(len(setting.strides) - 1)
+    ]
+    stock = nnUNetTrainer.get_training_transforms(
+        setting.patch, rotation, scales, (0, 1, 2), False, use_mask_for_norm=[False]
+    )
     views = ViewTransform(setting.patch, rotation, (0, 1, 2), False, 1)
     image, seg = torch.randn(IMAGES, *initial), torch.zeros(1, *initial, dtype=torch.int16)
     return {
-        "labeled": lambda: [stock(image=image.clone(), segmentation=seg.clone()) for _ in range(setting.batch)],
+        "labeled": lambda: [
+            stock(image=image.clone(), segmentation=seg.clone()) for _ in range(setting.batch)
+        ],
         "unlabeled": lambda: [views(image.clone(), seg.clone()) for _ in range(setting.batch)],
     }
 
@@ -192,8 +240,14 @@ def data_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(args.device)
-    setting = Setting(args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, device, args.amp)
-    chosen = {k: r for k, r in rows(args.ddim_steps, args.max_tokens).items() if k in ("Supervised", *args.methods) or not args.methods}
+    setting = Setting(
+        args.features, parse_strides(args.strides), args.patch, args.batch, args.spacing, device, args.amp
+    )
+    chosen = {
+        k: r
+        for k, r in rows(args.ddim_steps, args.max_tokens).items()
+        if k in ("Supervised", *args.methods) or not args.methods
+    }
     steps, networks = {}, {}
     for name, row in chosen.items():
         cls = method_class(row.method)
@@ -211,12 +265,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     parts["prediction of a tile"] = partial(forward_pass, networks["Supervised"].eval(), context, tile)
     seconds = medians({**{f"step {k}": v for k, v in steps.items()}, **parts}, args.repeats, device)
     peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-    return {"seconds": seconds, "peaks": peaks, "machine": machine(device), "floors": {k: r.floor for k, r in chosen.items()}}
+    return {
+        "seconds": seconds,
+        "peaks": peaks,
+        "machine": machine(device),
+        "floors": {k: r.floor for k, r in chosen.items()},
+    }
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     amp = args.amp if args.device == "cuda" or args.amp == "bfloat16" else "off"
-    shape = f"patch {args.patch}, features {args.features}, batch {args.batch}, autocast {amp}, DDIM steps {args.ddim_steps}"
+    network = f"patch {args.patch}, features {args.features}, batch {args.batch}"
+    shape = f"{network}, autocast {amp}, DDIM steps {args.ddim_steps}"
     lines, split, data = [], [], []
     for allocator, result in results.items():
         s, floors = result["seconds"], result["floors"]
@@ -224,12 +284,34 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
         for name, passes_of in floors.items():
             floor, value = sum(n * s[p] for p, n in passes_of.items()), s[f"step {name}"]
             content = ", ".join(p if n == 1 else f"{n} x {p}" for p, n in passes_of.items())
-            over, outside = f"{100 * (value / floor - 1):.1f} %", f"{100 * (1 - floor / (value + data_both)):.1f} %"
+            over, outside = (
+                f"{100 * (value / floor - 1):.1f} %",
+                f"{100 * (1 - floor / (value + data_both)):.1f} %",
+            )
             peak = result["peaks"][name] / 2**20
-            lines.append([allocator, name, 1e3 * value, f"{value / supervised:.2f}", content, 1e3 * floor, over, outside, peak])
+            lines.append(
+                [
+                    allocator,
+                    name,
+                    1e3 * value,
+                    f"{value / supervised:.2f}",
+                    content,
+                    1e3 * floor,
+                    over,
+                    outside,
+                    peak,
+                ]
+            )
         if "step DiffCL" in s:
             split += [[allocator, *line] for line in diffcl_parts(s, floors["DiffCL"])]
-        data.append([allocator, 1e3 * s["data, labeled"], 1e3 * s["data, unlabeled"], f"{100 * data_both / supervised:.1f} %"])
+        data.append(
+            [
+                allocator,
+                1e3 * s["data, labeled"],
+                1e3 * s["data, unlabeled"],
+                f"{100 * data_both / supervised:.1f} %",
+            ]
+        )
         data[-1].append(1e3 * s["prediction of a tile"])
     parts = [next(iter(results.values()))["machine"] + "; " + shape]
     header = [
@@ -246,7 +328,12 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     parts.append(table(header, lines))
     if split:
         parts.append(table(["allocator", "part of a Diff-CL step", "ms", "share of the step"], split))
-    names = ["labeled batch, ms", "unlabeled batch, ms", "both to a supervised step", "prediction of a tile, ms"]
+    names = [
+        "labeled batch, ms",
+        "unlabeled batch, ms",
+        "both to a supervised step",
+        "prediction of a tile, ms",
+    ]
     parts.append("Augmentation, before the step, and inference:\n\n" + table(["allocator", *names], data))
     return "\n\n".join(parts)
 
@@ -264,13 +351,18 @@ def parse_strides(texts: list[str]) -> list[list[int]]:
 
 
 def suffix(args: argparse.Namespace) -> str:
-    """Of the table's name: a run of single methods or in another precision leaves the whole table as it is."""
+    """Of the table's name: a run of single methods or in another precision leaves the whole table as it
+    is."""
     return "".join(f"_{part}" for part in ([] if args.amp == "float16" else [args.amp]) + args.methods)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=[], help="steps to measure beside the supervised one (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="steps to measure beside the supervised one (default: all)"
+    )
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--strides", nargs="+", default=["1", "2", "2", "1,2,2"])
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 40, 48])

@@ -1,7 +1,9 @@
-"""What the speed benchmarks share: interleaved medians, peak memory, both allocator settings, tables, results files.
+"""What the speed benchmarks share: interleaved medians, peak memory, both allocator settings, tables, results
+files.
 
-Times on CPU are seconds of processor time of this process, one thread, so that other programs on the machine disturb them little; on CUDA
-they are wall time between synchronisations. Alternatives are timed in turns, hence ratios compare like with like.
+Times on CPU are seconds of processor time of this process, one thread, so that other programs on the machine
+disturb them little; on CUDA they are wall time between synchronisations. Alternatives are timed in turns,
+hence ratios compare like with like.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
-# glibc gives large buffers back to the system at once, and fetching them again, page by page, then outweighs the arithmetic
+# glibc gives large buffers back to the system at once, and fetching them again, page by page, then outweighs
+# the arithmetic
 ALLOCATORS: dict[str, dict[str, str]] = {
     "plain": {},
-    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "67108864"},
+    "tuned": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+        "MALLOC_TOP_PAD_": "67108864",
+    },
 }
 
 
@@ -52,7 +59,8 @@ def _clock(device: torch.device) -> float:
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """Most memory in use during one call beyond what was in use before it.
 
-    CPU: resident memory (VmHWM - VmRSS) of a forked child that has made the call once and given all free memory back; glibc only.
+    CPU: resident memory (VmHWM - VmRSS) of a forked child that has made the call once and given all free
+        memory back; glibc only.
     CUDA: PyTorch's allocations.
     """
     if device.type == "cuda":
@@ -80,7 +88,9 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
-        raise RuntimeError(f"the measured call failed in its child process (status {status}); its message is above")
+        raise RuntimeError(
+            f"the measured call failed in its child process (status {status}); its message is above"
+        )
     return int(answer)
 
 
@@ -92,13 +102,20 @@ def _resident(key: str) -> int:
 
 
 def under_both_allocators(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What `python -m module --json arguments` prints, for each allocator setting: they are read when a process starts."""
+    """What `python -m module --json arguments` prints, for each allocator setting: they are read when a
+    process starts."""
     results = {}
     for name, variables in ALLOCATORS.items():
         print(f"{module}, {name} allocator ...", file=sys.stderr, flush=True)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | variables | {"OMP_NUM_THREADS": "1"}
+        environment = (
+            {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+            | variables
+            | {"OMP_NUM_THREADS": "1"}
+        )
         command = [sys.executable, "-m", module, "--json", *arguments]
-        results[name] = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+        results[name] = json.loads(
+            subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+        )
     return results
 
 
@@ -115,7 +132,8 @@ def machine(device: torch.device, *packages: str) -> str:
         processor = models[0] if models else platform.machine()
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", *packages))
     load, cores = os.getloadavg()[0], os.cpu_count()
-    return f"{processor}; {versions}; {torch.get_num_threads()} thread(s); load average {load:.1f} on {cores} cores at the end"
+    threads = f"{torch.get_num_threads()} thread(s)"
+    return f"{processor}; {versions}; {threads}; load average {load:.1f} on {cores} cores at the end"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -146,7 +164,8 @@ def command(
     repeats: int,
     suffix: Callable[[argparse.Namespace], str] = lambda args: "",
 ) -> None:
-    """The main of a benchmark: measures under both allocators on a CPU, once elsewhere, with one thread, and saves the report.
+    """The main of a benchmark: measures under both allocators on a CPU, once elsewhere, with one thread, and
+    saves the report.
 
     Args:
         name: of the module below benchmarks.speed and of the results.
@@ -164,5 +183,9 @@ def command(
     if args.json:
         print(json.dumps(measure(args)))
         return
-    results = under_both_allocators(f"benchmarks.speed.{name}", sys.argv[1:]) if args.device == "cpu" else {"": measure(args)}
+    results = (
+        under_both_allocators(f"benchmarks.speed.{name}", sys.argv[1:])
+        if args.device == "cpu"
+        else {"": measure(args)}
+    )
     save(f"{name}_{args.device}{suffix(args)}", report(results, args), results)

@@ -1,4 +1,5 @@
-"""The labeled part of a dataset: preprocessed by nnU-Net's own code, but only where something is missing or stale."""
+"""The labeled part of a dataset: preprocessed by nnU-Net's own code, but only where something is missing or
+stale."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.preprocess import Case, Log, Target, bring_up_to_date, preprocessing_fingerprint
-from nnssl.data.reading import training_files
+from nnssl.data.raw import training_files
 
 
 def labeled_cases(
@@ -31,7 +32,11 @@ def removed_cases(target: Target, cases: list[Case]) -> list[str]:
     """Preprocessed cases that the raw dataset no longer has: nnU-Net would go on training on them."""
     suffix, known = ".b2nd", {case.name for case in cases}
     names = os.listdir(target.folder) if isdir(target.folder) else []
-    found = {name.removesuffix(suffix) for name in names if name.endswith(suffix) and not name.endswith("_seg" + suffix)}
+    found = {
+        name.removesuffix(suffix)
+        for name in names
+        if name.endswith(suffix) and not name.endswith("_seg" + suffix)
+    }
     return sorted(found - known)
 
 
@@ -45,15 +50,23 @@ def ensure_labeled(
     verbose: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Preprocess the labeled cases that are missing or stale; move those that were taken out of the raw dataset to `<folder>_removed`.
+    """Preprocess the labeled cases that are missing or stale; move those that were taken out of the raw
+    dataset to `<folder>_removed`.
 
     Raises ValueError where raw images or labels are absent or cannot be used.
     """
     target, cases = labeled_cases(plans_manager, configuration, dataset_json, raw_dataset_folder)
     missing = [file for case in cases for file in case.sources if not isfile(file)]
     if not cases or missing:
-        what = f"no labeled case in {join(raw_dataset_folder, 'imagesTr')}" if not cases else f"missing: {', '.join(missing[:10])}"
-        raise ValueError(f"{what}. Labeled cases need images in imagesTr and labels in labelsTr; scans without label belong into imagesUn.")
+        what = (
+            f"no labeled case in {join(raw_dataset_folder, 'imagesTr')}"
+            if not cases
+            else f"missing: {', '.join(missing[:10])}"
+        )
+        raise ValueError(
+            f"{what}. Labeled cases need images in imagesTr and labels in labelsTr; scans without label "
+            f"belong into imagesUn."
+        )
     if removed := removed_cases(target, cases):
         aside = target.folder.rstrip("/\\") + "_removed"  # not deleted: the raw scans may be gone
         os.makedirs(aside, exist_ok=True)
@@ -67,8 +80,11 @@ def ensure_labeled(
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")
 
 
-def copy_ground_truth(raw_dataset_folder: str, dataset_json: Mapping[str, Any], preprocessed_dataset_folder: str) -> None:
-    """Labels into ``gt_segmentations``, where nnU-Net's validation looks for them, as its preprocessing does."""
+def copy_ground_truth(
+    raw_dataset_folder: str, dataset_json: Mapping[str, Any], preprocessed_dataset_folder: str
+) -> None:
+    """Labels into ``gt_segmentations``, where nnU-Net's validation looks for them, as its preprocessing
+    does."""
     folder = join(preprocessed_dataset_folder, "gt_segmentations")
     os.makedirs(folder, exist_ok=True)
     for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():

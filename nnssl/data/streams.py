@@ -1,28 +1,188 @@
-"""Assembling the unlabeled stream from what nnU-Net planned."""
+"""Two streams: nnU-Net's own labeled loader, untouched, beside one for scans without labels."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import blosc2
+import numpy as np
+import torch
 import torch.distributed as dist
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from threadpoolctl import threadpool_limits
 
-from nnssl.data.loader import UnlabeledDataset, UnlabeledLoader, start_stream
 from nnssl.data.unlabeled import ensure_unlabeled
 from nnssl.data.views import ViewTransform, nonzero_channels
 
 
+class UnlabeledDataset:
+    """Preprocessed scans without labels: `<case>.b2nd` (C, D, H, W) float32 and `<case>_seg.b2nd`, the
+    nonzero mask (1, D, H, W).
+
+    Args:
+        folder: the `..._unlabeled` folder; its files hold no label by construction.
+        identifiers: case names.
+    """
+
+    def __init__(self, folder: str, identifiers: list[str]) -> None:
+        self.source_folder = folder
+        self.identifiers = sorted(identifiers)
+
+    def load_case(self, identifier: str) -> tuple[Any, Any]:
+        """Image and mask as lazily read arrays."""
+        return self._open(identifier), self._open(identifier + "_seg")
+
+    def _open(self, name: str) -> Any:
+        mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+        return blosc2.open(
+            urlpath=os.path.join(self.source_folder, name + ".b2nd"),
+            mode="r",
+            dparams={"nthreads": 1},
+            **mmap,
+        )
+
+
+class UnlabeledLoader(nnUNetDataLoader):
+    """Random patches of unlabeled scans in weak and strong views.
+
+    Position and padding are nnU-Net's (its `get_bbox`, never forced onto foreground); volumes smaller than
+    the patch are padded.
+
+    Args:
+        data: unlabeled cases.
+        batch_size: U.
+        initial_patch_size: size cut out, large enough to rotate and scale within.
+        patch_size: size of the views.
+        label_manager: nnU-Net's; only the base class asks for it.
+        views: image, mask -> weak, strong views.
+    """
+
+    def __init__(
+        self,
+        data: UnlabeledDataset,
+        batch_size: int,
+        initial_patch_size: Any,
+        patch_size: Any,
+        label_manager: LabelManager,
+        views: ViewTransform,
+    ) -> None:
+        super().__init__(data, batch_size, initial_patch_size, patch_size, label_manager)
+        self.has_ignore = False  # there are no annotated regions to prefer
+        self.views = views
+
+    def generate_train_batch(self) -> dict:
+        """{"weak": (U, C, S), "strong": [(U, C, S)] * K, "keys": U case names}."""
+        cases = self.get_indices()
+        weak, strong = [], []
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            for case in cases:
+                image, nonzero = self._data.load_case(case)
+                lower, upper = self.get_bbox(image.shape[1:], False, None)
+                box = [[a, b] for a, b in zip(lower, upper, strict=True)]
+                patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+                inside = torch.from_numpy(crop_and_pad_nd(nonzero, box, -1)).to(torch.int16)
+                if self.patch_size_was_2d:
+                    patch, inside = patch[:, 0], inside[:, 0]
+                w, s = self.views(patch, inside)
+                weak.append(w)
+                strong.append(s)
+        return {
+            "weak": torch.stack(weak),
+            "strong": [torch.stack(view) for view in zip(*strong, strict=True)],
+            "keys": list(cases),
+        }
+
+
+class TwoStreams:
+    """Iterator over nnU-Net's labeled batches, each with an unlabeled batch under `unlabeled`."""
+
+    def __init__(self, labeled: Any, unlabeled: Any) -> None:
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def __iter__(self) -> TwoStreams:
+        return self
+
+    def __next__(self) -> dict:
+        return {**next(self.labeled), "unlabeled": next(self.unlabeled)}
+
+    def _finish(self) -> None:
+        for stream in (self.labeled, self.unlabeled):
+            if isinstance(stream, NonDetMultiThreadedAugmenter):
+                stream._finish()
+
+
+def start_stream(
+    loader: UnlabeledLoader, num_processes: int, pin_memory: bool, seed: Sequence[int] | None = None
+) -> Any:
+    """Run a loader as nnU-Net does: in this process (num_processes = 0) or in background workers. Draws one
+    batch to start them."""
+    stream: Any
+    if num_processes == 0:
+        stream = SingleThreadedAugmenter(loader, None)
+    else:
+        stream = NonDetMultiThreadedAugmenter(
+            loader,
+            None,
+            num_processes,
+            num_cached=max(6, num_processes // 2),
+            seeds=worker_seeds(seed, num_processes),
+            pin_memory=pin_memory,
+            wait_time=0.002,
+        )
+    next(stream)
+    return stream
+
+
+def make_repeatable(loader: nnUNetDataLoader) -> None:
+    """Take out of nnU-Net's augmentation the one choice that depends on timing: blur by convolution or by
+    FFT, equal up to rounding."""
+    pending, seen = [loader.transforms], set()
+    while pending:
+        transform = pending.pop()
+        if transform is None or id(transform) in seen:
+            continue
+        seen.add(id(transform))
+        if isinstance(transform, GaussianBlurTransform):
+            transform.benchmark = False
+        pending.extend(getattr(transform, "transforms", ()))
+        pending.append(getattr(transform, "transform", None))
+
+
+def worker_seeds(seed: Sequence[int] | None, num_processes: int) -> list[int]:
+    """One seed per background worker: numpy's and torch's generators there would else start equal in all of
+    them (torch) or unseeded."""
+    return [
+        int(s)
+        for s in np.random.SeedSequence(None if seed is None else list(seed)).generate_state(num_processes)
+    ]
+
+
 def world() -> tuple[int, int]:
     """(rank, number of processes) of this run."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
 
 
 def prepare_unlabeled(
-    plans_manager: Any, configuration: str, dataset_json: dict, hidden: Sequence[str], log: Callable[[str], None]
+    plans_manager: Any,
+    configuration: str,
+    dataset_json: dict,
+    hidden: Sequence[str],
+    log: Callable[[str], None],
 ) -> list[str]:
-    """Names of all unlabeled cases of this run, preprocessed where they were not: by rank 0, the others wait and find it done."""
+    """Names of all unlabeled cases of this run, preprocessed where they were not: by rank 0, the others wait
+    and find it done."""
     rank, size = world()
     cases: list[str] = []
     # a group of its own: nnU-Net's gives up waiting after 10 minutes, which preprocessing may well take
@@ -34,7 +194,8 @@ def prepare_unlabeled(
             dist.barrier(group)
     if not cases:
         raise RuntimeError(
-            f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in nnUNet_raw (named like imagesTr), "
+            f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in "
+            f"nnUNet_raw (named like imagesTr), "
             "or hide labels with `nnssl split`; without either, use nnUNetTrainerSupervised"
         )
     log(f"{len(cases)} unlabeled cases, {len(hidden)} of them with hidden labels")
@@ -42,12 +203,15 @@ def prepare_unlabeled(
 
 
 def share_of_batch(total: int | None, labeled: int) -> int:
-    """Unlabeled samples per step of this rank: as many as labeled ones, or its share of `total` over all ranks."""
+    """Unlabeled samples per step of this rank: as many as labeled ones, or its share of `total` over all
+    ranks."""
     if total is None:
         return labeled
     rank, size = world()
     if total < size:
-        raise ValueError(f'"unlabeled_batch_size" is {total}, at least one sample per GPU is needed, and there are {size}')
+        raise ValueError(
+            f'"unlabeled_batch_size" is {total}, at least one sample per GPU is needed, and there are {size}'
+        )
     return total // size + int(rank < total % size)
 
 
@@ -65,13 +229,16 @@ def unlabeled_stream(
     """A running stream of unlabeled batches.
 
     Args:
-        geometry: (rotation range, dummy 2D, initial patch size, mirror axes) as nnU-Net's trainer plans them for its own augmentation.
-        seed: numbers that seed the background workers, the epoch among them, or a continued run would see the same patches again; None:
-            unseeded.
+        geometry: (rotation range, dummy 2D, initial patch size, mirror axes) as nnU-Net's trainer plans them
+            for its own augmentation.
+        seed: numbers that seed the background workers, the epoch among them, or a continued run would see the
+            same patches again; None: unseeded.
     """
     rotation, dummy_2d, initial_patch_size, mirror_axes = geometry
     patch_size = configuration_manager.patch_size
     mask_channels = nonzero_channels(configuration_manager.use_mask_for_norm)
     views = ViewTransform(patch_size, rotation, mirror_axes, dummy_2d, num_strong, mask_channels)
-    loader = UnlabeledLoader(UnlabeledDataset(folder, cases), batch_size, initial_patch_size, patch_size, label_manager, views)
+    loader = UnlabeledLoader(
+        UnlabeledDataset(folder, cases), batch_size, initial_patch_size, patch_size, label_manager, views
+    )
     return start_stream(loader, get_allowed_n_proc_DA(), pin_memory, seed)

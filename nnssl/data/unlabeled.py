@@ -1,8 +1,10 @@
-"""Scans that train without labels: the raw folder ``imagesUn``, and cases of ``imagesTr`` whose labels a split hides.
+"""Scans that train without labels: the raw folder ``imagesUn``, and cases of ``imagesTr`` whose labels a
+split hides.
 
-Both are preprocessed, image only, by nnU-Net's own code into ``<data_identifier>_unlabeled``: beside the labeled cases and not among them,
-because nnU-Net takes every case of its folder for labeled. A training never opens the labels of hidden cases, raw or preprocessed;
-nnU-Net's planning and its preprocessing of `imagesTr` do.
+Both are preprocessed, image only, by nnU-Net's own code into ``<data_identifier>_unlabeled``: beside the
+labeled cases and not among them, because nnU-Net takes every case of its folder for labeled. A training never
+opens the labels of hidden cases, raw or preprocessed; nnU-Net's planning and its preprocessing of `imagesTr`
+do.
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.preprocess import Case, Target, bring_up_to_date, preprocessing_fingerprint, read_properties, stale_reason
-from nnssl.data.reading import channel_files, num_channels, training_files
+from nnssl.data.preprocess import (
+    Case,
+    Target,
+    bring_up_to_date,
+    preprocessing_fingerprint,
+    read_properties,
+    stale_reason,
+)
+from nnssl.data.raw import channel_files, num_channels, training_files
 
 
 def unlabeled_folder(preprocessed_dataset_folder: str) -> str:
@@ -27,32 +36,44 @@ def unlabeled_folder(preprocessed_dataset_folder: str) -> str:
 def find_unlabeled_images(raw_dataset_folder: str, dataset_json: dict[str, Any]) -> dict[str, list[str]]:
     """{case: files in channel order} of ``imagesUn``; empty if there is no such folder. Looks at names only.
 
-    Raises ValueError naming the files: channels missing or too many, a name without channel number, a name that a labeled case has.
+    Raises ValueError naming the files: channels missing or too many, a name without channel number, a name
+        that a labeled case has.
     """
     folder = join(raw_dataset_folder, "imagesUn")
     ending = dataset_json["file_ending"]
     cases, odd = channel_files(folder, ending)
     if odd:
-        raise ValueError(f"{join(folder, odd[0])}: no channel number. Name files <case>_0000{ending}, as in imagesTr.")
+        raise ValueError(
+            f"{join(folder, odd[0])}: no channel number. Name files <case>_0000{ending}, as in imagesTr."
+        )
     others = [name for name in os.listdir(folder) if not name.startswith(".")] if isdir(folder) else []
     if others and not cases:
-        raise ValueError(f"{join(folder, sorted(others)[0])}: expected names like <case>_0000{ending} (file_ending in dataset.json).")
+        raise ValueError(
+            f"{join(folder, sorted(others)[0])}: expected names like <case>_0000{ending} (file_ending in "
+            f"dataset.json)."
+        )
     training = training_files(raw_dataset_folder, dataset_json)
     expected = list(range(num_channels(dataset_json)))
     if len(expected) > 1 and training and len(next(iter(training.values()))[0]) == 1:
         expected = [0]  # all channels in one file, e.g. RGB; their number is checked on reading
     for case, files in cases.items():
         if sorted(files) != expected:
-            found, wanted = ([f"_{channel:04d}" for channel in channels] for channels in (sorted(files), expected))
+            found, wanted = (
+                [f"_{channel:04d}" for channel in channels] for channels in (sorted(files), expected)
+            )
             raise ValueError(
-                f"{join(folder, case)}*: channels {', '.join(found)} found, {', '.join(wanted)} expected (channel_names in dataset.json). "
+                f"{join(folder, case)}*: channels {', '.join(found)} found, {', '.join(wanted)} expected "
+                f"(channel_names in dataset.json). "
                 "Add or remove files so that they agree."
             )
         if case.endswith("_seg"):
-            raise ValueError(f"{files[0]}: nnU-Net takes names that end in _seg for segmentations. Rename the case.")
+            raise ValueError(
+                f"{files[0]}: nnU-Net takes names that end in _seg for segmentations. Rename the case."
+            )
     if collisions := sorted(cases.keys() & training.keys()):
         raise ValueError(
-            f"{join(folder, collisions[0])}*: a labeled case in imagesTr has the same name ({len(collisions)} such cases). "
+            f"{join(folder, collisions[0])}*: a labeled case in imagesTr has the same name "
+            f"({len(collisions)} such cases). "
             "Rename the unlabeled scan, or remove it if it is the same image."
         )
     return {case: [files[channel] for channel in expected] for case, files in cases.items()}
@@ -61,8 +82,13 @@ def find_unlabeled_images(raw_dataset_folder: str, dataset_json: dict[str, Any])
 def unlabeled_cases(
     plans_manager: PlansManager, configuration: str, dataset_json: dict[str, Any], hidden: Sequence[str] = ()
 ) -> tuple[Target, list[Case]]:
-    """What `ensure_unlabeled` is to bring up to date; cases without raw files are there as preprocessed ones alone."""
-    labeled_folder = join(nnUNet_preprocessed, plans_manager.dataset_name, plans_manager.get_configuration(configuration).data_identifier)
+    """What `ensure_unlabeled` is to bring up to date; cases without raw files are there as preprocessed ones
+    alone."""
+    labeled_folder = join(
+        nnUNet_preprocessed,
+        plans_manager.dataset_name,
+        plans_manager.get_configuration(configuration).data_identifier,
+    )
     fingerprint = preprocessing_fingerprint(plans_manager, configuration)
     target = Target(unlabeled_folder(labeled_folder), plans_manager, configuration, dataset_json, fingerprint)
     raw = join(nnUNet_raw, plans_manager.dataset_name) if nnUNet_raw.is_set() else ""
@@ -73,8 +99,10 @@ def unlabeled_cases(
     for name in scans:
         if isfile(join(labeled_folder, name + ".pkl")):
             raise ValueError(
-                f"{name}: in imagesUn, and still among the labeled cases in {labeled_folder}. If its label was taken away, run "
-                "`nnssl plan-and-preprocess` once (or remove the case's files there); else rename the unlabeled scan."
+                f"{name}: in imagesUn, and still among the labeled cases in {labeled_folder}. If its label "
+                f"was taken away, run "
+                "`nnssl plan-and-preprocess` once (or remove the case's files there); else rename the "
+                "unlabeled scan."
             )
     training = training_files(raw, dataset_json) if isdir(raw) else {}
     images = {name: [file for file in training.get(name, ([], ""))[0] if isfile(file)] for name in hidden}
@@ -87,7 +115,11 @@ def _preprocessed_scans(folder: str) -> list[str]:
     """Names of preprocessed cases that came from ``imagesUn`` or whose properties are damaged."""
     markers = [name for name in os.listdir(folder) if name.endswith(".pkl")] if isdir(folder) else []
     properties = {name.removesuffix(".pkl"): read_properties(join(folder, name)) for name in markers}
-    return [case for case, content in properties.items() if content is None or content.get("nnssl", {}).get("origin") == "imagesUn"]
+    return [
+        case
+        for case, content in properties.items()
+        if content is None or content.get("nnssl", {}).get("origin") == "imagesUn"
+    ]
 
 
 def ensure_unlabeled(
@@ -100,19 +132,24 @@ def ensure_unlabeled(
     verbose: bool = False,
     show_progress: bool = True,
 ) -> list[str]:
-    """Preprocess what is missing or stale of ``imagesUn`` and of the `hidden` cases; returns the sorted names of all of them.
+    """Preprocess what is missing or stale of ``imagesUn`` and of the `hidden` cases; returns the sorted names
+    of all of them.
 
     hidden  cases of ``imagesTr`` that a split lists as ``unlabeled``
 
-    Where raw images are absent (a cluster with preprocessed data alone) complete cases of the right plan serve. Without any unlabeled case
-    the list is empty. Raises ValueError naming the files and what to do; finished cases stay.
+    Where raw images are absent (a cluster with preprocessed data alone) complete cases of the right plan
+    serve. Without any unlabeled case the list is empty. Raises ValueError naming the files and what to do;
+    finished cases stay.
     """
     target, cases = unlabeled_cases(plans_manager, configuration, dataset_json, hidden)
-    orphans = {case.name: reason for case in cases if not case.images and (reason := stale_reason(case, target))}
+    orphans = {
+        case.name: reason for case in cases if not case.images and (reason := stale_reason(case, target))
+    }
     if orphans:
         shown = ", ".join(f"{name} ({reason})" for name, reason in list(orphans.items())[:10])
         raise ValueError(
-            f"{len(orphans)} unlabeled cases in {target.folder} have no raw image to preprocess: {shown}. Set nnUNet_raw to where imagesUn "
+            f"{len(orphans)} unlabeled cases in {target.folder} have no raw image to preprocess: {shown}. "
+            f"Set nnUNet_raw to where imagesUn "
             "and imagesTr are, or copy the preprocessed folder from a machine that has them."
         )
     bring_up_to_date(cases, target, num_processes, log, verbose, show_progress)

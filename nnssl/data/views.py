@@ -22,8 +22,11 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 
-def spatial_transforms(patch_size: Sequence[int], rotation: RandomScalar, mirror_axes: Sequence[int], dummy_2d: bool) -> BasicTransform:
-    """nnU-Net's training geometry: rotation, scaling, crop to the patch, mirroring; dummy_2d: within slices only."""
+def spatial_transforms(
+    patch_size: Sequence[int], rotation: RandomScalar, mirror_axes: Sequence[int], dummy_2d: bool
+) -> BasicTransform:
+    """nnU-Net's training geometry: rotation, scaling, crop to the patch, mirroring; dummy_2d: within slices
+    only."""
     size = tuple(patch_size[1:] if dummy_2d else patch_size)
     warp = SpatialTransform(
         size,
@@ -38,7 +41,9 @@ def spatial_transforms(patch_size: Sequence[int], rotation: RandomScalar, mirror
         border_mode_seg="constant",
         padding_value_seg=-1,
     )
-    steps: list[BasicTransform] = [Convert3DTo2DTransform(), warp, Convert2DTo3DTransform()] if dummy_2d else [warp]
+    steps: list[BasicTransform] = (
+        [Convert3DTo2DTransform(), warp, Convert2DTo3DTransform()] if dummy_2d else [warp]
+    )
     if mirror_axes:
         steps.append(MirrorTransform(allowed_axes=tuple(mirror_axes)))
     return ComposeTransforms(steps)
@@ -51,9 +56,24 @@ def strong_intensity_transforms(dummy_2d: bool) -> BasicTransform:
     steps: list[tuple[BasicTransform, float]] = [
         (GaussianNoiseTransform(noise_variance=(0, 0.15), p_per_channel=1, synchronize_channels=True), 0.3),
         # no timing-dependent choice between convolution and FFT: the same seed must give the same view
-        (GaussianBlurTransform(blur_sigma=(0.5, 1.5), synchronize_channels=False, synchronize_axes=False, p_per_channel=0.7), 0.4),
-        (MultiplicativeBrightnessTransform(multiplier_range=contrast, synchronize_channels=False, p_per_channel=1), 0.5),
-        (ContrastTransform(contrast_range=contrast, preserve_range=True, synchronize_channels=False, p_per_channel=1), 0.5),
+        (
+            GaussianBlurTransform(
+                blur_sigma=(0.5, 1.5), synchronize_channels=False, synchronize_axes=False, p_per_channel=0.7
+            ),
+            0.4,
+        ),
+        (
+            MultiplicativeBrightnessTransform(
+                multiplier_range=contrast, synchronize_channels=False, p_per_channel=1
+            ),
+            0.5,
+        ),
+        (
+            ContrastTransform(
+                contrast_range=contrast, preserve_range=True, synchronize_channels=False, p_per_channel=1
+            ),
+            0.5,
+        ),
         (
             SimulateLowResolutionTransform(
                 scale=(0.4, 1),
@@ -94,11 +114,14 @@ class ViewTransform:
     ) -> None:
         self.spatial = spatial_transforms(patch_size, rotation, mirror_axes, dummy_2d)
         self.intensity = strong_intensity_transforms(dummy_2d)
-        self.mask = MaskImageTransform(apply_to_channels=list(mask_channels), channel_idx_in_seg=0, set_outside_to=0)
+        self.mask = MaskImageTransform(
+            apply_to_channels=list(mask_channels), channel_idx_in_seg=0, set_outside_to=0
+        )
         self.num_strong = num_strong
 
     def __call__(self, image: torch.Tensor, nonzero: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Weak view and K strong views, each (C, S) float32. image: (C, S'); nonzero: (1, S') int16, negative outside the body."""
+        """Weak view and K strong views, each (C, S) float32. image: (C, S'); nonzero: (1, S') int16, negative
+        outside the body."""
         moved = self.spatial(image=image, segmentation=nonzero)
         weak, outside = moved["image"], moved["segmentation"]
         strong = [self.intensity(image=weak.clone())["image"] for _ in range(self.num_strong)]

@@ -9,7 +9,8 @@
     x_tau       sqrt(abar) x_0 + sqrt(1 - abar) eps    Ho et al., eq. 4
     x0_hat      the network's estimate of x_0
 
-The network predicts x_0 (as in segmentation diffusion models), so a DDIM step (Song et al., ICLR 2021, eq. 12 with eta = 0) is
+The network predicts x_0 (as in segmentation diffusion models), so a DDIM step (Song et al., ICLR 2021, eq. 12
+with eta = 0) is
     eps_hat = (x_tau - sqrt(abar_tau) x0_hat) / sqrt(1 - abar_tau)
     x_next  = sqrt(abar_next) x0_hat + sqrt(1 - abar_next) eps_hat
 and the last step returns x0_hat itself (abar = 1).
@@ -37,7 +38,10 @@ class GaussianDiffusion(nn.Module):
     def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> None:
         super().__init__()
         if steps < 1 or not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"steps >= 1 and 0 < beta_start <= beta_end < 1 expected, found {steps}, {beta_start}, {beta_end}")
+            raise ValueError(
+                f"steps >= 1 and 0 < beta_start <= beta_end < 1 expected, found {steps}, {beta_start}, "
+                f"{beta_end}"
+            )
         self.steps = steps
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         # derived from the arguments: not part of a checkpoint
@@ -57,21 +61,28 @@ class GaussianDiffusion(nn.Module):
         return abar_next.sqrt() * x0_hat + (1.0 - abar_next).sqrt() * eps_hat
 
     def trailing_steps(self, num_steps: int, start: float = 1.0) -> list[int]:
-        """S steps from start * T - 1 downwards, evenly spaced from the end ("trailing", Lin et al., WACV 2024, table 2).
+        """S steps from start * T - 1 downwards, evenly spaced from the end ("trailing", Lin et al., WACV
+        2024, table 2).
 
         start = 1 for noise; below, for a chain that starts from a noised estimate of x_0.
         """
         first = start * self.steps
         if not 1 <= num_steps <= first <= self.steps:
-            raise ValueError(f"the number of sampling steps must be in [1, {first:g}] and start in (0, 1], found {num_steps} and {start}")
+            raise ValueError(
+                f"the number of sampling steps must be in [1, {first:g}] and start in (0, 1], found "
+                f"{num_steps} and {start}"
+            )
         return [round(first - i * first / num_steps) - 1 for i in range(num_steps)]
 
-    def ddim_sample(self, predict_x0: Callable[[Tensor, Tensor], Tensor], x: Tensor, taus: Sequence[int]) -> Tensor:
+    def ddim_sample(
+        self, predict_x0: Callable[[Tensor, Tensor], Tensor], x: Tensor, taus: Sequence[int]
+    ) -> Tensor:
         """x0_hat (B, K, S) after the deterministic steps `taus`, descending, e.g. from `trailing_steps`.
 
         Args:
             predict_x0: (x_tau, tau (B,)) -> x0_hat in [-1, 1].
-            x: x_tau at taus[0], (B, K, S): standard normal noise, or a noised estimate; injected, so that sampling can be repeated.
+            x: x_tau at taus[0], (B, K, S): standard normal noise, or a noised estimate; injected, so that
+                sampling can be repeated.
         """
         for tau, tau_next in zip(taus, [*taus[1:], -1], strict=True):
             x0_hat = predict_x0(x, torch.full((len(x),), tau, device=x.device, dtype=torch.long))

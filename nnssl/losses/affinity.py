@@ -1,4 +1,5 @@
-"""SemSim's affinities (arXiv 2410.13486): predictions refined by similar voxels of the image, and by class prototypes of other images."""
+"""SemSim's affinities (arXiv 2410.13486): predictions refined by similar voxels of the image, and by class
+prototypes of other images."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ABSENT = -1e30  # logarithm of the share of a class that does not take part; fin
 def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """(p_i + sum_j M_ij p_j) / 2 with M_ij = softmax_j(scale * cos(e_i, e_j)): (B, K, S), float32.
 
-    The sum is scaled-dot-product attention with Q = K = unit features and V = p, padded to equal width and contiguous, without which
+    The sum is scaled-dot-product attention with Q = K = unit features and V = p, padded to equal width and
+    contiguous, without which
     the fused kernels are not chosen: the matrix M (N x N for N voxels) is never in memory.
 
     Args:
@@ -33,12 +35,14 @@ def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
 
 
 def purest(share: Tensor, purity: float = 0.9) -> Tensor:
-    """Voxels (B, K, V) bool that hold a class most purely: at least `purity` of its highest share in the image. share: (B, K, V) >= 0."""
+    """Voxels (B, K, V) bool that hold a class most purely: at least `purity` of its highest share in the
+    image. share: (B, K, V) >= 0."""
     return (share >= purity * share.amax(-1, keepdim=True)) & (share > 0)
 
 
 def prototypes(features: Tensor, member: Tensor, region: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
-    """G = mean feature per (labeled image, class, region), (B, K, R, D), and whether the class is in the image at all, (B, K) bool.
+    """G = mean feature per (labeled image, class, region), (B, K, R, D), and whether the class is in the
+    image at all, (B, K) bool.
 
     A class that a region lacks has the mean of the whole image there; one that the image lacks has zeros.
 
@@ -52,7 +56,9 @@ def prototypes(features: Tensor, member: Tensor, region: Tensor, num_regions: in
     count = weight.sum(-1, keepdim=True)
     total = (weight.flatten(1, 2) @ features.mT).unflatten(1, weight.shape[1:3])
     image_count = count.sum(2, keepdim=True)
-    g = torch.where(count > 0, total / count.clamp_min(1), total.sum(2, keepdim=True) / image_count.clamp_min(1))
+    g = torch.where(
+        count > 0, total / count.clamp_min(1), total.sum(2, keepdim=True) / image_count.clamp_min(1)
+    )
     return g, image_count[:, :, 0, 0] > 0
 
 
@@ -70,12 +76,14 @@ def prototype_similarity(features: Tensor, g: Tensor, region: Tensor) -> Tensor:
 
 
 def cross_image_log_probabilities(m: Tensor, known: Tensor) -> Tensor:
-    """log p(c) with p(c) = mean_j exp m(j, c) / sum_c' mean_j exp m(j, c'), means over the images j that know the class: (U, P, C, V).
+    """log p(c) with p(c) = mean_j exp m(j, c) / sum_c' mean_j exp m(j, c'), means over the images j that know
+    the class: (U, P, C, V).
 
     Where every image knows every class this is the paper's sum over j. A class that nobody knows has p = 0.
 
     Args:
-        m: (U, B, P, C, V), similarities over their temperature: of P independent problems with C classes each.
+        m: (U, B, P, C, V), similarities over their temperature: of P independent problems with C classes
+            each.
         known: (B, P, C) bool.
     """
     m = m.masked_fill(~known[None, ..., None], ABSENT)
@@ -84,9 +92,11 @@ def cross_image_log_probabilities(m: Tensor, known: Tensor) -> Tensor:
 
 
 def agreement(m: Tensor, known: Tensor, r: float) -> Tensor:
-    """Weight mean_j exp(-r U_j) with U_j = KL(m_j || mean_j m_j), m_j softmaxed over classes: (U, P, V) in (0, 1], without gradient.
+    """Weight mean_j exp(-r U_j) with U_j = KL(m_j || mean_j m_j), m_j softmaxed over classes: (U, P, V) in
+    (0, 1], without gradient.
 
-    An image is compared on the classes it knows; images that know less than two say nothing. Without any other, the weight is 1.
+    An image is compared on the classes it knows; images that know less than two say nothing. Without any
+    other, the weight is 1.
 
     Args:
         m, known: as in `cross_image_log_probabilities`.
@@ -113,6 +123,7 @@ def cross_image_loss(log_p: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def confident_dice(source: Tensor, prediction: Tensor, labels: LabelSpace, threshold: float) -> Tensor:
-    """dice(a -> b): soft Dice of prediction b against harden a, over the voxels where a is certain. Both (B, K, S) probabilities."""
+    """dice(a -> b): soft Dice of prediction b against harden a, over the voxels where a is certain. Both (B,
+    K, S) probabilities."""
     mask = confidence_mask(source, threshold, labels)
     return soft_dice_loss(prediction, labels.harden(source), mask, skip_first=not labels.has_regions)

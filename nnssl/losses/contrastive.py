@@ -8,13 +8,20 @@ from torch import Tensor
 
 
 def info_nce(
-    anchor: Tensor, positive: Tensor, negative: Tensor, positive_valid: Tensor, negative_valid: Tensor, temperature: float
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    positive_valid: Tensor,
+    negative_valid: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """Mean InfoNCE (van den Oord et al., 2018, eq. 4) of every valid positive against the valid negatives of its class.
+    """Mean InfoNCE (van den Oord et al., 2018, eq. 4) of every valid positive against the valid negatives of
+    its class.
 
         L = mean_{k, i} -log  exp(a_k . p_ki / T) / ( exp(a_k . p_ki / T) + sum_j exp(a_k . n_kj / T) )
 
-    Classes without a valid positive or negative do not count; if none is left the result is a differentiable 0.
+    Classes without a valid positive or negative do not count; if none is left the result is a differentiable
+    0.
 
     Args:
         anchor: (K, E) unit norm.
@@ -23,9 +30,12 @@ def info_nce(
         temperature: T > 0.
     """
     pull = torch.einsum("ke,kpe->kp", anchor, positive).float() / temperature
-    push = (torch.einsum("ke,kme->km", anchor, negative).float() / temperature).masked_fill(~negative_valid, -torch.inf)
+    push = (torch.einsum("ke,kme->km", anchor, negative).float() / temperature).masked_fill(
+        ~negative_valid, -torch.inf
+    )
     usable = positive_valid & negative_valid.any(1, keepdim=True)
-    # a row without negatives would give logsumexp(-inf) and a NaN gradient: it is unusable, any finite value does
+    # a row without negatives would give logsumexp(-inf) and a NaN gradient: it is unusable, any finite value
+    # does
     rest = torch.logsumexp(torch.where(negative_valid.any(1, keepdim=True), push, 0.0), dim=1, keepdim=True)
     per_positive = F.softplus(rest - pull)
     return (per_positive * usable).sum() / usable.sum().clamp_min(1)

@@ -1,4 +1,5 @@
-"""CAML's omni-correlation consistency (Gao et al., MICCAI 2023), value and gradient in one pass over chunks of voxels."""
+"""CAML's omni-correlation consistency (Gao et al., MICCAI 2023), value and gradient in one pass over chunks
+of voxels."""
 
 from __future__ import annotations
 
@@ -10,45 +11,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASKED = -1e30  # logit of a row that is not there: finite, so that 0 * log 0 stays 0
-CHUNK = {"cpu": 2**16}  # correlations looked at together: on CPU they stay in its cache, elsewhere they fill the device
+CHUNK = {
+    "cpu": 2**16
+}  # correlations looked at together: on CPU they stay in its cache, elsewhere they fill the device
 LARGE_CHUNK = 2**26
-TINY = 1e-20  # smaller correlations count as this or as 0: processors compute with denormal numbers many times slower
+# smaller correlations count as this or as 0: processors compute with denormal numbers many times slower
+TINY = 1e-20
 
 
 def omni_correlation(
-    query_v: Tensor, query_a: Tensor, rows: Tensor, query_valid: Tensor, row_valid: Tensor, temperature: float, chunk: int | None = None
+    query_v: Tensor,
+    query_a: Tensor,
+    rows: Tensor,
+    query_valid: Tensor,
+    row_valid: Tensor,
+    temperature: float,
+    chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy between the correlations of two networks' voxel embeddings with the rows of a bank.
 
-        c_v = softmax_j(q_v . r_j / T),  c_a = softmax_j(q_a . r_j / T)          raw dot products, over all rows of all classes
+        c_v = softmax_j(q_v . r_j / T),  c_a = softmax_j(q_a . r_j / T)          raw dot products, over all
+        rows of all classes
         L   = - mean_i sum_j c_a,ij log c_v,ij
 
-    Gradient into both queries, none into the rows. Without a valid query or row the result is a differentiable 0.
+    Gradient into both queries, none into the rows. Without a valid query or row the result is a
+    differentiable 0.
 
     Args:
         query_v, query_a: (N, E), the same voxels in both networks. query_valid: (N,) bool.
         rows: (M, E), no gradient. row_valid: (M,) bool.
         temperature: T > 0.
-        chunk: voxels looked at together (None: by the device). The N x M correlations never exist at once, nor again in the backward pass.
+        chunk: voxels looked at together (None: by the device). The N x M correlations never exist at once,
+            nor again in the backward pass.
     """
     wide = torch.promote_types(query_v.dtype, torch.float32)
     usable = query_valid & row_valid.any()
     weight = usable / usable.sum().clamp_min(1).to(wide)
     bias = torch.where(row_valid, 0.0, MASKED).to(wide)
     chunk = chunk or max(1, CHUNK.get(rows.device.type, LARGE_CHUNK) // len(rows))
-    loss: Tensor = _OmniCorrelation.apply(query_v.to(wide), query_a.to(wide), rows.to(wide), weight, bias, temperature, chunk)
+    loss: Tensor = _OmniCorrelation.apply(
+        query_v.to(wide), query_a.to(wide), rows.to(wide), weight, bias, temperature, chunk
+    )
     return loss
 
 
 class _OmniCorrelation(torch.autograd.Function):
-    """sum_i w_i L_i with L_i = - sum_j c_a,ij log c_v,ij; the gradient is taken while a chunk's correlations are at hand:
+    """sum_i w_i L_i with L_i = - sum_j c_a,ij log c_v,ij; the gradient is taken while a chunk's correlations
+    are at hand:
 
     dL_i / d(q_v . r_j / T) = c_v,ij - c_a,ij,    dL_i / d(q_a . r_j / T) = - c_a,ij (log c_v,ij + L_i)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query_v: Tensor, query_a: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        query_v: Tensor,
+        query_a: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        temperature: float,
+        chunk: int,
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad[:2])
         with torch.autocast(rows.device.type, enabled=False):
@@ -56,7 +79,9 @@ class _OmniCorrelation(torch.autograd.Function):
             values, grads_v, grads_a = [], [], []
             for v, a in zip(query_v.split(chunk), query_a.split(chunk), strict=True):
                 log_v = torch.log_softmax(torch.addmm(bias, v, scaled.T), dim=1)
-                corr_a = F.threshold(torch.softmax(torch.addmm(bias, a, scaled.T), dim=1), TINY, 0.0, inplace=True)
+                corr_a = F.threshold(
+                    torch.softmax(torch.addmm(bias, a, scaled.T), dim=1), TINY, 0.0, inplace=True
+                )
                 product = corr_a * log_v
                 value = -product.sum(1)
                 values.append(value)
@@ -64,7 +89,9 @@ class _OmniCorrelation(torch.autograd.Function):
                     grads_a.append(product.addcmul_(corr_a, value[:, None]) @ scaled)
                     grads_v.append(log_v.clamp_(min=math.log(TINY)).exp_().sub_(corr_a) @ scaled)
             if wanted:
-                ctx.save_for_backward(torch.cat(grads_v) * weight[:, None], torch.cat(grads_a) * -weight[:, None])
+                ctx.save_for_backward(
+                    torch.cat(grads_v) * weight[:, None], torch.cat(grads_a) * -weight[:, None]
+                )
             return torch.cat(values) @ weight
 
     @staticmethod

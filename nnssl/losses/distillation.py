@@ -8,14 +8,20 @@ from torch import Tensor
 
 
 def bank_distillation(
-    student: Tensor, teacher: Tensor, bank: Tensor, valid: Tensor, temperature_student: float, temperature_teacher: float
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    valid: Tensor,
+    temperature_student: float,
+    temperature_teacher: float,
 ) -> Tensor:
-    """Mean over queries of the divergence of the student's from the teacher's similarities to the bank (ACTION; SEED's form).
+    """Mean over queries of the divergence of the student's from the teacher's similarities to the bank
+    (ACTION; SEED's form).
 
         L = mean_i KL( softmax_j(z_i . m_j / T_t) || softmax_j(s_i . m_j / T_s) )
 
-    Queries with fewer than two valid rows do not count (one similarity is no distribution); if none is left the result is a
-    differentiable 0.
+    Queries with fewer than two valid rows do not count (one similarity is no distribution); if none is left
+    the result is a differentiable 0.
 
     Args:
         student: (N, E) unit norm, with gradient.
@@ -25,8 +31,12 @@ def bank_distillation(
         temperature_student: T_s > 0.
         temperature_teacher: T_t > 0, usually the smaller.
     """
-    with torch.autocast(student.device.type, enabled=False):  # temperatures of 0.01 leave no room for bfloat16
-        s, z, m = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach(), bank))
+    with torch.autocast(
+        student.device.type, enabled=False
+    ):  # temperatures of 0.01 leave no room for bfloat16
+        s, z, m = (
+            x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach(), bank)
+        )
         lowest = torch.finfo(s.dtype).min  # not -inf: 0 * (-inf) would be NaN
         log_s = F.log_softmax((s @ m.T / temperature_student).masked_fill(~valid, lowest), dim=1)
         log_z = F.log_softmax((z @ m.T / temperature_teacher).masked_fill(~valid, lowest), dim=1)

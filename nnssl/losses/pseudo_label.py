@@ -1,4 +1,5 @@
-"""Losses against pseudo-labels: pure functions of logits and zeros-and-ones channels, optionally masked per voxel."""
+"""Losses against pseudo-labels: pure functions of logits and zeros-and-ones channels, optionally masked per
+voxel."""
 
 from __future__ import annotations
 
@@ -31,9 +32,14 @@ def cross_entropy(logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tens
 
 
 def soft_dice_loss(
-    probabilities: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5, skip_first: bool = True
+    probabilities: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    smooth: float = 1e-5,
+    skip_first: bool = True,
 ) -> Tensor:
-    """1 - mean over channels of 2 <p, y> / (|p| + |y|), sums over the batch and all unmasked voxels (nnU-Net's "batch dice").
+    """1 - mean over channels of 2 <p, y> / (|p| + |y|), sums over the batch and all unmasked voxels
+    (nnU-Net's "batch dice").
 
     Args:
         probabilities: (B, K, S).
@@ -52,14 +58,18 @@ def soft_dice_loss(
     return 1 - dice.mean()
 
 
-def cross_entropy_dice(logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tensor | None = None) -> Tensor:
-    """CE + Dice against pseudo-labels: nnU-Net's compound loss at full resolution, with a mask. Shapes as in `cross_entropy`."""
+def cross_entropy_dice(
+    logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tensor | None = None
+) -> Tensor:
+    """CE + Dice against pseudo-labels: nnU-Net's compound loss at full resolution, with a mask. Shapes as in
+    `cross_entropy`."""
     dice = soft_dice_loss(labels.probabilities(logits), target, mask, skip_first=not labels.has_regions)
     return cross_entropy(logits, target, labels, mask) + dice
 
 
 def confidence_mask(probabilities: Tensor, threshold: float, labels: LabelSpace) -> Tensor:
-    """(B, 1, S) float32: 1 where the prediction is certain: max_k p_k >= threshold; for regions every max(p, 1 - p) >= threshold."""
+    """(B, 1, S) float32: 1 where the prediction is certain: max_k p_k >= threshold; for regions every max(p,
+    1 - p) >= threshold."""
     if labels.has_regions:
         certain = torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
     else:

@@ -5,4 +5,16 @@ from __future__ import annotations
 
 def known_methods() -> set[str]:
     """Names of all methods: the sections that the `nnssl` key of a plans file may have."""
-    return {"ACTION", "Supervised", "DiffCL", "FixMatch", "CPS", "CAML", "SemSim", "MeanTeacher", "BCP", "UAMT", "MCNet"}
+    return {
+        "ACTION",
+        "Supervised",
+        "DiffCL",
+        "FixMatch",
+        "CPS",
+        "CAML",
+        "SemSim",
+        "MeanTeacher",
+        "BCP",
+        "UAMT",
+        "MCNet",
+    }

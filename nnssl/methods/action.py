@@ -4,30 +4,37 @@
     phase 2, encoder and decoder       L = L_sup + L_g + L_l
     phase 3                            L = L_sup + L_u + lambda_a L_a
     L_sup = nnU-Net's loss of f(x_l) against y_l
-    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ), s of x_s and z of x_w, over the rows m_j of a bank
+    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ), s of x_s and z of x_w, over the rows
+          m_j of a bank
     L_l   = the same on crops of the decoder's features, labeled and unlabeled
     L_u   = w CE of f(x_m) against harden p_m;  w = share of the voxels of p_m above 0.97
     L_a   = hard voxels of f against class means and class-aware negatives (`anatomical_contrast`)
 
 f          student, the planned network; deployed
-f_ema      teacher: exponential moving average of f; set to f at the start of phase 3; may be deployed ("deploy": "teacher")
+f_ema      teacher: exponential moving average of f; set to f at the start of phase 3; may be deployed
+    ("deploy": "teacher")
 x_w, x_s   weak and strong view of the same unlabeled patch, voxels in correspondence
 x_m, p_m   x_s and probabilities f_ema(x_w), both with the same ClassMix in half of the samples
 s, z       unit embeddings of pooled features: predictor(projector(f)) and projector_ema(f_ema)
 m_j        z of earlier patches of other cases; the 36 images seen last
 
-Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run. nnU-Net's instance norm nearly
-fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum. In short runs L_g collapses (all embeddings the same within
-two epochs) and then does nothing; cosines around the bank's mean keep it alive (the bottleneck then tells 92 instead of 74 % of 50
-left-atrium patches from the others, across views, after 200 steps), but cost 1.4 Dice there after 2,000, and 2.4 where they acted in phase
-1 with full and in phase 2 with a tenth of their weight, so similarities are as published. ClassMix, published for every sample, is left out
-of half of them: with few classes its objects end where they were cut, and no sample would look like a scan (left atrium: Dice 85.0 with it
-everywhere, 85.6 in half, one seed); the encoder features of x_m lose channels, as the planned networks have no dropout layers. Crops are
-the cells of a regular grid on the last decoder stage. Of a labeled image there is one view, nnU-Net's augmented patch: student and teacher
-see the same. The representation behind L_a is one linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution
-without nonlinearity between them); being linear it is evaluated at the sampled voxels alone: class means are those of random candidates of
-the class, and the negatives of all queries come from these candidates. Regions: a voxel counts for the last region that contains it.
-Ignored voxels are in no class and carry no loss.
+Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run.
+nnU-Net's instance norm nearly fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum.
+In short runs L_g collapses (all embeddings the same within two epochs) and then does nothing; cosines around
+the bank's mean keep it alive (the bottleneck then tells 92 instead of 74 % of 50 left-atrium patches from the
+others, across views, after 200 steps), but cost 1.4 Dice there after 2,000, and 2.4 where they acted in phase
+1 with full and in phase 2 with a tenth of their weight, so similarities are as published. ClassMix, published
+for every sample, is left out
+of half of them: with few classes its objects end where they were cut, and no sample would look like a scan
+    (left atrium: Dice 85.0 with it
+everywhere, 85.6 in half, one seed); the encoder features of x_m lose channels, as the planned networks have
+no dropout layers. Crops are the cells of a regular grid on the last decoder stage. Of a labeled image there
+is one view, nnU-Net's augmented patch: student and teacher see the same. The representation behind L_a is one
+linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity
+between them); being linear it is evaluated at the sampled voxels alone: class means are those of random
+candidates of
+the class, and the negatives of all queries come from these candidates. Regions: a voxel counts for the last
+region that contains it. Ignored voxels are in no class and carry no loss.
 """
 
 from __future__ import annotations
@@ -40,24 +47,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnssl.bank import EmbeddingBank, case_numbers
+from nnssl.banks import EmbeddingBank, case_numbers
 from nnssl.batch import SemiBatch
-from nnssl.data.classmix import classmix_mask
-from nnssl.data.cutmix import cutmix
+from nnssl.data.mixing import classmix_mask, cutmix
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
-from nnssl.losses.sampling import gather_interpolated
 from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
 from nnssl.networks.heads import VoxelProjector
+from nnssl.sampling import gather_interpolated
 
 
 @dataclass(frozen=True)
 class ACTIONConfig:
-    phase_fractions: tuple[float, ...] = (0.25, 0.25, 0.5)  # of the training (100, 100 and 200 epochs); 0 leaves a phase out
+    phase_fractions: tuple[float, ...] = (
+        0.25,
+        0.25,
+        0.5,
+    )  # of the training (100, 100 and 200 epochs); 0 leaves a phase out
     weight_global: float = 1.0  # of L_g
     weight_local: float = 1.0  # of L_l
     weight_pseudo: float = 1.0  # of L_u
@@ -81,22 +91,42 @@ class ACTIONConfig:
     def __post_init__(self) -> None:
         fractions = self.phase_fractions
         if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-            raise ValueError(f"phase_fractions must be three numbers of at least 0 with sum 1, found {list(fractions)}")
+            raise ValueError(
+                f"phase_fractions must be three numbers of at least 0 with sum 1, found {list(fractions)}"
+            )
         if self.weight_global == 0 and fractions[0] > 0:
-            raise ValueError(f"weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions {list(fractions)} to 0 too")
-        for name in ("bank_images", "crops_per_axis", "embedding", "num_queries", "num_negatives", "candidates"):
+            raise ValueError(
+                f"weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions "
+                f"{list(fractions)} to 0 too"
+            )
+        for name in (
+            "bank_images",
+            "crops_per_axis",
+            "embedding",
+            "num_queries",
+            "num_negatives",
+            "candidates",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("temperature_student", "temperature_teacher", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("ema_decay", "classmix_probability", "channel_dropout", "threshold_pseudo", "threshold_contrast", "threshold_hard"):
+        for name in (
+            "ema_decay",
+            "classmix_probability",
+            "channel_dropout",
+            "threshold_pseudo",
+            "threshold_contrast",
+            "threshold_hard",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
 class Distillation(nn.Module):
-    """One distillation over a bank: projector and predictor of the student, the projector's moving average, the bank."""
+    """One distillation over a bank: projector and predictor of the student, the projector's moving average,
+    the bank."""
 
     def __init__(self, features: int, embedding: int, rows: int) -> None:
         super().__init__()
@@ -106,14 +136,23 @@ class Distillation(nn.Module):
         self.bank = EmbeddingBank(rows, embedding)
         self._bank_update: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, student: Tensor, teacher: Tensor, cases: Tensor, temperature_student: float, temperature_teacher: float) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        cases: Tensor,
+        temperature_student: float,
+        temperature_teacher: float,
+    ) -> Tensor:
         """KL over the bank. student, teacher: (N, F) pooled features; cases: (N,) numbers."""
         with torch.autocast(student.device.type, enabled=False):  # differences between embeddings are small
             s = self.predictor(self.projector(student.float()))
             with inference(self.teacher):
                 z = self.teacher(teacher.float())
             self._bank_update = z, cases
-            return bank_distillation(s, z, self.bank.embeddings, self.bank.others(cases), temperature_student, temperature_teacher)
+            return bank_distillation(
+                s, z, self.bank.embeddings, self.bank.others(cases), temperature_student, temperature_teacher
+            )
 
     def after_step(self, decay: float) -> None:
         if self._bank_update is not None:  # only phases that use the distillation move it
@@ -132,8 +171,12 @@ class ACTION(TeacherMethod):
         self.grid = tuple(min(c.crops_per_axis, n) for n in self.planned.patch_size)
         super().build()
         self.distillation_global = Distillation(2 * encoder.output_channels[-1], c.embedding, c.bank_images)
-        self.distillation_local = Distillation(encoder.output_channels[0], c.embedding, c.bank_images * math.prod(self.grid))
-        self.representation = nn.Linear(sum(encoder.output_channels[:-1]), c.embedding)  # a decoder stage is as wide as its skip
+        self.distillation_local = Distillation(
+            encoder.output_channels[0], c.embedding, c.bank_images * math.prod(self.grid)
+        )
+        self.representation = nn.Linear(
+            sum(encoder.output_channels[:-1]), c.embedding
+        )  # a decoder stage is as wide as its skip
         self.phase = 1  # a part of the state: the teacher is reset once, also over continued runs
         self.encode, self.decode = self.planned.compiled(encode), self.planned.compiled(decode)
         self.walk = self.planned.compiled(forward_streams)
@@ -146,7 +189,11 @@ class ACTION(TeacherMethod):
 
     def phase_at(self, t: float) -> int:
         """1, 2 or 3; phases without a share of the training do not occur."""
-        present = [(i, end) for i, (f, end) in enumerate(zip(self.config.phase_fractions, self.ends(), strict=True), 1) if f > 0]
+        present = [
+            (i, end)
+            for i, (f, end) in enumerate(zip(self.config.phase_fractions, self.ends(), strict=True), 1)
+            if f > 0
+        ]
         return next((i for i, end in present if t < end), present[-1][0])
 
     def ends(self) -> list[float]:
@@ -157,8 +204,12 @@ class ACTION(TeacherMethod):
         if phase == 3 and self.phase != 3:
             copy_weights(self.teacher, self.student)
         self.phase = phase
-        active = (self.global_distillation, self.local_distillation, self.anatomical_training)[phase - 1](batch)
-        inactive = 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # reaches every parameter, for several GPUs
+        active = (self.global_distillation, self.local_distillation, self.anatomical_training)[phase - 1](
+            batch
+        )
+        inactive = 0 * sum(
+            p.sum() for p in self.parameters() if p.requires_grad
+        )  # reaches every parameter, for several GPUs
         return {k: active.get(k, inactive) for k in self.weights(t)}  # type: ignore[arg-type, misc]
 
     def weights(self, t: float) -> dict[str, float]:
@@ -196,7 +247,9 @@ class ACTION(TeacherMethod):
         return self.distil(self.distillation_global, pool(student), pool(teacher), cases)
 
     def distil(self, distillation: Distillation, student: Tensor, teacher: Tensor, cases: Tensor) -> Tensor:
-        return distillation(student, teacher, cases, self.config.temperature_student, self.config.temperature_teacher)
+        return distillation(
+            student, teacher, cases, self.config.temperature_student, self.config.temperature_teacher
+        )
 
     # phase 2
 
@@ -213,7 +266,10 @@ class ACTION(TeacherMethod):
             "supervised": self.supervised_loss(split_batch(outputs, n)[0], batch.target),
             "global": self.global_term(skips[-1][n:], skips_teacher[-1][n:], batch),
             "local": self.distil(
-                self.distillation_local, crops[0].flatten(0, 1), crops[1].flatten(0, 1), cases.repeat_interleave(math.prod(self.grid))
+                self.distillation_local,
+                crops[0].flatten(0, 1),
+                crops[1].flatten(0, 1),
+                cases.repeat_interleave(math.prod(self.grid)),
             ),
         }
 
@@ -223,22 +279,34 @@ class ACTION(TeacherMethod):
         n = len(batch.labeled)
         p_w = self.teach(batch.weak)
         pasted = classmix_mask(self.labels.classes(self.labels.harden(p_w)))
-        pasted = pasted & (torch.rand(len(pasted), *[1] * (pasted.ndim - 1), device=pasted.device) < self.config.classmix_probability)
+        pasted = pasted & (
+            torch.rand(len(pasted), *[1] * (pasted.ndim - 1), device=pasted.device)
+            < self.config.classmix_probability
+        )
         p_m, x_m = cutmix(p_w, pasted), cutmix(batch.strong[0], pasted)
         pseudo = self.labels.harden(p_m)
 
-        outputs, _, features = self.walk(self.student, torch.cat([batch.labeled, x_m]), n, self.config.channel_dropout)
+        outputs, _, features = self.walk(
+            self.student, torch.cat([batch.labeled, x_m]), n, self.config.channel_dropout
+        )
         labeled, unlabeled = split_batch(outputs, n)
-        share = confidence_mask(p_m, self.config.threshold_pseudo, self.labels).mean(tuple(range(1, p_m.ndim)), keepdim=True)
+        share = confidence_mask(p_m, self.config.threshold_pseudo, self.labels).mean(
+            tuple(range(1, p_m.ndim)), keepdim=True
+        )
         weight = share.expand(-1, -1, *p_m.shape[2:])
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         if labeled_mask is None:
             labeled_mask = torch.ones_like(onehot[:, :1], dtype=torch.bool)
-        counted = torch.cat([labeled_mask, confidence_mask(p_m, self.config.threshold_contrast, self.labels).bool()])
+        counted = torch.cat(
+            [labeled_mask, confidence_mask(p_m, self.config.threshold_contrast, self.labels).bool()]
+        )
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
-            "pseudo": share.mean() * cross_entropy(full_resolution(unlabeled), pseudo, self.labels, weight),  # mean of w CE
-            "anatomical": self.contrast(features, full_resolution(outputs), torch.cat([onehot, pseudo]), counted),
+            "pseudo": share.mean()
+            * cross_entropy(full_resolution(unlabeled), pseudo, self.labels, weight),  # mean of w CE
+            "anatomical": self.contrast(
+                features, full_resolution(outputs), torch.cat([onehot, pseudo]), counted
+            ),
         }
 
     def contrast(self, features: list[Tensor], logits: Tensor, onehot: Tensor, counted: Tensor) -> Tensor:

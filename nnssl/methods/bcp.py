@@ -1,18 +1,22 @@
 """BCP: bidirectional copy-paste (Bai et al., CVPR 2023).
 
-    x_in  = M x_u + (1 - M) x_l,     x_out = M x_l' + (1 - M) x_u'            box M: 2/3 of every edge, anywhere in the patch
+    x_in  = M x_u + (1 - M) x_l,     x_out = M x_l' + (1 - M) x_u'            box M: 2/3 of every edge,
+          anywhere in the patch
     L     = l(f(x_in, x_out); y_l) over what came from labeled patches
           + alpha l(f(x_in, x_out); y_u) over what came from unlabeled patches,        y_u = harden f_ema(x_w)
     l     = CE + Dice over the stated voxels, full resolution
     before t = t_pre:  L = L_sup(f(x), y),  x and y copy-pasted within the labeled batch
 
 f         student, the planned network; deployed
-f_ema     teacher: exponential moving average of f, a copy of f until t_pre; no gradient; may be deployed instead ("deploy": "teacher")
-x_w, x_u  weak and strong view of the same unlabeled patch, voxels in correspondence; x_l', x_u': another pairing of the same batches
+f_ema     teacher: exponential moving average of f, a copy of f until t_pre; no gradient; may be deployed
+    instead ("deploy": "teacher")
+x_w, x_u  weak and strong view of the same unlabeled patch, voxels in correspondence; x_l', x_u': another
+          pairing of the same batches
 
-Differs from the paper (ours): the pasted image is the strong view, as labeled patches carry nnU-Net's intensity transforms too; a box per
-sample; Dice and CE of both directions in one sum; one run and one schedule, without a return to the best pretrained checkpoint; all
-components of pseudo-labels stay, not the largest only. nnU-Net's own loss knows no mask: coarse outputs are trained until t_pre, then rest.
+Differs from the paper (ours): the pasted image is the strong view, as labeled patches carry nnU-Net's
+intensity transforms too; a box per sample; Dice and CE of both directions in one sum; one run and one
+schedule, without a return to the best pretrained checkpoint; all components of pseudo-labels stay, not the
+largest only. nnU-Net's own loss knows no mask: coarse outputs are trained until t_pre, then rest.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.ema import ema_update
 from nnssl.losses.pseudo_label import cross_entropy_dice
 from nnssl.method import TeacherMethod, full_resolution
@@ -34,7 +38,9 @@ from nnssl.method import TeacherMethod, full_resolution
 class BCPConfig:
     weight_pseudo: float = 0.5  # alpha
     box_edge: float = 2 / 3  # beta: edge of M, as a share of the patch's
-    pretrain_fraction: float = 2 / 17  # t_pre: share of training on labeled patches alone (2k of 17k steps on the left atrium)
+    pretrain_fraction: float = (
+        2 / 17
+    )  # t_pre: share of training on labeled patches alone (2k of 17k steps on the left atrium)
     ema_decay: float = 0.99  # of the teacher
 
     def __post_init__(self) -> None:
@@ -54,39 +60,58 @@ class BCP(TeacherMethod):
     def pretrain(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Boxes between labeled neighbours; the target alike at every scale."""
         box = self.boxes(batch.labeled)
-        scales = [F.interpolate(box.float(), y.shape[2:], mode="nearest-exact").bool() for y in _as_list(batch.target)]
+        scales = [
+            F.interpolate(box.float(), y.shape[2:], mode="nearest-exact").bool()
+            for y in _as_list(batch.target)
+        ]
         target = [cutmix(y, b) for y, b in zip(_as_list(batch.target), scales, strict=True)]
         outputs = self.student(cutmix(batch.labeled, box))
         supervised = self.supervised_loss(outputs, target if isinstance(batch.target, list) else target[0])
         return {"supervised": supervised, "pseudo": 0 * supervised}
 
     def copy_paste(self, batch: SemiBatch) -> dict[str, Tensor]:
-        """Boxes between labeled and unlabeled patches, both ways; batches of different sizes are cycled through."""
+        """Boxes between labeled and unlabeled patches, both ways; batches of different sizes are cycled
+        through."""
         pseudo = self.labels.harden(self.teach(batch.weak))
         onehot, known = self.labels.encode(batch.full_target())
         known = torch.ones_like(onehot[:, :1], dtype=torch.bool) if known is None else known.bool()
 
         x_l, x_u = batch.labeled, batch.strong[0]
         i, j = torch.arange(len(x_l), device=x_l.device), torch.arange(len(x_u), device=x_l.device)
-        l, u = torch.cat([i, (j + 1) % len(x_l)]), torch.cat([i % len(x_u), j])  # the pairs of x_in, then of x_out
+        l, u = (
+            torch.cat([i, (j + 1) % len(x_l)]),
+            torch.cat([i % len(x_u), j]),
+        )  # the pairs of x_in, then of x_out
         from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
         logits = full_resolution(self.student(torch.where(from_unlabeled, x_u[u], x_l[l])))
-        resting = 0 * sum(p.sum() for p in self.student.decoder.seg_layers.parameters())  # every parameter in every step's graph
+        resting = 0 * sum(
+            p.sum() for p in self.student.decoder.seg_layers.parameters()
+        )  # every parameter in every step's graph
         return {
-            "supervised": cross_entropy_dice(logits, onehot[l], self.labels, (known[l] & ~from_unlabeled).float()) + resting,
+            "supervised": cross_entropy_dice(
+                logits, onehot[l], self.labels, (known[l] & ~from_unlabeled).float()
+            )
+            + resting,
             "pseudo": cross_entropy_dice(logits, pseudo[u], self.labels, from_unlabeled.float()),
         }
 
     def boxes(self, x: Tensor) -> Tensor:
         """M (B, 1, S) bool for patches (B, C, S)."""
         volume = self.config.box_edge ** (x.ndim - 2)
-        return cutmix_mask(len(x), x.shape[2:], x.device, probability=1.0, volume=(volume, volume), stretch=0.0)
+        return cutmix_mask(
+            len(x), x.shape[2:], x.device, probability=1.0, volume=(volume, volume), stretch=0.0
+        )
 
     def weights(self, t: float) -> dict[str, float]:
-        return {"supervised": 1.0, "pseudo": 0.0 if t < self.config.pretrain_fraction else self.config.weight_pseudo}
+        return {
+            "supervised": 1.0,
+            "pseudo": 0.0 if t < self.config.pretrain_fraction else self.config.weight_pseudo,
+        }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
-        ema_update(self.teacher, self.student, 0.0 if t < self.config.pretrain_fraction else self.config.ema_decay)
+        ema_update(
+            self.teacher, self.student, 0.0 if t < self.config.pretrain_fraction else self.config.ema_decay
+        )
 
 
 def _as_list(target: Tensor | list[Tensor]) -> list[Tensor]:

@@ -1,36 +1,42 @@
 """CAML: correlation-aware mutual learning of two networks (Gao et al., MICCAI 2023).
 
     L   = L_sup(v) + L_sup(a) + r(t) (lambda_c L_c + lambda_d L_d + lambda_o L_o)
-    L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)               on x_l and x_s; sharpen p = p^(1/T) / sum_c p_c^(1/T)
-    L_d = dice(p_v, sharpen p'_a) + dice(p_a, sharpen p'_v)             on x_s; soft Dice loss over the batch
-    L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_s, rows j of the bank
+    L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)               on x_l and x_s; sharpen p = p^(1/T) /
+    sum_c p_c^(1/T) L_d = dice(p_v, sharpen p'_a) + dice(p_a, sharpen p'_v)             on x_s; soft Dice loss
+    over the batch L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_s,
+    rows j of the bank
     c   = softmax_j(q_i . m_j / T_o),  q = predictor(projector(features of the last decoder stage))
 
 v         student, the planned network; deployed
-a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with cross-sample mutual attention
-          (CMA) behind its second-deepest encoder stage (the deepest, where that has more than 2,048 voxels): over the voxels of each
-          sample, then across the samples of the batch
+a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with
+          cross-sample mutual attention (CMA) behind its second-deepest encoder stage (the deepest, where that
+          has more than 2,048 voxels): over the voxels of each sample, then across the samples of the batch
 i         voxels that v and a call the same class, per class those of which v is most certain
-m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case and class; per class
-          so many are drawn over all cases, a class with fewer is left out
-x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, the same for both networks
+m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case
+          and class; per class so many are drawn over all cases, a class with fewer is left out
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
+          the same for both networks
 p'        p without gradient; where p is of x_s, p' is of x_w and cut alike
 r(t)      Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice the published one, so that
-each network learns from L_sup at nnU-Net's learning rate; targets of unlabeled patches come from another view than their predictions, for
-on the same view two such networks soon agree and L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium); L_d
-stands beside L_c as Dice stands beside cross-entropy in nnU-Net's loss (left atrium: Dice 86.0 and 86.0 with it, 85.3 and 84.3 without, 4
-labels, two seeds; 78.0, 71.4, and 75.4 with twice lambda_c and half the ramp instead, 2 labels, smaller network, one seed); x_s also loses
-encoder channels, as the planned networks have no dropout layers (V-Net has); sharpened probabilities are targets without gradient (the
-public code differentiates them too); a's interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without
-dropout and the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels alone with the same
-result (the public ones normalise over all voxels that agree). In short runs L_o falls to about 0.1 within four epochs of the left atrium
-and then hardly has a gradient (0.002 beside 0.1-0.5 of L_sup), but for epochs whose mean jumps to 1-3; neither batch norm as in the public
-heads (0.6 after two epochs, gradient at most 0.01) nor unit vectors (5.4, gradient 0; Dice 84.5 instead of 84.3, without L_d, one seed)
-keep it acting. The bank keeps the last rows of every case and class rather than all voxels of its last patch, and is written after the
-step; queries are a share of small patches. For regions, the complement of all of them is a class too; v's certainty there is min_k(1 -
-p_k), sharpening is per region against 1 - p. Ignored voxels carry no loss and never enter the bank.
+Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice
+the published one, so that each network learns from L_sup at nnU-Net's learning rate; targets of unlabeled
+patches come from another view than their predictions, for on the same view two such networks soon agree and
+L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium); L_d stands beside L_c as Dice
+stands beside cross-entropy in nnU-Net's loss (left atrium: Dice 86.0 and 86.0 with it, 85.3 and 84.3 without,
+4 labels, two seeds; 78.0, 71.4, and 75.4 with twice lambda_c and half the ramp instead, 2 labels, smaller
+network, one seed); x_s also loses encoder channels, as the planned networks have no dropout layers (V-Net
+has); sharpened probabilities are targets without gradient (the public code differentiates them too); a's
+interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without dropout and
+the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels
+alone with the same result (the public ones normalise over all voxels that agree). In short runs L_o falls to
+about 0.1 within four epochs of the left atrium and then hardly has a gradient (0.002 beside 0.1-0.5 of
+L_sup), but for epochs whose mean jumps to 1-3; neither batch norm as in the public heads (0.6 after two
+epochs, gradient at most 0.01) nor unit vectors (5.4, gradient 0; Dice 84.5 instead of 84.3, without L_d, one
+seed) keep it acting. The bank keeps the last rows of every case and class rather than all voxels of its last
+patch, and is written after the step; queries are a share of small patches. For regions, the complement of all
+of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region against 1 - p. Ignored
+voxels carry no loss and never enter the bank.
 """
 
 from __future__ import annotations
@@ -43,39 +49,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl.bank import CaseBank
+from nnssl.banks import CaseBank
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import omni_correlation
 from nnssl.losses.pseudo_label import soft_dice_loss
-from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.hf_mamba import stage_grids
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
+from nnssl.sampling import gather_voxels, sample_members, top_members
 from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
 class CAMLConfig:
-    weight_supervised: float = 1.0  # of each network's L_sup; this, lambda_c and lambda_o: twice the published (ours)
+    weight_supervised: float = (
+        1.0  # of each network's L_sup; this, lambda_c and lambda_o: twice the published (ours)
+    )
     weight_consistency: float = 2.0  # lambda_c
     weight_dice: float = 0.5  # lambda_d (ours)
     weight_correlation: float = 0.1  # lambda_o
-    ramp_fraction: float = 0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
-    channel_dropout: float = 0.5  # of both networks' encoder features of x_s (the papers' V-Nets drop channels too)
+    ramp_fraction: float = (
+        0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
+    )
+    channel_dropout: float = (
+        0.5  # of both networks' encoder features of x_s (the papers' V-Nets drop channels too)
+    )
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in x_s (ours)
     sharpening: float = 0.1  # T
     temperature: float = 0.1  # T_o
     embedding: int = 64  # width of projections and q
     rows: int = 256  # per class, drawn from the bank in a step; as many are kept per case and class (ours)
     queries: int = 12_800  # voxels i per class, at most
-    query_share: float = 0.05  # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of theirs)
+    # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of theirs)
+    query_share: float = 0.05
     attention_heads: int = 4  # of CMA; where the stage's width is no multiple, their greatest common divisor
     mlp_ratio: float = 4.0  # of CMA
-    attention_tokens: int = 2048  # voxels of the second-deepest stage above which CMA stands behind the deepest (ours: shallow plans)
+    # voxels of the second-deepest stage above which CMA stands behind the deepest (ours: shallow plans)
+    attention_tokens: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("embedding", "rows", "queries", "attention_heads", "attention_tokens"):
@@ -104,7 +118,9 @@ class CAML(SemiMethod):
         self.stage = max(0, len(features) - 2)
         if voxels[self.stage] > c.attention_tokens:
             self.stage = len(features) - 1
-        self.attention = CrossSampleAttention(features[self.stage], math.gcd(features[self.stage], c.attention_heads), c.mlp_ratio)
+        self.attention = CrossSampleAttention(
+            features[self.stage], math.gcd(features[self.stage], c.attention_heads), c.mlp_ratio
+        )
         self.head_v, self.head_a = (CorrelationHead(features[0], c.embedding) for _ in "va")
         self.case_index = {case: i for i, case in enumerate(self.planned.labeled_cases)}
         self.bank = CaseBank(self.labels.num_classes, len(self.case_index), c.rows, c.embedding)
@@ -114,20 +130,30 @@ class CAML(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+        box = cutmix_mask(
+            len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
+        )
         weak_v, weak_a = (cutmix(z, box) for z in self.weak_logits(batch))
-        images = torch.cat([batch.labeled, cutmix(batch.strong[0], box)])  # one pass for both streams: CMA looks across them
+        images = torch.cat(
+            [batch.labeled, cutmix(batch.strong[0], box)]
+        )  # one pass for both streams: CMA looks across them
         dropout = self.config.channel_dropout
         outputs_v, _, features_v = self.walk(self.student, images, n, dropout)
-        outputs_a, _, features_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage, n, dropout)
+        outputs_a, _, features_a = self.walk_auxiliary(
+            self.auxiliary, images, self.attention, self.stage, n, dropout
+        )
         onehot, labeled_mask = self.labels.encode(batch.full_target())
 
         logits_v, logits_a = full_resolution(outputs_v), full_resolution(outputs_a)
         p_v, p_a = self.probabilities(logits_v), self.probabilities(logits_a)
         with torch.no_grad():
-            views = (torch.cat([strong[:n], weak]) for strong, weak in ((logits_v, weak_v), (logits_a, weak_a)))
+            views = (
+                torch.cat([strong[:n], weak]) for strong, weak in ((logits_v, weak_v), (logits_a, weak_a))
+            )
             sharp_v, sharp_a = (sharpen(z, self.config.sharpening, self.labels) for z in views)
-            agreed = self.labels.classes(self.labels.harden(p_v)) & self.labels.classes(self.labels.harden(p_a))  # (K', B + U, S)
+            agreed = self.labels.classes(self.labels.harden(p_v)) & self.labels.classes(
+                self.labels.harden(p_a)
+            )  # (K', B + U, S)
             right = agreed[:, :n] & self.labels.classes(onehot)
             mask = None
             if labeled_mask is not None:
@@ -140,7 +166,9 @@ class CAML(SemiMethod):
             "supervised_aux": self.supervised_loss(split_batch(outputs_a, n)[0], batch.target),
             "consistency": mse_consistency(p_v, sharp_a, mask) + mse_consistency(p_a, sharp_v, mask),
             "dice": dice(p_v[n:], sharp_a[n:]) + dice(p_a[n:], sharp_v[n:]),
-            "correlation": self.correlation(features_v[-1][n:], features_a[-1][n:], p_v[n:].detach(), agreed[:, n:]),
+            "correlation": self.correlation(
+                features_v[-1][n:], features_a[-1][n:], p_v[n:].detach(), agreed[:, n:]
+            ),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -161,9 +189,14 @@ class CAML(SemiMethod):
 
     @torch.no_grad()
     def weak_logits(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
-        """Logits (U, K, S) of v and a on the weak views; a as in training, with CMA across labeled and unlabeled samples."""
-        outputs_a, *_ = self.walk_auxiliary(self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage)
-        return full_resolution(self.student(batch.weak)), full_resolution(split_batch(outputs_a, len(batch.labeled))[1])
+        """Logits (U, K, S) of v and a on the weak views; a as in training, with CMA across labeled and
+        unlabeled samples."""
+        outputs_a, *_ = self.walk_auxiliary(
+            self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage
+        )
+        return full_resolution(self.student(batch.weak)), full_resolution(
+            split_batch(outputs_a, len(batch.labeled))[1]
+        )
 
     @torch.no_grad()
     def labeled_rows(self, features_v: Tensor, features_a: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,10 +205,16 @@ class CAML(SemiMethod):
         features: (B, F, S); right: (K', B, S), voxels of class k that both networks call k.
         """
         classes, n = right.shape[:2]
-        index, valid = (x.unflatten(0, (classes, n)) for x in sample_members(right.flatten(2).flatten(0, 1), self.config.rows))
+        index, valid = (
+            x.unflatten(0, (classes, n))
+            for x in sample_members(right.flatten(2).flatten(0, 1), self.config.rows)
+        )
         voxels = right[0, 0].numel()
         index = index + voxels * torch.arange(n, device=index.device)[:, None]  # counted sample after sample
-        projected = (head.projector(gather_voxels(f, index)) for head, f in ((self.head_v, features_v), (self.head_a, features_a)))
+        projected = (
+            head.projector(gather_voxels(f, index))
+            for head, f in ((self.head_v, features_v), (self.head_a, features_a))
+        )
         return sum(projected) / 2, valid  # type: ignore[return-value]
 
     def correlation(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
@@ -185,16 +224,25 @@ class CAML(SemiMethod):
             certainty = torch.cat([1 - certainty.amax(0, keepdim=True), certainty])
         limit = min(self.config.queries, math.ceil(self.config.query_share * certainty[0].numel()))
         index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), limit)
-        q_v, q_a = (head(gather_voxels(f, index)) for head, f in ((self.head_v, features_v), (self.head_a, features_a)))
+        q_v, q_a = (
+            head(gather_voxels(f, index))
+            for head, f in ((self.head_v, features_v), (self.head_a, features_a))
+        )
         rows, filled = self.bank.sample(self.config.rows)
         row_valid = filled & (filled.sum(1, keepdim=True) >= self.config.rows)
         return omni_correlation(
-            q_v.flatten(0, 1), q_a.flatten(0, 1), rows.flatten(0, 1), query_valid.flatten(), row_valid.flatten(), self.config.temperature
+            q_v.flatten(0, 1),
+            q_a.flatten(0, 1),
+            rows.flatten(0, 1),
+            query_valid.flatten(),
+            row_valid.flatten(),
+            self.config.temperature,
         )
 
 
 class CorrelationHead(nn.Module):
-    """Projector and predictor, two-layer MLPs on gathered feature vectors (..., F) -> (..., E), not normalised."""
+    """Projector and predictor, two-layer MLPs on gathered feature vectors (..., F) -> (..., E), not
+    normalised."""
 
     def __init__(self, features: int, embedding: int) -> None:
         super().__init__()
@@ -212,4 +260,10 @@ def _forward_auxiliary(
     network: Any, x: Tensor, attention: nn.Module, stage: int, clean: int | None = None, dropout: float = 0.0
 ) -> tuple[Outputs, list[Tensor], list[Tensor]]:
     """As `forward_streams`, with attention behind an encoder stage."""
-    return forward_streams(network, x, clean, dropout, modulate=lambda s, features: attention(features) if s == stage else features)
+    return forward_streams(
+        network,
+        x,
+        clean,
+        dropout,
+        modulate=lambda s, features: attention(features) if s == stage else features,
+    )

@@ -6,12 +6,14 @@
 
 f         student, the planned network; deployed
 h         second network: the planned architecture from another initialisation
-x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, y_f and y_h cut alike
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
+          y_f and y_h cut alike
 lambda(t) Gaussian ramp over the first 40 % of training
 
-As in the paper's CutMix form, pseudo-labels come from the unmixed image, both networks learn on the same mixed one, no threshold filters
-them, and labeled patches carry no cross term. Differs from the paper (ours): the mixed image is the strong view, where the paper's has no
-other intensities; Dice beside CE, as nnU-Net trains; a ramp, because networks trained from nothing start with wrong labels; the weight.
+As in the paper's CutMix form, pseudo-labels come from the unmixed image, both networks learn on the same
+mixed one, no threshold filters them, and labeled patches carry no cross term. Differs from the paper (ours):
+the mixed image is the strong view, where the paper's has no other intensities; Dice beside CE, as nnU-Net
+trains; a ramp, because networks trained from nothing start with wrong labels; the weight.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import cross_entropy_dice
 from nnssl.method import SemiMethod, full_resolution, inference, split_batch
 from nnssl.schedules import gaussian_ramp
@@ -30,7 +32,9 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class CPSConfig:
-    weight_pseudo: float = 0.5  # lambda_max (ours; 1.5 on VOC and 6 on Cityscapes, 0.1 with a ramp in medical code)
+    weight_pseudo: float = (
+        0.5  # lambda_max (ours; 1.5 on VOC and 6 on Cityscapes, 0.1 with a ramp in medical code)
+    )
     cutmix_probability: float = 0.5  # of a box per sample (ours)
     ramp_fraction: float = 0.4  # share of training over which lambda rises (ours)
 
@@ -51,8 +55,13 @@ class CPS(SemiMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         networks = (self.student, self.second)
         with inference(*networks):
-            y_f, y_h = (self.labels.harden(self.probabilities(full_resolution(network(batch.weak)))) for network in networks)
-        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+            y_f, y_h = (
+                self.labels.harden(self.probabilities(full_resolution(network(batch.weak))))
+                for network in networks
+            )
+        box = cutmix_mask(
+            len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
+        )
         y_f, y_h, x_s = (cutmix(x, box) for x in (y_f, y_h, batch.strong[0]))
 
         images = torch.cat([batch.labeled, x_s])

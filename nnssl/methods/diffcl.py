@@ -6,26 +6,31 @@
     L_p(f)   = Dice of f(x_s) against y_g = harden DDIM_S(g, x_w), started at tau_0 from x_0 = 2 p_f - 1
     L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
     p_f      = probabilities(f(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
-    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most similar to c_k, negatives
-               from those called otherwise
+    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most
+               similar to c_k, negatives from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
-g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion step tau; never ships
+g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion
+            step tau; never ships
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence
-q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of class k, detached
+q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of
+            class k, detached
 mu(t)       Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality form; views (the strong ones with
-CutMix boxes, pseudo-labels cut alike) instead of independent augmentation, and channel dropout on f's encoder features of the strong view
-(Yang et al., CVPR 2023). Pseudo-labels are made in eval mode, carry no gradient, and teach by Dice alone over certain voxels: few
-foreground voxels in a scan unlike the labeled ones then weigh as much as its background. No moving averages: with a decay of 0.99, f_ema is
-100 steps behind f, which cost half of what unlabeled scans gain in 1,500 steps (left atrium, L_sup + L_p alone: 84.5 instead of 86.6).
-Sampling starts at tau_0 from the noised estimate of f, so g corrects that estimate by what it knows of label maps, instead of segmenting
-from pure noise, at which a denoiser stays behind f in short schedules (labels of 78.9 instead of 83.8 Dice, S = 2, left atrium;
-"sampling_start": 1 is the published form). Regions are independent +-1 channels; ignored voxels are 0 in x_0 and carry no loss;
-similarities are looked at on a random subset of the certain voxels per class; the least similar voxels of a patch, the negatives of the
-paper, are told apart within an epoch and then teach nothing (the term fell to 2e-4), so negatives are all voxels called otherwise; widths,
-temperature, shares and weights are marked ours below.
+Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality
+form; views (the strong ones with CutMix boxes, pseudo-labels cut alike) instead of independent augmentation,
+and channel dropout on f's encoder features of the strong view (Yang et al., CVPR 2023). Pseudo-labels are
+made in eval mode, carry no gradient, and teach by Dice alone over certain voxels: few
+foreground voxels in a scan unlike the labeled ones then weigh as much as its background. No moving averages:
+with a decay of 0.99, f_ema is 100 steps behind f, which cost half of what unlabeled scans gain in 1,500 steps
+(left atrium, L_sup + L_p alone: 84.5 instead of 86.6). Sampling starts at tau_0 from the noised estimate of
+f, so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which
+a denoiser stays behind f in short schedules (labels of 78.9 instead of 83.8 Dice, S = 2, left atrium;
+"sampling_start": 1 is the published form). Regions are independent +-1 channels; ignored voxels are 0 in x_0
+and carry no loss; similarities are looked at on a random subset of the certain voxels per class; the least
+similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
+(the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights
+are marked ours below.
 """
 
 from __future__ import annotations
@@ -37,18 +42,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnssl.bank import ClassBank
+from nnssl.banks import ClassBank
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
-from nnssl.losses.sampling import gather_voxels, sample_members, top_members
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
 from nnssl.networks.time_conditioned import TimeConditionedUNet
+from nnssl.sampling import gather_voxels, sample_members, top_members
 from nnssl.schedules import gaussian_ramp
 
 
@@ -61,8 +66,11 @@ class DiffCLConfig:
     cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
     ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
     diffusion_steps: int = 1000  # T
-    ddim_steps: int = 2  # S (ours: 1, 2, 4 and 10 give labels of 83.9, 83.8, 83.6 and 83.4 Dice, benchmarks/quality)
-    sampling_start: float = 0.25  # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
+    ddim_steps: int = (
+        2  # S (ours: 1, 2, 4 and 10 give labels of 83.9, 83.8, 83.6 and 83.4 Dice, benchmarks/quality)
+    )
+    # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
+    sampling_start: float = 0.25
     embedding: int = 64  # E, width of q (ours)
     bank_size: int = 1024  # labeled embeddings per class (ours)
     bank_per_step: int = 64  # of which so many are renewed in a step (ours)
@@ -91,11 +99,14 @@ class DiffCLConfig:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.ddim_steps <= self.sampling_start * self.diffusion_steps <= self.diffusion_steps:
             raise ValueError(
-                f"ddim_steps must be at most sampling_start * diffusion_steps, and sampling_start at most 1; found {self.ddim_steps}, "
+                f"ddim_steps must be at most sampling_start * diffusion_steps, and sampling_start at most "
+                f"1; found {self.ddim_steps}, "
                 f"{self.sampling_start} and {self.diffusion_steps}"
             )
         if self.bank_per_step > self.bank_size:
-            raise ValueError(f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}")
+            raise ValueError(
+                f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
         for name in ("threshold", "channel_dropout", "cutmix_probability", "positive_fraction", "hfm_cutoff"):
@@ -109,7 +120,9 @@ class DiffCL(SemiMethod):
     config: DiffCLConfig
 
     @classmethod
-    def adapt_network(cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> nn.Module:
+    def adapt_network(
+        cls, network: nn.Module, config: Any, patch_size: tuple[int, ...], spacing: tuple[float, ...]
+    ) -> nn.Module:
         """The planned network with its HFM."""
         if config.hfm_stages == 0:
             return network
@@ -135,8 +148,12 @@ class DiffCL(SemiMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
         probabilities_f, probabilities_g = self.pseudo_probabilities(batch.weak)
-        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
-        probabilities_f, probabilities_g, strong = (cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
+        box = cutmix_mask(
+            len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
+        )
+        probabilities_f, probabilities_g, strong = (
+            cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0])
+        )
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
         certain = confidence_mask(probabilities_f, self.config.threshold, self.labels)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
@@ -166,7 +183,13 @@ class DiffCL(SemiMethod):
 
     def weights(self, t: float) -> dict[str, float]:
         mu = self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)
-        return {"supervised": 1.0, "pseudo": mu, "contrast": self.config.weight_contrast * mu, "diffusion": 1.0, "diffusion_pseudo": mu}
+        return {
+            "supervised": 1.0,
+            "pseudo": mu,
+            "contrast": self.config.weight_contrast * mu,
+            "diffusion": 1.0,
+            "diffusion_pseudo": mu,
+        }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
         if self._bank_update is not None:
@@ -177,7 +200,8 @@ class DiffCL(SemiMethod):
         return describe_hfm(self.student, self.planned.patch_size)
 
     def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if None."""
+        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if
+        None."""
         c = self.config
         with inference(self.student, self.denoiser):
             p_f = self.probabilities(full_resolution(self.student(weak)))
@@ -185,19 +209,33 @@ class DiffCL(SemiMethod):
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
             start = noise
             if c.sampling_start < 1:
-                start = self.diffusion.q_sample(2 * p_f - 1, torch.full((len(p_f),), taus[0], device=p_f.device), noise)
-            sampled = self.diffusion.ddim_sample(lambda x, tau: self.estimate(self.denoiser(x, tau, weak)), start, taus)
+                start = self.diffusion.q_sample(
+                    2 * p_f - 1, torch.full((len(p_f),), taus[0], device=p_f.device), noise
+                )
+            sampled = self.diffusion.ddim_sample(
+                lambda x, tau: self.estimate(self.denoiser(x, tau, weak)), start, taus
+            )
             return p_f, (sampled + 1) / 2
 
     def pseudo_loss(self, logits: Tensor, pseudo: Tensor, certain: Tensor) -> Tensor:
         """Soft Dice (U, K, S) over the certain voxels (U, 1, S)."""
-        return soft_dice_loss(self.probabilities(logits), pseudo, certain, skip_first=not self.labels.has_regions)
+        return soft_dice_loss(
+            self.probabilities(logits), pseudo, certain, skip_first=not self.labels.has_regions
+        )
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-1, 1] from the denoiser's outputs."""
         return 2 * self.probabilities(full_resolution(outputs)) - 1
 
-    def contrast(self, features: Tensor, n: int, onehot: Tensor, labeled_mask: Tensor | None, called: Tensor, certain: Tensor) -> Tensor:
+    def contrast(
+        self,
+        features: Tensor,
+        n: int,
+        onehot: Tensor,
+        labeled_mask: Tensor | None,
+        called: Tensor,
+        certain: Tensor,
+    ) -> Tensor:
         """L_cl, and the labeled embeddings that the bank will receive after the step.
 
         Args:
@@ -222,9 +260,15 @@ class DiffCL(SemiMethod):
         everything = q.flatten(0, 1)
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
-            positive, positive_valid = _sample_top_share(own, valid & known[:, None], c.positive_fraction, c.num_positives)
-            called_other = ~member[:, index.flatten()]  # regions overlap: a candidate of one may be called another too
-            negative, negative_valid = sample_members(valid.flatten() & called_other & known[:, None], c.num_negatives)
+            positive, positive_valid = _sample_top_share(
+                own, valid & known[:, None], c.positive_fraction, c.num_positives
+            )
+            called_other = ~member[
+                :, index.flatten()
+            ]  # regions overlap: a candidate of one may be called another too
+            negative, negative_valid = sample_members(
+                valid.flatten() & called_other & known[:, None], c.num_negatives
+            )
         return info_nce(
             center,
             torch.gather(q, 1, positive[..., None].expand(-1, -1, q.shape[-1])),
@@ -236,8 +280,11 @@ class DiffCL(SemiMethod):
 
 
 def _sample_top_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:
-    """Up to n places drawn from the members of every row that belong to its highest-scored share. Shapes as in `top_members`."""
+    """Up to n places drawn from the members of every row that belong to its highest-scored share. Shapes as
+    in `top_members`."""
     order, valid = top_members(score, member, score.shape[1])
     share = (member.sum(1, keepdim=True) * fraction).ceil()
-    drawn, drawn_valid = sample_members(valid & (torch.arange(order.shape[1], device=order.device) < share), n)
+    drawn, drawn_valid = sample_members(
+        valid & (torch.arange(order.shape[1], device=order.device) < share), n
+    )
     return order.gather(1, drawn), drawn_valid

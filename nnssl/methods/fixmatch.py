@@ -1,17 +1,20 @@
-"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, with the CutMix views of UniMatch (Yang et al., CVPR 2023).
+"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, with the CutMix views of UniMatch (Yang et al., CVPR
+2023).
 
     L   = L_sup(f(x_l), y_l) + lambda(t) L_u
     L_u = CE + Dice of f(x_s) against y = harden p_w, over voxels where max_k p_w >= T
     p_w = probabilities(f_ema(x_w))
 
 f         student, the planned network; deployed
-f_ema     f itself (`ema_decay` 0, as published), or a teacher: its exponential moving average; eval mode, no gradient; may be deployed
-          instead ("deploy": "teacher")
-x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes, p_w cut alike
+f_ema     f itself (`ema_decay` 0, as published), or a teacher: its exponential moving average; eval mode, no
+          gradient; may be deployed instead ("deploy": "teacher")
+x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
+          p_w cut alike
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the papers (ours): Dice beside CE, as nnU-Net trains; a ramp; one strong view and no feature perturbation, which are
-UniMatch's additions to FixMatch. In short runs an average lags: left atrium, 1,500 steps, Dice 85.5 at decay 0.99, 86.2 at 0.
+Differs from the papers (ours): Dice beside CE, as nnU-Net trains; a ramp; one strong view and no feature
+perturbation, which are UniMatch's additions to FixMatch. In short runs an average lags: left atrium, 1,500
+steps, Dice 85.5 at decay 0.99, 86.2 at 0.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.method import TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
@@ -34,7 +37,9 @@ class FixMatchConfig:
     threshold: float = 0.9  # T (ours; 0.95 in both papers)
     cutmix_probability: float = 0.5  # of a box per sample (UniMatch)
     ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; CAML's share)
-    ema_decay: float = 0.0  # of the teacher; 0: the student itself gives the labels, as published; 0.99: Mean Teacher's
+    ema_decay: float = (
+        0.0  # of the teacher; 0: the student itself gives the labels, as published; 0.99: Mean Teacher's
+    )
 
     def __post_init__(self) -> None:
         for name in ("threshold", "cutmix_probability", "ema_decay"):
@@ -49,15 +54,22 @@ class FixMatch(TeacherMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         p_w = self.teach(batch.weak)
-        box = cutmix_mask(len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability)
+        box = cutmix_mask(
+            len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
+        )
         p_w, x_s = cutmix(p_w, box), cutmix(batch.strong[0], box)
 
         labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, x_s])), len(batch.labeled))
         certain = confidence_mask(p_w, self.config.threshold, self.labels)
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
-            "pseudo": cross_entropy_dice(full_resolution(unlabeled), self.labels.harden(p_w), self.labels, certain),
+            "pseudo": cross_entropy_dice(
+                full_resolution(unlabeled), self.labels.harden(p_w), self.labels, certain
+            ),
         }
 
     def weights(self, t: float) -> dict[str, float]:
-        return {"supervised": 1.0, "pseudo": self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)}
+        return {
+            "supervised": 1.0,
+            "pseudo": self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction),
+        }

@@ -1,18 +1,20 @@
 """MC-Net: mutual consistency of two decoders (Wu et al., MICCAI 2021).
 
     L    = L_sup(f) + L_sup(h) + lambda(t) L_mc
-    L_mc = mse(p_f, sharpen p_h) + mse(p_h, sharpen p_f)            on x_l and x_u; sharpen p = p^(1/T) / sum_c p_c^(1/T)
+    L_mc = mse(p_f, sharpen p_h) + mse(p_h, sharpen p_f)            on x_l and x_u; sharpen p = p^(1/T) /
+    sum_c p_c^(1/T)
 
 f         student, the planned network: encoder and decoder; deployed
-h         the same encoder with a second decoder, which interpolates where the planned one has transposed convolutions
+h         the same encoder with a second decoder, which interpolates where the planned one has transposed
+          convolutions
 x_u       strong view of an unlabeled patch, the same for both decoders
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the paper (ours): nnU-Net's compound loss with deep supervision as L_sup, where theirs is Dice; the whole objective is twice
-the published one, so that each decoder learns from L_sup at nnU-Net's learning rate; x_u has stronger intensity changes than the labeled
-patches, which theirs share an augmentation with; sharpened probabilities are targets without gradient
-(the public code differentiates them too); interpolation follows a 1x1 convolution; regions are sharpened one by one against 1 - p. Ignored
-voxels carry no loss.
+Differs from the paper (ours): nnU-Net's compound loss with deep supervision as L_sup, where theirs is Dice;
+the whole objective is twice the published one, so that each decoder learns from L_sup at nnU-Net's learning
+rate; x_u has stronger intensity changes than the labeled patches, which theirs share an augmentation with;
+sharpened probabilities are targets without gradient (the public code differentiates them too); interpolation
+follows a 1x1 convolution; regions are sharpened one by one against 1 - p. Ignored voxels carry no loss.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class MCNetConfig:
-    weight_supervised: float = 1.0  # beta, of each decoder's L_sup; this and the next: twice the public code's (ours)
+    weight_supervised: float = (
+        1.0  # beta, of each decoder's L_sup; this and the next: twice the public code's (ours)
+    )
     weight_consistency: float = 2.0  # lambda_max
     ramp_fraction: float = 0.4  # share of training over which lambda rises (the public code: 6k of 15k steps)
     temperature: float = 0.1  # T of the sharpening
@@ -53,12 +57,16 @@ class MCNet(SemiMethod):
     def build(self) -> None:
         network = self.planned.build_network(self.planned.input_channels, self.labels.channels)
         self.second = interpolate_instead_of_transposing(network).decoder
-        del self.second.encoder  # nnU-Net's decoders hold their encoder; this one reads the student's features
+        del (
+            self.second.encoder
+        )  # nnU-Net's decoders hold their encoder; this one reads the student's features
         self.both = self.planned.compiled(two_decoders)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        outputs_f, outputs_h = self.both(self.student, self.second, torch.cat([batch.labeled, batch.strong[0]]))
+        outputs_f, outputs_h = self.both(
+            self.student, self.second, torch.cat([batch.labeled, batch.strong[0]])
+        )
         logits = [full_resolution(o) for o in (outputs_f, outputs_h)]
         p_f, p_h = (self.probabilities(z) for z in logits)
         with torch.no_grad():
@@ -76,7 +84,11 @@ class MCNet(SemiMethod):
     def weights(self, t: float) -> dict[str, float]:
         c = self.config
         consistency = c.weight_consistency * gaussian_ramp(t, c.ramp_fraction)
-        return {"supervised": c.weight_supervised, "supervised_second": c.weight_supervised, "consistency": consistency}
+        return {
+            "supervised": c.weight_supervised,
+            "supervised_second": c.weight_supervised,
+            "consistency": consistency,
+        }
 
 
 def two_decoders(network: Any, second: nn.Module, x: Tensor) -> tuple[Outputs, Outputs]:

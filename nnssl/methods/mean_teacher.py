@@ -1,15 +1,17 @@
 """Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), on voxels.
 
     L     = L_sup(f(x_l), y_l) + lambda(t) L_con
-    L_con = mean over voxels and channels of (p_s - p_w)^2,    p_s = probabilities(f(x_s)),  p_w = probabilities(f_ema(x_w))
+    L_con = mean over voxels and channels of (p_s - p_w)^2,    p_s = probabilities(f(x_s)),  p_w =
+    probabilities(f_ema(x_w))
 
 f         student, the planned network; deployed
 f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the paper (ours): a weak and a strong view instead of two like ones with dropout and noise; the consistency of unlabeled
-patches only; one decay throughout, where the paper changes from 0.99 to 0.999 after the ramp.
+Differs from the paper (ours): a weak and a strong view instead of two like ones with dropout and noise; the
+consistency of unlabeled patches only; one decay throughout, where the paper changes from 0.99 to 0.999 after
+the ramp.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from nnssl.schedules import gaussian_ramp
 @dataclass(frozen=True)
 class MeanTeacherConfig:
     weight_consistency: float = 0.1  # lambda_max (as UA-MT compares with; 100 for the paper's image classes)
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; the paper: 40k of 150k steps)
+    ramp_fraction: float = (
+        0.4  # share of training over which lambda rises (ours; the paper: 40k of 150k steps)
+    )
     ema_decay: float = 0.99  # alpha of the teacher (the paper's in the ramp)
 
     def __post_init__(self) -> None:
@@ -44,11 +48,16 @@ class MeanTeacher(TeacherMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         p_w = self.teach(batch.weak)
-        labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled))
+        labeled, unlabeled = split_batch(
+            self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled)
+        )
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
             "consistency": mse_consistency(self.probabilities(full_resolution(unlabeled)), p_w),
         }
 
     def weights(self, t: float) -> dict[str, float]:
-        return {"supervised": 1.0, "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction)}
+        return {
+            "supervised": 1.0,
+            "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction),
+        }

@@ -3,32 +3,44 @@
     L = L_sup + lambda(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
     L_sup   = nnU-Net's loss of f(x_l) against y_l
     L_u     = dice(p_w -> p_s1)
-    L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2   of x_w and x_s1
-    L_cross = 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j),                             mean over voxels
-              p2_w, p_cr(c) = sum_j exp m(j, c) / sum_c' sum_j exp m(j, c')                     of x_w and x_s2
-              m(j, c) = cos(e, G_j^c of its sub-region) / temperature,    U_j = KL(m_j || mean_j m_j), softmaxed over classes
+    L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2
+    of x_w and x_s1 L_cross = 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j),
+    mean over voxels
+              p2_w, p_cr(c) = sum_j exp m(j, c) / sum_c' sum_j exp m(j, c')                     of x_w and
+              x_s2 m(j, c) = cos(e, G_j^c of its sub-region) / temperature,    U_j = KL(m_j || mean_j m_j),
+              softmaxed over classes
 
-f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no gradient
-x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak predictions p_w, p1_w, p2_w are cut
-            with the box of the view they are compared with
+f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no
+            gradient
+x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak
+            predictions p_w, p1_w, p2_w are cut with the box of the view they are compared with
 lambda(t)   Gaussian ramp over the first 40 % of training
 dice(a->b)  soft Dice of b against harden a over the voxels where a is certain, max a >= T
-e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens` voxels; never ships
-G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the sub-region lacks c
+e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens`
+            voxels; never ships
+G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the
+            sub-region lacks c
 
-Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; the whole objective is twice the published one, so that f learns from
-L_sup at nnU-Net's learning rate; a ramp, because networks trained from nothing are soon certain of wrong labels; SFM takes its three
-deepest encoder stages; windows and sub-regions are at least 2 voxels wide, so fewer on small grids; labels and predictions are averaged
-onto the grid of e, and prototypes are made of the voxels that hold a class most purely; channel dropout acts on all encoder features of
-the strong views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over images; L_cross counts where
-p_w calls the same class as p2_w, for patches lie anywhere, and prototypes of a wrong place or of too few classes are certain all the
-same; its weights carry no gradient; regions are two-class problems, each with its complement.
+Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; the whole objective is twice the published
+one, so that f learns from L_sup at nnU-Net's learning rate; a ramp, because networks trained from nothing are
+soon certain of wrong labels; SFM takes its three deepest encoder stages; windows and sub-regions are at least
+2 voxels wide, so fewer on small grids; labels and predictions are averaged onto the grid of e, and prototypes
+are made of the voxels that hold a class most purely; channel dropout acts on all encoder features of the
+strong views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over
+images; L_cross counts where p_w calls the same class as p2_w, for patches lie anywhere, and prototypes of a
+wrong place or of too few classes are certain all the same; its weights carry no gradient; regions are
+two-class problems, each with its complement.
 
-Deviations, because published constants do not act: without temperature no p_cr exceeds 0.88 (two classes), short of T; and with s = 1 M
-averages the whole image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence temperature and s below; r
-follows, U being quadratic in small differences: 10 at temperature 0.1 weighs as 1000 does without. On small structures L_intra stays idle
-all the same: on the hippocampus p1_w was certain of 1.5 % of the voxels it called foreground (5 labels, 900 steps, last epoch).
-`diagnostics` log the share of the voxels, and of those called foreground, that each term acts on, and the mean weight.
+Deviations, because published constants do not act: without temperature no p_cr exceeds 0.88 (two classes),
+    short of T; and with s = 1 M
+averages the whole image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence
+temperature and s below; r
+follows, U being quadratic in small differences: 10 at temperature 0.1 weighs as 1000 does without. On small
+    structures L_intra stays idle
+all the same: on the hippocampus p1_w was certain of 1.5 % of the voxels it called foreground (5 labels, 900
+    steps, last epoch).
+`diagnostics` log the share of the voxels, and of those called foreground, that each term acts on, and the
+mean weight.
 """
 
 from __future__ import annotations
@@ -40,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.affinity import (
     agreement,
     confident_dice,
@@ -120,7 +132,9 @@ class SemSim(SemiMethod):
             mlp_ratio=c.mlp_ratio,
         )
         self.grid = self.fusion.grid
-        self.regions_per_axis = windows_per_axis(self.grid, c.regions_2d if len(self.grid) == 2 else c.regions_3d)
+        self.regions_per_axis = windows_per_axis(
+            self.grid, c.regions_2d if len(self.grid) == 2 else c.regions_3d
+        )
         index, place = cut_windows(self.grid, self.regions_per_axis)
         self.num_regions = len(index)
         self.register_buffer("region", place // index.shape[1], persistent=False)
@@ -131,7 +145,9 @@ class SemSim(SemiMethod):
         with inference(self.student, self.fusion):
             outputs, skips, _ = self.walk(self.student, batch.weak)
             p_w, e_w = self.probabilities(full_resolution(outputs)), self.fusion(skips[-SCALES:])
-        box_1, box_2 = (cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2))
+        box_1, box_2 = (
+            cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2)
+        )
         images = torch.cat([batch.labeled, cutmix(batch.strong[0], box_1), cutmix(batch.strong[1], box_2)])
 
         # x_s2 is not decoded: only its e is looked at
@@ -149,7 +165,9 @@ class SemSim(SemiMethod):
             return {
                 "supervised": supervised,
                 "pseudo": confident_dice(p_w, p_s1, self.labels, c.threshold),
-                "intra": confident_dice(p1_w, refine(e_s1, self.to_grid(p_s1), c.scale), self.labels, c.threshold),
+                "intra": confident_dice(
+                    p1_w, refine(e_s1, self.to_grid(p_s1), c.scale), self.labels, c.threshold
+                ),
                 "cross": cross,
             }
 
@@ -165,13 +183,18 @@ class SemSim(SemiMethod):
     def describe(self) -> str:
         sizes = " + ".join("x".join(map(str, g)) for g in self.fusion.grids)
         windows, regions = ("x".join(map(str, w)) for w in (self.fusion.windows, self.regions_per_axis))
-        return f"SemSim: fusion of {sizes} in {windows} windows, affinities on {'x'.join(map(str, self.grid))} in {regions} sub-regions"
+        grid = "x".join(map(str, self.grid))
+        return (
+            f"SemSim: fusion of {sizes} in {windows} windows, affinities on {grid} in {regions} sub-regions"
+        )
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Mean over what each voxel of e's grid covers: (B, K, S) -> (B, K, grid)."""
         return F.interpolate(x, self.grid, mode="area")
 
-    def cross_image(self, e_l: Tensor, e_s: Tensor, e_w: Tensor, p_w: Tensor, box: Tensor, batch: SemiBatch) -> Tensor:
+    def cross_image(
+        self, e_l: Tensor, e_s: Tensor, e_w: Tensor, p_w: Tensor, box: Tensor, batch: SemiBatch
+    ) -> Tensor:
         """L_cross.
 
         Args:
@@ -185,12 +208,17 @@ class SemSim(SemiMethod):
         known = known.unflatten(1, member.shape[1:3])  # (B, P, C)
 
         def similarity(e: Tensor, g: Tensor) -> Tensor:
-            return prototype_similarity(e.flatten(2), g, self.region).unflatten(2, member.shape[1:3]) / c.temperature
+            return (
+                prototype_similarity(e.flatten(2), g, self.region).unflatten(2, member.shape[1:3])
+                / c.temperature
+            )
 
         p2_w = cross_image_log_probabilities(similarity(e_w, g.detach()), known).exp()  # (U, P, C, V)
         confidence, called = p2_w.max(2, keepdim=True)
         certain = (confidence >= c.threshold) & (called == self.problems(p_w, None).argmax(2, keepdim=True))
-        certain, called = (cutmix(x, box.flatten(2)[:, None])[:, :, 0] for x in (certain, called))  # (U, P, V)
+        certain, called = (
+            cutmix(x, box.flatten(2)[:, None])[:, :, 0] for x in (certain, called)
+        )  # (U, P, V)
         certain = certain.float()
         m = similarity(e_s, g)
         weight = agreement(m, known, c.r)
@@ -199,7 +227,8 @@ class SemSim(SemiMethod):
         return cross_image_loss(cross_image_log_probabilities(m, known), target, certain * weight)
 
     def problems(self, onehot: Tensor, labeled_mask: Tensor | None) -> Tensor:
-        """Share of each class in each voxel of e's grid: (B, P, C, V). Classes: one problem of K; regions: K problems, outside | inside."""
+        """Share of each class in each voxel of e's grid: (B, P, C, V). Classes: one problem of K; regions: K
+        problems, outside | inside."""
         labeled = torch.ones_like(onehot[:, :1]) if labeled_mask is None else labeled_mask.float()
         onehot, labeled = self.to_grid(onehot).flatten(2), self.to_grid(labeled).flatten(2)
         return torch.stack([labeled - onehot, onehot], dim=2) if self.labels.has_regions else onehot[:, None]

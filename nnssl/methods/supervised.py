@@ -1,4 +1,5 @@
-"""Supervised training (Isensee et al., Nature Methods 2021): nnU-Net itself, and the lower bound of every comparison.
+"""Supervised training (Isensee et al., Nature Methods 2021): nnU-Net itself, and the lower bound of every
+comparison.
 
     L = L_sup(f(x_l), y_l)
 

@@ -1,8 +1,10 @@
 """UA-MT: uncertainty-aware mean teacher (Yu et al., MICCAI 2019).
 
     L     = L_sup(f(x_l), y_l) + lambda(t) L_con
-    L_con = mean over the certain voxels and channels of (p_s - p_w)^2,   p_s = probabilities(f(x_s)),  p_w = probabilities(f_ema(x_w))
-    certain: -sum_k mu_k ln mu_k < H(t) ln K,       mu = mean of T passes of f_ema over x_w + noise, with dropout of feature channels
+    L_con = mean over the certain voxels and channels of (p_s - p_w)^2,   p_s = probabilities(f(x_s)),  p_w =
+    probabilities(f_ema(x_w))
+    certain: -sum_k mu_k ln mu_k < H(t) ln K,       mu = mean of T passes of f_ema over x_w + noise, with
+        dropout of feature channels
     H(t)  = 3/4 + 1/4 ramp(t)
 
 f         student, the planned network; deployed
@@ -10,9 +12,9 @@ f_ema     teacher: exponential moving average of f; no gradient; may be deployed
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence
 lambda(t) lambda_max ramp(t), Gaussian over the whole training
 
-Differs from the paper (ours): planned networks have no dropout, so the T passes drop channels of all skips, and the student learns without;
-the target is the undisturbed teacher, of the weak view, and the student sees the strong one; regions: certain where each of them is,
--p ln p - (1-p) ln(1-p) < H(t) ln 2.
+Differs from the paper (ours): planned networks have no dropout, so the T passes drop channels of all skips,
+and the student learns without; the target is the undisturbed teacher, of the weak view, and the student sees
+the strong one; regions: certain where each of them is, -p ln p - (1-p) ln(1-p) < H(t) ln 2.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class UAMT(TeacherMethod):
         with inference(self.teacher):
             certain = (self.uncertainty(batch.weak) < self.entropy_threshold(t)).float()
         self.diagnostics = {"certain": certain.mean()}
-        labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled))
+        labeled, unlabeled = split_batch(
+            self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled)
+        )
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
             "consistency": mse_consistency(self.probabilities(full_resolution(unlabeled)), p_w, certain),
@@ -86,7 +90,10 @@ class UAMT(TeacherMethod):
         return self.config.threshold + (1 - self.config.threshold) * gaussian_ramp(t, 1.0)
 
     def weights(self, t: float) -> dict[str, float]:
-        return {"supervised": 1.0, "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction)}
+        return {
+            "supervised": 1.0,
+            "consistency": self.config.weight_consistency * gaussian_ramp(t, self.config.ramp_fraction),
+        }
 
 
 def disturbed_logits(network: Any, x: Tensor, dropout: float) -> Tensor:
@@ -95,7 +102,8 @@ def disturbed_logits(network: Any, x: Tensor, dropout: float) -> Tensor:
 
 
 def normalized_entropy(p: Tensor, labels: LabelSpace) -> Tensor:
-    """Entropy of probabilities (B, K, S) over its maximum, (B, 1, S) in [0, 1]; of regions the largest of their binary entropies."""
+    """Entropy of probabilities (B, K, S) over its maximum, (B, 1, S) in [0, 1]; of regions the largest of
+    their binary entropies."""
     if labels.has_regions:
         return (torch.special.entr(p) + torch.special.entr(1 - p)).amax(1, keepdim=True) / math.log(2)
     return torch.special.entr(p).sum(1, keepdim=True) / math.log(labels.channels)

@@ -6,16 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 1024  # tokens up to which attention in bfloat16 is 1.7-6 times slower on CPUs than in float32: backward goes block by block
+# tokens up to which attention in bfloat16 is 1.7-6 times slower on CPUs than in float32: backward goes block
+# by block
+SHORT = 1024
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm transformer block on tokens (N, L, E) -> (N, L, E); every sequence attends within itself, in any order of its tokens.
+    """Pre-norm transformer block on tokens (N, L, E) -> (N, L, E); every sequence attends within itself, in
+    any order of its tokens.
 
         x <- x + W_o MSA(LayerNorm x)
         x <- x + W_2 GELU(W_1 LayerNorm x)
 
-    W_o and W_2 start at zero: a fresh block is the identity, and a network into which it is put starts as it was. Attention is fused
+    W_o and W_2 start at zero: a fresh block is the identity, and a network into which it is put starts as it
+        was. Attention is fused
     (scaled_dot_product_attention): no L x L matrix is kept.
 
     Args:
@@ -46,16 +50,23 @@ class AttentionBlock(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT:
                 q, k, v = q.float(), k.float(), v.float()
-            mixed = F.scaled_dot_product_attention(q, k, v).to(qkv.dtype).transpose(1, 2).reshape(n, length, width)
+            mixed = (
+                F.scaled_dot_product_attention(q, k, v)
+                .to(qkv.dtype)
+                .transpose(1, 2)
+                .reshape(n, length, width)
+            )
         tokens = tokens + self.out(mixed)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
 class CrossSampleAttention(nn.Module):
-    """Cross-sample mutual attention (CMA) of CAML (Gao et al., MICCAI 2023) on features (N, E, S) -> the same shape.
+    """Cross-sample mutual attention (CMA) of CAML (Gao et al., MICCAI 2023) on features (N, E, S) -> the same
+    shape.
 
-    One block over the voxels of every sample, then one over the samples of the batch at the same position: labeled and unlabeled samples
-    see each other. In training only; the identity in eval mode, where a prediction must not depend on the rest of its batch.
+    One block over the voxels of every sample, then one over the samples of the batch at the same position:
+    labeled and unlabeled samples see each other. In training only; the identity in eval mode, where a
+    prediction must not depend on the rest of its batch.
 
     dim, heads, mlp_ratio: of both `AttentionBlock`s.
     """

@@ -13,7 +13,8 @@ from nnssl.networks.features import decode, encode
 
 
 def feature_dropout(skips: Sequence[Tensor], p: float) -> list[Tensor]:
-    """Every channel of every sample is 0 with probability p, else divided by 1 - p (Tompson et al., CVPR 2015).
+    """Every channel of every sample is 0 with probability p, else divided by 1 - p (Tompson et al., CVPR
+    2015).
 
     Args:
         skips: feature maps (B, F_s, S_s), as from `encode`; to be decoded after.
@@ -32,7 +33,8 @@ def forward_streams(
     decoded: int | None = None,
     modulate: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | list[Tensor], list[Tensor], list[Tensor]]:
-    """One pass for a clean and a perturbed stream: channel dropout acts on all encoder features behind the first `clean` images.
+    """One pass for a clean and a perturbed stream: channel dropout acts on all encoder features behind the
+    first `clean` images.
 
     Args:
         network: a planned U-Net.
@@ -43,8 +45,8 @@ def forward_streams(
         modulate: as in `encode`; dropout acts after it.
 
     Returns:
-        Outputs as the network's own forward gives them, encoder features of all images (finest first), features of the decoder stages
-        (coarsest first).
+        Outputs as the network's own forward gives them, encoder features of all images (finest first),
+        features of the decoder stages (coarsest first).
     """
     skips = encode(network, images, modulate)
     if dropout > 0 and clean is not None:  # one product per map, no copies of its parts

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 
 def check_planned(network: nn.Module) -> Any:
-    """The network itself if it is a planned U-Net (encoder stages, decoder stages, transposed convolutions), else ValueError."""
+    """The network itself if it is a planned U-Net (encoder stages, decoder stages, transposed convolutions),
+    else ValueError."""
     decoder = getattr(network, "decoder", None)
     if not all(hasattr(decoder, a) for a in ("stages", "transpconvs", "seg_layers")) or not hasattr(
         getattr(network, "encoder", None), "stages"
     ):
         raise ValueError(
             f"{type(network).__name__} is not a planned U-Net with encoder.stages and decoder.stages; "
-            "plan the dataset with PlainConvUNet or ResidualEncoderUNet (nnU-Net's default or ResEnc planners)"
+            "plan the dataset with PlainConvUNet or ResidualEncoderUNet (nnU-Net's default or ResEnc "
+            "planners)"
         )
     return network
 
@@ -44,7 +46,8 @@ def encode(network: Any, x: Tensor, modulate: Callable[[int, Tensor], Tensor] | 
 
 
 def decode(network: Any, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
-    """Outputs as the network's own forward gives them, and the features of every decoder stage, coarsest first: (B, F_s, S_s)."""
+    """Outputs as the network's own forward gives them, and the features of every decoder stage, coarsest
+    first: (B, F_s, S_s)."""
     decoder = network.decoder
     x, features = skips[-1], []
     for s in range(len(decoder.stages)):

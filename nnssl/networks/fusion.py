@@ -1,4 +1,5 @@
-"""SemSim's spatial-aware fusion (SFM): windows at the same place attend to each other across encoder scales."""
+"""SemSim's spatial-aware fusion (SFM): windows at the same place attend to each other across encoder
+scales."""
 
 from __future__ import annotations
 
@@ -13,22 +14,25 @@ from nnssl.networks.attention import AttentionBlock
 
 
 def windows_per_axis(grid: Sequence[int], wanted: int) -> tuple[int, ...]:
-    """How many windows the axes of a grid are cut into: `wanted`, or fewer where windows would be narrower than two voxels."""
+    """How many windows the axes of a grid are cut into: `wanted`, or fewer where windows would be narrower
+    than two voxels."""
     return tuple(max(1, min(wanted, n // 2)) for n in grid)
 
 
 def cut_windows(grid: Sequence[int], windows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which voxels (row-major) belong to which of W equal windows, and where each voxel is found again.
 
-    Window w of an axis with n voxels owns those with floor(i * windows / n) = w. Windows with fewer voxels than others borrow neighbours,
-    so all have M voxels and none is padded.
+    Window w of an axis with n voxels owns those with floor(i * windows / n) = w. Windows with fewer voxels
+    than others borrow neighbours, so all have M voxels and none is padded.
 
     Returns:
         index: (W, M) int64 voxels of each window.
         place: (V,) int64 where voxel v is owned in the flattened windows; place // M is its window.
     """
     index, window, offset = (torch.zeros(shape, dtype=torch.long) for shape in ((1, 1), (1,), (1,)))
-    for n, count in zip(grid, windows, strict=True):  # row-major: each axis refines what the axes before it gave
+    for n, count in zip(
+        grid, windows, strict=True
+    ):  # row-major: each axis refines what the axes before it gave
         length = -(-n // count)
         start = torch.tensor([min(-(-w * n // count), n - length) for w in range(count)])
         owner = torch.arange(n) * count // n
@@ -40,11 +44,13 @@ def cut_windows(grid: Sequence[int], windows: Sequence[int]) -> tuple[Tensor, Te
 
 
 class SpatialAwareFusion(nn.Module):
-    """Features of consecutive encoder scales (B, F_s, S_s) -> e (B, D, grid), grid the finest of the scales within `max_tokens` voxels.
+    """Features of consecutive encoder scales (B, F_s, S_s) -> e (B, D, grid), grid the finest of the scales
+    within `max_tokens` voxels.
 
-    Every scale is projected to D channels and cut into the same windows; the tokens of windows at the same place, of all scales, are one
-    sequence of a transformer block; back in place, all scales are resized to the grid, concatenated, and merged by
-    1x1 convolution, normalisation and ReLU. Scales above `max_tokens` voxels are averaged to the grid before.
+    Every scale is projected to D channels and cut into the same windows; the tokens of windows at the same
+    place, of all scales, are one sequence of a transformer block; back in place, all scales are resized to
+    the grid, concatenated, and merged by 1x1 convolution, normalisation and ReLU. Scales above `max_tokens`
+    voxels are averaged to the grid before.
 
     Args:
         features: F_s of each scale, finest first.

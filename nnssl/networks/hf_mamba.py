@@ -2,13 +2,17 @@
 
     h   = x - low-pass(x)                              box of low frequencies removed, in physical units
     u   = h / rms(h)                                   per image and channel, over the voxels (h has mean 0)
-    m   = Mamba2Mixer(u)                               voxels along every axis, forward and backward, results summed
+    m   = Mamba2Mixer(u)                               voxels along every axis, forward and backward, results
+        summed
     out = x + gate * m
 
-gate (C,) starts at zero: at step 0 the network is the planned network. The gate itself has a gradient there, opens with the first step, and
-from then on everything behind it learns. The 1x1 convolution that maps the mixed tokens back to features is the mixer's `out_proj`: another
-one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm are computed once, not six
-times, convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual (not attention), Mamba-2 form.
+gate (C,) starts at zero: at step 0 the network is the planned network. The gate itself has a gradient there,
+opens with the first step, and from then on everything behind it learns. The 1x1 convolution that maps the
+mixed tokens back to features is the mixer's `out_proj`: another
+one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm
+are computed once, not six
+times, convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual
+(not attention), Mamba-2 form.
 """
 
 from __future__ import annotations
@@ -25,19 +29,26 @@ from nnssl.ssm import Mamba2Mixer
 
 
 def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> tuple[int, ...]:
-    """Highest DFT index inside the low-pass box, per axis: of n indices k is inside where min(k, n - k) <= radius.
+    """Highest DFT index inside the low-pass box, per axis: of n indices k is inside where min(k, n - k) <=
+    radius.
 
-    cutoff in (0, 1): fraction of the finest axis' Nyquist frequency 1 / (2 spacing). Coarser axes keep the same cycles/mm, at most their
-    own Nyquist frequency, that is radius = n // 2: then the box does not restrict this axis.
+    cutoff in (0, 1): fraction of the finest axis' Nyquist frequency 1 / (2 spacing). Coarser axes keep the
+    same cycles/mm, at most their own Nyquist frequency, that is radius = n // 2: then the box does not
+    restrict this axis.
     """
     finest = min(spacing)
-    return tuple(math.floor(min(1.0, cutoff * mm / finest) * n / 2 + 1e-6) for n, mm in zip(grid, spacing, strict=True))
+    return tuple(
+        math.floor(min(1.0, cutoff * mm / finest) * n / 2 + 1e-6) for n, mm in zip(grid, spacing, strict=True)
+    )
 
 
 def _fourier_basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Real Fourier vectors of the indices up to `radius`, orthonormal columns (size, 2 radius + 1)."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    position, index = torch.arange(size, dtype=wide, device=device), torch.arange(1, radius + 1, dtype=wide, device=device)
+    position, index = (
+        torch.arange(size, dtype=wide, device=device),
+        torch.arange(1, radius + 1, dtype=wide, device=device),
+    )
     phase = position.outer(index) * (2 * math.pi / size)
     constant = torch.full((size, 1), math.sqrt(0.5), dtype=wide, device=device)
     return (torch.cat([constant, phase.cos(), phase.sin()], dim=1) * math.sqrt(2 / size)).to(dtype)
@@ -50,7 +61,9 @@ def _basis(size: int, radius: int, device: torch.device, dtype: torch.dtype) -> 
     """None where the box does not restrict an axis."""
     if 2 * radius + 1 >= size:
         return None
-    build = _fourier_basis if torch.compiler.is_compiling() else _kept_fourier_basis  # compiled code keeps no Python state
+    build = (
+        _fourier_basis if torch.compiler.is_compiling() else _kept_fourier_basis
+    )  # compiled code keeps no Python state
     return build(size, radius, device, dtype)
 
 
@@ -62,7 +75,9 @@ def _along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _without_box(x: Tensor, radii: Sequence[int]) -> Tensor:
-    bases = [(axis, _basis(x.shape[axis], radius, x.device, x.dtype)) for axis, radius in enumerate(radii, start=2)]
+    bases = [
+        (axis, _basis(x.shape[axis], radius, x.device, x.dtype)) for axis, radius in enumerate(radii, start=2)
+    ]
     narrow = [(axis, basis) for axis, basis in bases if basis is not None]
     if not narrow:
         return torch.zeros_like(x)
@@ -78,7 +93,8 @@ def _without_box(x: Tensor, radii: Sequence[int]) -> Tensor:
 
 
 class _HighPass(torch.autograd.Function):
-    """Orthogonal projection, its own adjoint: the backward is the same operation and nothing is kept for it."""
+    """Orthogonal projection, its own adjoint: the backward is the same operation and nothing is kept for
+    it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, radii: tuple[int, ...]) -> Tensor:
@@ -93,10 +109,13 @@ class _HighPass(torch.autograd.Function):
 
 
 def high_pass(x: Tensor, spacing: Sequence[float], cutoff: float) -> Tensor:
-    """x (B, C, *grid) without its low frequencies, same shape and dtype; equal to zeroing the box of `box_radii` in fftn(x).
+    """x (B, C, *grid) without its low frequencies, same shape and dtype; equal to zeroing the box of
+    `box_radii` in fftn(x).
 
-    Separable: the box is the product of a projection Q Q^T per axis, Q (n, rank) a real Fourier basis, so three thin matrix products down,
-    three up and no complex numbers. Any grid, also odd sizes and axes of one voxel (constant along it, hence inside the box there).
+    Separable: the box is the product of a projection Q Q^T per axis, Q (n, rank) a real Fourier basis, so
+        three thin matrix products down,
+    three up and no complex numbers. Any grid, also odd sizes and axes of one voxel (constant along it, hence
+    inside the box there).
     """
     return _HighPass.apply(x, box_radii(x.shape[2:], spacing, cutoff))
 
@@ -104,7 +123,8 @@ def high_pass(x: Tensor, spacing: Sequence[float], cutoff: float) -> Tensor:
 class HighFrequencyMamba(nn.Module):
     """HFM on features (B, channels, *grid) -> same shape and dtype, any grid of len(spacing) axes.
 
-    spacing: mm between the voxels of the features; cutoff: see `box_radii`; d_state, expand, backend: see `Mamba2Mixer`.
+    spacing: mm between the voxels of the features; cutoff: see `box_radii`; d_state, expand, backend: see
+        `Mamba2Mixer`.
     Raises ValueError for a cutoff outside (0, 1).
     """
 
@@ -119,12 +139,19 @@ class HighFrequencyMamba(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < cutoff < 1:
-            raise ValueError(f"cutoff is {cutoff}, expected a fraction of the Nyquist frequency between 0 and 1 (both excluded)")
+            raise ValueError(
+                f"cutoff is {cutoff}, expected a fraction of the Nyquist frequency between 0 and 1 (both "
+                f"excluded)"
+            )
         self.spacing, self.cutoff = tuple(float(mm) for mm in spacing), cutoff
         axes = range(len(self.spacing))
-        self.orders = tuple((*(axis for axis in axes if axis != fastest), fastest) for fastest in reversed(axes))
+        self.orders = tuple(
+            (*(axis for axis in axes if axis != fastest), fastest) for fastest in reversed(axes)
+        )
         # heads of at most 32 channels: each has a decay of its own, and so a reach of its own
-        self.mixer = Mamba2Mixer(channels, d_state, expand=expand, headdim=math.gcd(expand * channels, 32), backend=backend)
+        self.mixer = Mamba2Mixer(
+            channels, d_state, expand=expand, headdim=math.gcd(expand * channels, 32), backend=backend
+        )
         self.gate = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,10 +174,11 @@ def stage_grids(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> 
 
 
 def hfm_stage(patch_size: Sequence[int], strides: Sequence[Sequence[int]], max_tokens: int) -> int:
-    """Index of the encoder stage with the highest resolution that has at most `max_tokens` voxels for the planned patch.
+    """Index of the encoder stage with the highest resolution that has at most `max_tokens` voxels for the
+    planned patch.
 
-    From the plan alone (patch size, strides per stage), hence the same for any tile at inference. Raises ValueError where no stage is small
-    enough.
+    From the plan alone (patch size, strides per stage), hence the same for any tile at inference. Raises
+    ValueError where no stage is small enough.
     """
     voxels = [math.prod(grid) for grid in stage_grids(patch_size, strides)]
     for stage, count in enumerate(voxels):
@@ -174,28 +202,41 @@ def insert_hfm(
     expand: int = 2,
     backend: str = "auto",
 ) -> nn.Module:
-    """Put an HFM behind `hfm_stage` and, for num_stages > 1, the stages after it; in place, returns the network.
+    """Put an HFM behind `hfm_stage` and, for num_stages > 1, the stages after it; in place, returns the
+    network.
 
-    network: PlainConvUNet or ResidualEncoderUNet as planned; patch_size, spacing (mm): the plan's. The blocks become the children `hfm` of
-    the stages' nn.Sequential, so all planned parameters keep their names. Raises ValueError for other networks, a network that has an HFM,
-    too few stages, and numbers of axes that differ.
+    network: PlainConvUNet or ResidualEncoderUNet as planned; patch_size, spacing (mm): the plan's. The blocks
+        become the children `hfm` of
+    the stages' nn.Sequential, so all planned parameters keep their names. Raises ValueError for other
+    networks, a network that has an HFM, too few stages, and numbers of axes that differ.
     """
     encoder: Any = getattr(network, "encoder", None)
     stages, strides = getattr(encoder, "stages", None), getattr(encoder, "strides", None)
-    bodies = [getattr(stage, "blocks", stage) for stage in stages] if isinstance(stages, nn.Sequential) else []
+    bodies = (
+        [getattr(stage, "blocks", stage) for stage in stages] if isinstance(stages, nn.Sequential) else []
+    )
     if not bodies or not all(isinstance(body, nn.Sequential) for body in bodies) or strides is None:
-        raise ValueError(f"HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a {type(network).__name__}")
+        raise ValueError(
+            f"HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a "
+            f"{type(network).__name__}"
+        )
     if not len(patch_size) == len(spacing) == len(strides[0]):
         raise ValueError(
-            f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in their number of axes"
+            f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in "
+            f"their number of axes"
         )
     if any(hasattr(body, "hfm") for body in bodies):
         raise ValueError("this network has an HFM already: insert_hfm wants the planned network")
     first = hfm_stage(patch_size, strides, max_tokens)
     if not 1 <= num_stages <= len(bodies) - first:
-        raise ValueError(f"num_stages is {num_stages}, expected 1 to {len(bodies) - first}: HFM starts at stage {first} of {len(bodies)}")
+        raise ValueError(
+            f"num_stages is {num_stages}, expected 1 to {len(bodies) - first}: HFM starts at stage {first} "
+            f"of {len(bodies)}"
+        )
     for stage in range(first, first + num_stages):
-        here = [mm * math.prod(stride[axis] for stride in strides[: stage + 1]) for axis, mm in enumerate(spacing)]
+        here = [
+            mm * math.prod(stride[axis] for stride in strides[: stage + 1]) for axis, mm in enumerate(spacing)
+        ]
         hfm = HighFrequencyMamba(encoder.output_channels[stage], here, cutoff, d_state, expand, backend)
         bodies[stage].add_module("hfm", hfm.to(next(bodies[stage].parameters()).device))
     return network
@@ -205,11 +246,15 @@ def describe_hfm(network: Any, patch_size: Sequence[int]) -> str:
     """One line for the log: where `insert_hfm` put its blocks and what they see of the planned patch."""
     lines = []
     for stage, grid in enumerate(stage_grids(patch_size, network.encoder.strides)):
-        hfm = next((child for name, child in network.encoder.stages[stage].named_modules() if name.endswith("hfm")), None)
+        hfm = next(
+            (child for name, child in network.encoder.stages[stage].named_modules() if name.endswith("hfm")),
+            None,
+        )
         if isinstance(hfm, HighFrequencyMamba):
             box = ", ".join(f"+-{radius}" for radius in box_radii(grid, hfm.spacing, hfm.cutoff))
             size, mm = " x ".join(map(str, grid)), " x ".join(f"{value:g}" for value in hfm.spacing)
             lines.append(
-                f"encoder stage {stage} ({len(hfm.gate)} channels, {size} = {math.prod(grid)} voxels of {mm} mm, without DFT indices {box})"
+                f"encoder stage {stage} ({len(hfm.gate)} channels, {size} = {math.prod(grid)} voxels of "
+                f"{mm} mm, without DFT indices {box})"
             )
     return "HFM behind " + " and ".join(lines) if lines else "no HFM"

@@ -12,8 +12,11 @@ from nnssl.networks.features import check_planned, decode, encode
 
 
 def sinusoidal_embedding(tau: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """(B, width) float32: sin and cos of tau at geometrically spaced frequencies (Vaswani et al., NeurIPS 2017, sec. 3.5). width: even."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(width // 2, device=tau.device) / (width // 2))
+    """(B, width) float32: sin and cos of tau at geometrically spaced frequencies (Vaswani et al., NeurIPS
+    2017, sec. 3.5). width: even."""
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(width // 2, device=tau.device) / (width // 2)
+    )
     angles = tau.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -21,8 +24,8 @@ def sinusoidal_embedding(tau: Tensor, width: int, max_period: float = 10_000.0) 
 class TimeConditionedUNet(nn.Module):
     """g(x_tau, tau, x): the planned architecture, conditioned on tau.
 
-    sinusoidal embedding -> two-layer MLP -> per encoder stage: features * (1 + scale) + shift. The last layers start at zero, so the
-    network starts as the planned one on its input.
+    sinusoidal embedding -> two-layer MLP -> per encoder stage: features * (1 + scale) + shift. The last
+    layers start at zero, so the network starts as the planned one on its input.
 
     Args:
         network: planned U-Net with `image channels + label channels` inputs.
@@ -34,7 +37,9 @@ class TimeConditionedUNet(nn.Module):
         self.network: Any = check_planned(network)
         self.width = width
         self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.modulations = nn.ModuleList(nn.Linear(width, 2 * f) for f in self.network.encoder.output_channels)
+        self.modulations = nn.ModuleList(
+            nn.Linear(width, 2 * f) for f in self.network.encoder.output_channels
+        )
         for parameter in self.modulations.parameters():
             nn.init.zeros_(parameter)
 
@@ -43,7 +48,11 @@ class TimeConditionedUNet(nn.Module):
         embedding = self.embed(sinusoidal_embedding(tau, self.width))
 
         def modulate(stage: int, features: Tensor) -> Tensor:
-            scale, shift = self.modulations[stage](embedding).view(len(tau), -1, *[1] * (features.ndim - 2)).chunk(2, dim=1)
+            scale, shift = (
+                self.modulations[stage](embedding)
+                .view(len(tau), -1, *[1] * (features.ndim - 2))
+                .chunk(2, dim=1)
+            )
             return features * (1 + scale) + shift
 
         return decode(self.network, encode(self.network, torch.cat([image, x_tau], dim=1), modulate))[0]

@@ -1,4 +1,5 @@
-"""The planned network with interpolation in the place of its transposed convolutions: another view of the same architecture."""
+"""The planned network with interpolation in the place of its transposed convolutions: another view of the
+same architecture."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ from nnssl.networks.features import check_planned
 
 
 class InterpolatingUpsample(nn.Module):
-    """1x1 convolution, then linear interpolation by `stride`: (B, C, S) -> (B, C', S * stride), bilinear in 2D, trilinear in 3D.
+    """1x1 convolution, then linear interpolation by `stride`: (B, C, S) -> (B, C', S * stride), bilinear in
+    2D, trilinear in 3D.
 
-    In this order, because both are linear and commute (a bias is constant): the same function as interpolating first, at one
-    prod(stride)-th of the convolution.
+    In this order, because both are linear and commute (a bias is constant): the same function as
+    interpolating first, at one prod(stride)-th of the convolution.
     """
 
-    def __init__(self, conv: type[nn.Module], inputs: int, outputs: int, stride: Sequence[int], bias: bool) -> None:
+    def __init__(
+        self, conv: type[nn.Module], inputs: int, outputs: int, stride: Sequence[int], bias: bool
+    ) -> None:
         super().__init__()
         self.conv = conv(inputs, outputs, 1, bias=bias)
         self.stride = tuple(float(s) for s in stride)
@@ -28,14 +32,20 @@ class InterpolatingUpsample(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=self.stride, mode=self.mode)
 
 
-CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {nn.ConvTranspose2d: nn.Conv2d, nn.ConvTranspose3d: nn.Conv3d}
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ConvTranspose2d: nn.Conv2d,
+    nn.ConvTranspose3d: nn.Conv3d,
+}
 
 
 def interpolate_instead_of_transposing(network: nn.Module) -> Any:
-    """Replace every transposed convolution of a planned network's decoder by an `InterpolatingUpsample`; in place, returns the network."""
+    """Replace every transposed convolution of a planned network's decoder by an `InterpolatingUpsample`; in
+    place, returns the network."""
     transposed = check_planned(network).decoder.transpconvs
     for s, old in enumerate(transposed):
-        new = InterpolatingUpsample(CONVOLUTIONS[type(old)], old.in_channels, old.out_channels, old.stride, old.bias is not None)
+        new = InterpolatingUpsample(
+            CONVOLUTIONS[type(old)], old.in_channels, old.out_channels, old.stride, old.bias is not None
+        )
         nn.init.kaiming_normal_(new.conv.weight, a=1e-2)  # type: ignore[arg-type]  # as nnU-Net's networks
         if old.bias is not None:
             nn.init.zeros_(new.conv.bias)  # type: ignore[arg-type]

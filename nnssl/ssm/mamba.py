@@ -5,8 +5,10 @@
     y              = scan(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
     out            = out_proj(RMSNorm(y * silu(z)))
 
-Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7. Parameters are named, shaped and initialised as in mamba-ssm's `Mamba2`
-(norm after the gate, no projection biases), so state_dicts pass both ways. mamba-ssm is imported inside functions only.
+Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7. Parameters are named, shaped and initialised
+    as in mamba-ssm's `Mamba2`
+(norm after the gate, no projection biases), so state_dicts pass both ways. mamba-ssm is imported inside
+functions only.
 """
 
 from __future__ import annotations
@@ -41,13 +43,16 @@ def available_backends() -> list[Backend]:
 
 @functools.lru_cache(maxsize=1)
 def _why_no_mamba_ssm() -> str:
-    """Empty where mamba-ssm's scan runs and is right here: what imports may still fail to compile for the device at hand."""
+    """Empty where mamba-ssm's scan runs and is right here: what imports may still fail to compile for the
+    device at hand."""
     if not torch.cuda.is_available():
         return "needs a CUDA device, none is available"
     try:
         importlib.import_module(KERNELS)
         generator = torch.Generator().manual_seed(0)
-        x, dt, B, C = (torch.rand(1, 40, 2, *width, generator=generator).cuda() for width in ((16,), (), (16,), (16,)))
+        x, dt, B, C = (
+            torch.rand(1, 40, 2, *width, generator=generator).cuda() for width in ((16,), (), (16,), (16,))
+        )
         A, D = -torch.ones(2, device="cuda"), torch.ones(2, device="cuda")
         x.requires_grad_()
         outputs = [scan(x, dt, A, B, C, D, 16, True) for scan in (_mamba_ssm_scan, ssd_scan)]
@@ -56,12 +61,20 @@ def _why_no_mamba_ssm() -> str:
         return "" if error < 0.02 else f"installed but wrong: its scan differs by {error:.1%} (relative)"
     except ModuleNotFoundError as missing:
         return f"{missing}; pip install mamba-ssm"
-    except Exception as broken:  # compiled packages fail in many ways: ImportError, OSError, RuntimeError, the compiler's own
+    # compiled packages fail in many ways: ImportError, OSError, RuntimeError, the compiler's own
+    except Exception as broken:
         return f"installed but broken: {type(broken).__name__}: {broken}"
 
 
 def _mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk_size: int | None, reverse: bool = False
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    chunk_size: int | None,
+    reverse: bool = False,
 ) -> Tensor:
     """`ssd_scan` by mamba-ssm's kernels, which know one direction only."""
     mamba_chunk_scan_combined = importlib.import_module(KERNELS).mamba_chunk_scan_combined
@@ -72,7 +85,8 @@ def _mamba_ssm_scan(
 
 
 class GatedRMSNorm(nn.Module):
-    """weight * v / sqrt(mean v^2 + eps) with v = y * silu(z), the mean over each of `groups` equal parts of the last axis."""
+    """weight * v / sqrt(mean v^2 + eps) with v = y * silu(z), the mean over each of `groups` equal parts of
+    the last axis."""
 
     def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -81,17 +95,22 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., width) -> (..., width) in the dtype of y, computed in float32 at least."""
-        gated = (y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z)).unflatten(-1, (self.groups, -1))
+        gated = (y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z)).unflatten(
+            -1, (self.groups, -1)
+        )
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return (normed.flatten(-2) * self.weight).to(y.dtype)
 
 
 class Mamba2Mixer(nn.Module):
-    """Mixes tokens along a sequence in linear time: (B, L, d_model) -> (B, L, d_model), any L, float32, float64, bf16 or autocast.
+    """Mixes tokens along a sequence in linear time: (B, L, d_model) -> (B, L, d_model), any L, float32,
+    float64, bf16 or autocast.
 
-    `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one decay. `chunk_size` changes the
-    cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA only; "auto" the kernels where they run, else "torch".
-    Raises ValueError for sizes that do not divide and unknown back ends, RuntimeError where a demanded back end cannot run.
+    `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one
+    decay. `chunk_size` changes the
+    cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA only; "auto" the kernels where
+    they run, else "torch". Raises ValueError for sizes that do not divide and unknown back ends, RuntimeError
+    where a demanded back end cannot run.
     """
 
     def __init__(
@@ -114,7 +133,8 @@ class Mamba2Mixer(nn.Module):
         headdim = math.gcd(d_inner, 64) if headdim is None else headdim
         if d_inner % headdim or (d_inner // headdim) % ngroups:
             raise ValueError(
-                f"expand * d_model = {d_inner} must be a multiple of headdim = {headdim}, and its heads one of ngroups = {ngroups}"
+                f"expand * d_model = {d_inner} must be a multiple of headdim = {headdim}, and its heads one "
+                f"of ngroups = {ngroups}"
             )
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -136,27 +156,40 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """x (B, L, d_model) -> (B, L, d_model); `reverse`: convolution and scan run from the last token to the first."""
+        """x (B, L, d_model) -> (B, L, d_model); `reverse`: convolution and scan run from the last token to
+        the first."""
         z, xbcdt = self._project(x)
         return self.out_proj(self.norm(self._mix(xbcdt, reverse), z))
 
-    def forward_orders(self, x: Tensor, orders: Sequence[Sequence[int]], bidirectional: bool = True) -> Tensor:
-        """x (B, *grid, d_model) -> same shape: voxels mixed along several orders, each forward and, if `bidirectional`, backward.
+    def forward_orders(
+        self, x: Tensor, orders: Sequence[Sequence[int]], bidirectional: bool = True
+    ) -> Tensor:
+        """x (B, *grid, d_model) -> same shape: voxels mixed along several orders, each forward and, if
+        `bidirectional`, backward.
 
-        An order is a permutation of the grid's axes, slowest first. What does not depend on the order (projections, gate, norm) is done
-        once, all orders go through convolution and scan as one batch, and their y are summed before the norm; so for one order in one
-        direction this is `forward` on the voxels in that order.
+        An order is a permutation of the grid's axes, slowest first. What does not depend on the order
+        (projections, gate, norm) is done once, all orders go through convolution and scan as one batch, and
+        their y are summed before the norm; so for one order in one direction this is `forward` on the voxels
+        in that order.
         """
         batch, axes = len(x), [tuple(1 + axis for axis in order) for order in orders]
         if any(sorted(a) != list(range(1, x.ndim - 1)) for a in axes):
-            raise ValueError(f"orders are {list(orders)}, expected permutations of the {x.ndim - 2} axes of x {tuple(x.shape)}")
+            raise ValueError(
+                f"orders are {list(orders)}, expected permutations of the {x.ndim - 2} axes of x "
+                f"{tuple(x.shape)}"
+            )
         z, xbcdt = self._project(x)
         tokens = torch.cat([xbcdt.permute(0, *a, -1).flatten(1, -2) for a in axes])
         y = self._mix(tokens, reverse=False)
         if bidirectional:
             y = y + self._mix(tokens, reverse=True)
-        on_grid = [part.unflatten(1, [x.shape[i] for i in a]) for part, a in zip(y.split(batch), axes, strict=True)]
-        back = [part.permute(0, *(1 + a.index(i) for i in range(1, x.ndim - 1)), -1) for part, a in zip(on_grid, axes, strict=True)]
+        on_grid = [
+            part.unflatten(1, [x.shape[i] for i in a]) for part, a in zip(y.split(batch), axes, strict=True)
+        ]
+        back = [
+            part.permute(0, *(1 + a.index(i) for i in range(1, x.ndim - 1)), -1)
+            for part, a in zip(on_grid, axes, strict=True)
+        ]
         return self.out_proj(self.norm(functools.reduce(torch.add, back), z))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,21 +201,31 @@ class Mamba2Mixer(nn.Module):
         """Convolution and scan, (B, L, conv width + heads) -> y (B, L, d_inner)."""
         xbc, dt = xbcdt.split([sum(self.widths), self.heads], dim=-1)
         x, B, C = F.silu(self._convolve(xbc, reverse)).split(self.widths, dim=-1)
-        x, B, C = (v.unflatten(-1, (parts, -1)) for v, parts in ((x, self.heads), (B, self.groups), (C, self.groups)))
+        x, B, C = (
+            v.unflatten(-1, (parts, -1)) for v, parts in ((x, self.heads), (B, self.groups), (C, self.groups))
+        )
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
         scan = ssd_scan if self._on_torch(x) else _mamba_ssm_scan
         return scan(x, dt, -torch.exp(self.A_log), B, C, self.D, self.chunk_size, reverse).flatten(-2)
 
     def _convolve(self, xbc: Tensor, reverse: bool) -> Tensor:
-        """Depthwise convolution over the d_conv tokens up to each one (`reverse`: from each one on): (B, L, W) -> (B, L, W)."""
+        """Depthwise convolution over the d_conv tokens up to each one (`reverse`: from each one on): (B, L,
+        W) -> (B, L, W)."""
         past = self.conv1d.kernel_size[0] - 1
         weight = self.conv1d.weight.flip(-1) if reverse else self.conv1d.weight
         padded = F.pad(xbc, (0, 0, 0, past) if reverse else (0, 0, past, 0))
         # as a 2D convolution the tokens' own layout is "channels last", which is spared two transposed copies
         image = padded.transpose(1, 2).unsqueeze(2)
-        return F.conv2d(image, weight.unsqueeze(2), self.conv1d.bias, groups=self.conv1d.groups).squeeze(2).transpose(1, 2)
+        return (
+            F.conv2d(image, weight.unsqueeze(2), self.conv1d.bias, groups=self.conv1d.groups)
+            .squeeze(2)
+            .transpose(1, 2)
+        )
 
     def _on_torch(self, x: Tensor) -> bool:
         if self.backend == "mamba_ssm" and not x.is_cuda:
-            raise RuntimeError(f"backend 'mamba_ssm' needs tensors on a CUDA device, found {x.device}; choose 'auto' or 'torch'")
+            raise RuntimeError(
+                f"backend 'mamba_ssm' needs tensors on a CUDA device, found {x.device}; choose 'auto' or "
+                f"'torch'"
+            )
         return self.backend == "torch" or not x.is_cuda or x.dtype == torch.float64

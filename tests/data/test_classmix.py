@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnssl.data.classmix import classmix_mask
-from nnssl.data.cutmix import cutmix
+from nnssl.data.mixing import classmix_mask, cutmix
 from nnssl.labels import LabelSpace
 
 
@@ -39,7 +38,9 @@ def test_pasted_voxels_bring_the_pasted_classes() -> None:
     assert torch.equal(image, 10.0 * mixed)
     for b in range(3):
         neighbour = label[b - 1]
-        assert torch.equal(mixed[b, 0][mask[b, 0]], neighbour[mask[b, 0]]) and torch.equal(mixed[b, 0][~mask[b, 0]], label[b][~mask[b, 0]])
+        assert torch.equal(mixed[b, 0][mask[b, 0]], neighbour[mask[b, 0]]) and torch.equal(
+            mixed[b, 0][~mask[b, 0]], label[b][~mask[b, 0]]
+        )
         assert len(mixed[b, 0][mask[b, 0]].unique()) == 2
 
 
@@ -51,7 +52,10 @@ def test_overlapping_regions_are_pasted_whole() -> None:
     member = LabelSpace(2, has_regions=True).classes(regions)  # complement, region, region within it
     seen = {tuple(classmix_mask(member)[0, 0].int().tolist()) for _ in range(50)}
     complement, outer, inner = (1, 1, 0, 0, 0, 0, 0, 0), (0, 0, 1, 1, 1, 1, 1, 1), (0, 0, 0, 0, 0, 1, 1, 1)
-    unions = {tuple(max(a, b) for a, b in zip(x, y, strict=True)) for x, y in ((complement, outer), (complement, inner), (outer, inner))}
+    unions = {
+        tuple(max(a, b) for a, b in zip(x, y, strict=True))
+        for x, y in ((complement, outer), (complement, inner), (outer, inner))
+    }
     assert seen == unions
 
 

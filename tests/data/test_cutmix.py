@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnssl.data.cutmix import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix, cutmix_mask
 
 CPU = torch.device("cpu")
 
@@ -21,15 +21,21 @@ def test_boxes_are_boxes_of_the_stated_volume(size: tuple[int, ...]) -> None:
 
 def test_without_stretch_boxes_have_the_shape_of_the_patch_anywhere_inside() -> None:
     size, edge = (24, 42, 48), 2 / 3
-    mask = cutmix_mask(200, size, CPU, 1.0, (edge**3, edge**3), stretch=0.0, generator=torch.Generator().manual_seed(0))
+    mask = cutmix_mask(
+        200, size, CPU, 1.0, (edge**3, edge**3), stretch=0.0, generator=torch.Generator().manual_seed(0)
+    )
     for axis, n in enumerate(size):
-        inside = mask[:, 0].movedim(axis + 1, -1).flatten(1, 2).any(1)  # (200, n): where the box is along this axis
+        inside = (
+            mask[:, 0].movedim(axis + 1, -1).flatten(1, 2).any(1)
+        )  # (200, n): where the box is along this axis
         assert (inside.sum(1) - round(edge * n)).abs().max() <= 1
         assert inside[:, 0].any() and inside[:, -1].any() and inside[:, n // 2].all()
 
 
 def test_boxes_appear_with_the_stated_probability() -> None:
-    mask = cutmix_mask(2000, (8, 8, 8), CPU, probability=0.3, volume=(0.2, 0.4), generator=torch.Generator().manual_seed(0))
+    mask = cutmix_mask(
+        2000, (8, 8, 8), CPU, probability=0.3, volume=(0.2, 0.4), generator=torch.Generator().manual_seed(0)
+    )
     assert mask.flatten(1).any(1).float().mean().item() == pytest.approx(0.3, abs=0.04)
     assert not cutmix_mask(10, (8, 8), CPU, probability=0.0).any()
 

@@ -24,7 +24,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 
 def ensure(tiny: Tiny, **options: Any) -> None:
     plans_manager = PlansManager(str(tiny.plans_file))
-    ensure_labeled(plans_manager, "3d_fullres", tiny.dataset_json, str(tiny.raw), 1, show_progress=False, **options)
+    ensure_labeled(
+        plans_manager, "3d_fullres", tiny.dataset_json, str(tiny.raw), 1, show_progress=False, **options
+    )
 
 
 def by_nnunet(tiny: Tiny, folder: Path) -> None:
@@ -36,7 +38,9 @@ def by_nnunet(tiny: Tiny, folder: Path) -> None:
         label = str(tiny.raw / "labelsTr" / f"{case}.nii.gz")
         preprocessor = DefaultPreprocessor(verbose=False)
         configuration = plans_manager.get_configuration("3d_fullres")
-        preprocessor.run_case_save(str(folder / case), images, label, plans_manager, configuration, tiny.dataset_json)
+        preprocessor.run_case_save(
+            str(folder / case), images, label, plans_manager, configuration, tiny.dataset_json
+        )
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -45,7 +49,9 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def redone(before: dict[str, int], after: dict[str, int]) -> set[str]:
     return {
-        name.removesuffix(".b2nd") for name in after if name.endswith("b2nd") and "_seg" not in name and before.get(name) != after[name]
+        name.removesuffix(".b2nd")
+        for name in after
+        if name.endswith("b2nd") and "_seg" not in name and before.get(name) != after[name]
     }
 
 
@@ -55,7 +61,10 @@ def test_result_is_bit_identical_to_nnunet_class_locations_included(tiny: Tiny, 
     for case in CASES:
         for suffix in (".b2nd", "_seg.b2nd"):
             assert stored(tiny.labeled / (case + suffix)) == stored(tmp_path / "reference" / (case + suffix))
-        ours, theirs = (pickle.loads((folder / f"{case}.pkl").read_bytes()) for folder in (tiny.labeled, tmp_path / "reference"))
+        ours, theirs = (
+            pickle.loads((folder / f"{case}.pkl").read_bytes())
+            for folder in (tiny.labeled, tmp_path / "reference")
+        )
         assert sorted(theirs["class_locations"]) == [1, 2]
         for label, locations in theirs.pop("class_locations").items():
             np.testing.assert_array_equal(ours["class_locations"][label], locations)
@@ -114,11 +123,18 @@ def test_changed_label_and_changed_classes_are_noticed(tiny: Tiny) -> None:
     ensure(tiny)
     after = stamps(tiny.labeled)
     assert redone(before, after) == {"lab_04"}
-    dataset_json = {**tiny.dataset_json, "labels": {"background": 0, "both": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
+    dataset_json = {
+        **tiny.dataset_json,
+        "labels": {"background": 0, "both": [1, 2], "b": 2},
+        "regions_class_order": [1, 2],
+    }
     plans_manager = PlansManager(str(tiny.plans_file))
     ensure_labeled(plans_manager, "3d_fullres", dataset_json, str(tiny.raw), 1, show_progress=False)
     assert redone(after, stamps(tiny.labeled)) == set(CASES)
-    assert sorted(pickle.loads((tiny.labeled / "lab_00.pkl").read_bytes())["class_locations"], key=str) == [(1, 2), 2]
+    assert sorted(pickle.loads((tiny.labeled / "lab_00.pkl").read_bytes())["class_locations"], key=str) == [
+        (1, 2),
+        2,
+    ]
 
 
 def test_cases_taken_out_of_imagestr_are_moved_aside_and_named(tiny: Tiny) -> None:
@@ -136,9 +152,14 @@ def test_cases_taken_out_of_imagestr_are_moved_aside_and_named(tiny: Tiny) -> No
 
 @pytest.mark.parametrize(
     ("folder", "pattern", "message"),
-    [("imagesTr", "*", "no labeled case in .*imagesTr"), ("labelsTr", "lab_01*", r"missing: .*labelsTr/lab_01\.nii\.gz")],
+    [
+        ("imagesTr", "*", "no labeled case in .*imagesTr"),
+        ("labelsTr", "lab_01*", r"missing: .*labelsTr/lab_01\.nii\.gz"),
+    ],
 )
-def test_absent_raw_files_are_an_error_that_loses_nothing(tiny: Tiny, folder: str, pattern: str, message: str) -> None:
+def test_absent_raw_files_are_an_error_that_loses_nothing(
+    tiny: Tiny, folder: str, pattern: str, message: str
+) -> None:
     ensure(tiny)
     before = stamps(tiny.labeled)
     for file in (tiny.raw / folder).glob(pattern):
@@ -159,7 +180,9 @@ def test_unreadable_label_is_named_and_the_preprocessed_case_stays(tiny: Tiny) -
 
 def test_labels_of_another_shape_are_an_error_naming_the_case(tiny: Tiny) -> None:
     write_image(tiny.raw / "labelsTr" / "lab_01.nii.gz", np.zeros((3, 4, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"lab_01: could not be preprocessed from .*labelsTr/lab_01\.nii\.gz"):
+    with pytest.raises(
+        ValueError, match=r"lab_01: could not be preprocessed from .*labelsTr/lab_01\.nii\.gz"
+    ):
         ensure(tiny)
 
 

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.data.loader import TwoStreams, UnlabeledDataset, UnlabeledLoader, start_stream, worker_seeds
-from nnssl.data.streams import share_of_batch
+from nnssl.data.streams import (
+    TwoStreams,
+    UnlabeledDataset,
+    UnlabeledLoader,
+    share_of_batch,
+    start_stream,
+    worker_seeds,
+)
 from nnssl.data.views import ViewTransform
-from nnssl.randomness import seed_everything
+from nnssl.training.randomness import seed_everything
 
 LABELS = SimpleNamespace(all_labels=[0, 1], has_ignore_label=True)
 PATCH = (8, 12, 10)
@@ -28,10 +34,23 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def loader(folder: str, cases: list[str] | None = None, patch: tuple[int, ...] = PATCH, batch: int = 4, strong: int = 2) -> UnlabeledLoader:
+def loader(
+    folder: str,
+    cases: list[str] | None = None,
+    patch: tuple[int, ...] = PATCH,
+    batch: int = 4,
+    strong: int = 2,
+) -> UnlabeledLoader:
     views = ViewTransform(patch, (-0.3, 0.3), tuple(range(len(patch))), False, strong)
     initial = tuple(round(1.3 * p) for p in patch)
-    return UnlabeledLoader(UnlabeledDataset(folder, cases or ["case_0", "case_1", "case_2"]), batch, initial, patch, LABELS, views)
+    return UnlabeledLoader(
+        UnlabeledDataset(folder, cases or ["case_0", "case_1", "case_2"]),
+        batch,
+        initial,
+        patch,
+        LABELS,
+        views,
+    )
 
 
 def test_a_batch_has_a_weak_view_and_k_strong_ones_per_case(folder: str) -> None:
@@ -56,7 +75,9 @@ def test_every_case_is_drawn(folder: str) -> None:
 
 def test_a_volume_smaller_than_the_patch_is_padded(folder: str) -> None:
     weak = next(loader(folder, ["case_1"]))["weak"]
-    assert weak.shape == (4, 1, *PATCH) and (weak == 0).any() and torch.isclose(weak.amax(), torch.tensor(20.0))
+    assert (
+        weak.shape == (4, 1, *PATCH) and (weak == 0).any() and torch.isclose(weak.amax(), torch.tensor(20.0))
+    )
 
 
 def test_2d_patches_are_slices(folder: str) -> None:
@@ -71,7 +92,9 @@ def test_the_same_seed_draws_the_same_batches_also_from_a_pickled_loader(folder:
         seed_everything(3)
         drawn.append([next(stream) for _ in range(2)])
     for a, b in zip(*drawn, strict=True):
-        assert torch.equal(a["weak"], b["weak"]) and all(torch.equal(s, t) for s, t in zip(a["strong"], b["strong"], strict=True))
+        assert torch.equal(a["weak"], b["weak"]) and all(
+            torch.equal(s, t) for s, t in zip(a["strong"], b["strong"], strict=True)
+        )
         assert a["keys"] == b["keys"]
 
 
@@ -88,7 +111,9 @@ def test_background_workers_deliver_and_end(folder: str) -> None:
 
 
 def test_workers_get_seeds_of_their_own() -> None:
-    seeds = [worker_seeds(numbers, 8) for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]  # seed, rank, epoch
+    seeds = [
+        worker_seeds(numbers, 8) for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]  # seed, rank, epoch
     assert len({s for eight in seeds for s in eight}) == 32 and seeds[0] == worker_seeds((0, 0, 0), 8)
     assert worker_seeds(None, 4) != worker_seeds(None, 4)
 

@@ -15,7 +15,9 @@ from nnssl.data.parallel import unordered
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once(workers: int) -> None:
-    assert sorted(unordered(divmod, [(number, 3) for number in range(7)], workers)) == [divmod(number, 3) for number in range(7)]
+    assert sorted(unordered(divmod, [(number, 3) for number in range(7)], workers)) == [
+        divmod(number, 3) for number in range(7)
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -45,10 +47,13 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\nfrom nnssl.data.parallel import unordered\n"
-        "if __name__ == '__main__':\n    for pid in unordered(os.getpid, [(), ()], 2):\n        print(pid, flush=True); time.sleep(60)\n"
+        "if __name__ == '__main__':\n    for pid in unordered(os.getpid, [(), ()], 2):\n        print(pid, "
+        "flush=True); time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(nnssl.__path__[0]).parent)}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, encoding="utf-8") as parent:
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, encoding="utf-8"
+    ) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         assert alive(worker)

@@ -21,7 +21,11 @@ def write(path: Path, *folds: dict[str, list[str]]) -> str:
 
 
 def fold(train: str = "", val: str = "", unlabeled: str | None = None) -> dict[str, list[str]]:
-    return {"train": train.split(), "val": val.split(), **({} if unlabeled is None else {"unlabeled": unlabeled.split()})}
+    return {
+        "train": train.split(),
+        "val": val.split(),
+        **({} if unlabeled is None else {"unlabeled": unlabeled.split()}),
+    }
 
 
 # hidden_cases
@@ -40,10 +44,14 @@ def test_hidden_cases_are_those_of_the_fold_sorted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["all", 1, 5])
-def test_folds_that_would_train_on_hidden_labels_are_refused_with_the_remedy(tmp_path: Path, which: int | str) -> None:
+def test_folds_that_would_train_on_hidden_labels_are_refused_with_the_remedy(
+    tmp_path: Path, which: int | str
+) -> None:
     file = write(tmp_path / "splits.json", fold("a", "b", "c"))
     with pytest.raises(
-        ValueError, match=rf"splits\.json hides labels \(key unlabeled\), but fold {which}.* Choose one of the folds 0 to 0"
+        ValueError,
+        match=rf"splits\.json hides labels \(key unlabeled\), but fold {which}.* Choose one of the folds 0 "
+        rf"to 0",
     ):
         hidden_cases(file, which, list("abc"))
 
@@ -62,7 +70,10 @@ def test_unknown_cases_are_refused_with_file_and_key(tmp_path: Path, key: str) -
         hidden_cases(file, 0, list("abc"))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"train": []}]', '[{"train": "a", "val": []}]', '{"train": [], "val": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", "[1]", '[{"train": []}]', '[{"train": "a", "val": []}]', '{"train": [], "val": []}'],
+)
 def test_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "splits.json").write_text(content)
     with pytest.raises(ValueError, match=r"splits\.json: expected a list of folds"):
@@ -90,7 +101,9 @@ def test_the_same_seed_gives_the_same_split_and_another_seed_another() -> None:
 
 
 def test_a_smaller_random_choice_is_part_of_a_larger_one() -> None:
-    for small, large in zip(make_splits(CASES, 3, None, None, False, 5), make_splits(CASES, 8, None, None, False, 5), strict=True):
+    for small, large in zip(
+        make_splits(CASES, 3, None, None, False, 5), make_splits(CASES, 8, None, None, False, 5), strict=True
+    ):
         assert set(small["train"]) < set(large["train"])
 
 
@@ -112,9 +125,15 @@ def test_unlabeled_limits_the_hidden_cases_and_leaves_the_rest_out() -> None:
     [
         ((CASES, 0, None, None, True, 0), r"--labeled 0: fold 0 has 16 training cases; choose 1 to 16"),
         ((CASES, 17, None, None, True, 0), r"--labeled 17: fold 0 has 16 training cases"),
-        ((CASES, 14, 3, None, True, 0), r"--unlabeled 3: fold 0 has 2 cases left beside 14 labeled; choose 0 to 2"),
+        (
+            (CASES, 14, 3, None, True, 0),
+            r"--unlabeled 3: fold 0 has 2 cases left beside 14 labeled; choose 0 to 2",
+        ),
         ((CASES, 1, -1, None, True, 0), r"--unlabeled -1"),
-        ((CASES, 1, None, ["case_01", "x"], True, 0), r"--val: x is not in the dataset's imagesTr \(20 cases, e\.g\. case_00"),
+        (
+            (CASES, 1, None, ["case_01", "x"], True, 0),
+            r"--val: x is not in the dataset's imagesTr \(20 cases, e\.g\. case_00",
+        ),
         ((CASES, 1, None, ["case_01", "case_01"], True, 0), r"--val: a case is named twice"),
         ((CASES, 1, None, [], True, 0), r"--val: no case is named"),
         ((CASES, 1, None, CASES, True, 0), r"--labeled 1: fold 0 has 0 training cases"),
@@ -134,7 +153,10 @@ def test_existing_files_are_kept_under_new_names(tmp_path: Path) -> None:
     contents = [make_splits(CASES, number, None, None, True, 0) for number in (1, 2, 3)]
     saved = [write_splits(content, str(file)) for content in contents]
     assert saved == [None, f"{file}.bak", f"{file}.bak1"]
-    assert [json.loads(path.read_text(encoding="utf-8")) for path in (Path(f"{file}.bak"), Path(f"{file}.bak1"), file)] == contents
+    assert [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (Path(f"{file}.bak"), Path(f"{file}.bak1"), file)
+    ] == contents
     assert len(list(file.parent.iterdir())) == 3
 
 
@@ -157,13 +179,19 @@ def test_backup_never_overwrites(tmp_path: Path) -> None:
     for number in range(3):
         file.write_text(str(number))
         backup(str(file))
-    assert [(tmp_path / f"a.json.bak{end}").read_text(encoding="utf-8") for end in ("", "1", "2")] == ["0", "1", "2"]
+    assert [(tmp_path / f"a.json.bak{end}").read_text(encoding="utf-8") for end in ("", "1", "2")] == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 # cases and classes
 
 
-def test_training_cases_come_from_raw_or_else_from_the_preprocessed_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_cases_come_from_raw_or_else_from_the_preprocessed_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     folder = write_dataset(tmp_path, labeled=2, unlabeled=1)
@@ -173,7 +201,9 @@ def test_training_cases_come_from_raw_or_else_from_the_preprocessed_labels(tmp_p
         training_cases(folder.name)
     (tmp_path / "preprocessed").mkdir()
     folder.rename(tmp_path / "preprocessed" / folder.name)
-    (tmp_path / "preprocessed" / folder.name / "labelsTr").rename(tmp_path / "preprocessed" / folder.name / "gt_segmentations")
+    (tmp_path / "preprocessed" / folder.name / "labelsTr").rename(
+        tmp_path / "preprocessed" / folder.name / "gt_segmentations"
+    )
     assert training_cases(folder.name) == ["lab_00", "lab_01"]
 
 
@@ -196,9 +226,13 @@ def test_a_class_without_voxels_in_any_labeled_case_is_reported(tmp_path: Path) 
 
 def test_an_absent_region_is_reported_as_tuple(tmp_path: Path) -> None:
     folder = locations(tmp_path, a={(1, 2): [0], 2: []})
-    assert absent_classes(folder, ["a"], SimpleNamespace(has_regions=True, foreground_regions=[(1, 2), 2])) == [2]
     assert absent_classes(
-        locations(tmp_path, a={(1, 2): [], 2: [0]}), ["a"], SimpleNamespace(has_regions=True, foreground_regions=[[1, 2], 2])
+        folder, ["a"], SimpleNamespace(has_regions=True, foreground_regions=[(1, 2), 2])
+    ) == [2]
+    assert absent_classes(
+        locations(tmp_path, a={(1, 2): [], 2: [0]}),
+        ["a"],
+        SimpleNamespace(has_regions=True, foreground_regions=[[1, 2], 2]),
     ) == [(1, 2)]
 
 

@@ -28,9 +28,17 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     return planned_dataset(tmp_path, monkeypatch)
 
 
-def ensure(tiny: Tiny, hidden: tuple[str, ...] = (), processes: int = 1, configuration: str = "3d_fullres", **options: Any) -> list[str]:
+def ensure(
+    tiny: Tiny,
+    hidden: tuple[str, ...] = (),
+    processes: int = 1,
+    configuration: str = "3d_fullres",
+    **options: Any,
+) -> list[str]:
     plans_manager = PlansManager(str(tiny.plans_file))
-    return ensure_unlabeled(plans_manager, configuration, tiny.dataset_json, hidden, processes, show_progress=False, **options)
+    return ensure_unlabeled(
+        plans_manager, configuration, tiny.dataset_json, hidden, processes, show_progress=False, **options
+    )
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -40,7 +48,9 @@ def stamps(folder: Path) -> dict[str, int]:
 def redone(before: dict[str, int], after: dict[str, int]) -> set[str]:
     """Cases whose image was written anew."""
     return {
-        name.removesuffix(".b2nd") for name in after if name.endswith("b2nd") and "_seg" not in name and before.get(name) != after[name]
+        name.removesuffix(".b2nd")
+        for name in after
+        if name.endswith("b2nd") and "_seg" not in name and before.get(name) != after[name]
     }
 
 
@@ -54,7 +64,9 @@ def test_unlabeled_folder_is_a_sibling() -> None:
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_result_is_bit_identical_to_nnunet_preprocessing_of_the_same_image(tiny: Tiny, tmp_path: Path, configuration: str) -> None:
+def test_result_is_bit_identical_to_nnunet_preprocessing_of_the_same_image(
+    tiny: Tiny, tmp_path: Path, configuration: str
+) -> None:
     assert ensure(tiny, hidden=("lab_02",), configuration=configuration) == ["lab_02", *SCANS]
     plans_manager = PlansManager(str(tiny.plans_file))
     reference = tmp_path / "reference"
@@ -62,13 +74,20 @@ def test_result_is_bit_identical_to_nnunet_preprocessing_of_the_same_image(tiny:
     for case, folder in [("lab_02", "imagesTr"), *((scan, "imagesUn") for scan in SCANS)]:
         images = [str(tiny.raw / folder / f"{case}_000{channel}.nii.gz") for channel in (0, 1)]
         DefaultPreprocessor(verbose=False).run_case_save(
-            str(reference / case), images, None, plans_manager, plans_manager.get_configuration(configuration), tiny.dataset_json
+            str(reference / case),
+            images,
+            None,
+            plans_manager,
+            plans_manager.get_configuration(configuration),
+            tiny.dataset_json,
         )
         ours = tiny.preprocessed / f"nnUNetPlans_{configuration}_unlabeled"
         for suffix, dtype in ((".b2nd", np.float32), ("_seg.b2nd", np.int16)):
             assert stored(ours / (case + suffix)) == stored(reference / (case + suffix))
             assert blosc2.open(str(ours / (case + suffix)), mode="r").dtype == dtype
-        ours_properties, expected = (pickle.loads((where / f"{case}.pkl").read_bytes()) for where in (ours, reference))
+        ours_properties, expected = (
+            pickle.loads((where / f"{case}.pkl").read_bytes()) for where in (ours, reference)
+        )
         record = ours_properties.pop("nnssl")
         assert ours_properties.pop("class_locations") == {}
         assert ours_properties == expected
@@ -107,11 +126,17 @@ def test_only_a_half_written_case_is_redone(tiny: Tiny, file: str, how: str) -> 
     assert stored(tiny.unlabeled / "scan_01.b2nd") == expected
 
 
-def test_crash_before_the_properties_are_in_place_leaves_a_case_that_is_redone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_before_the_properties_are_in_place_leaves_a_case_that_is_redone(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace = os.replace
 
     def crash(source: str, destination: str) -> None:
-        if str(destination).endswith("scan_02.pkl") and ".tmp-" in str(source) and not str(source).endswith(".tmp"):
+        if (
+            str(destination).endswith("scan_02.pkl")
+            and ".tmp-" in str(source)
+            and not str(source).endswith(".tmp")
+        ):
             raise KeyboardInterrupt
         replace(source, destination)
 
@@ -158,7 +183,9 @@ def test_changed_source_is_redone_and_a_touched_one_is_not(tiny: Tiny) -> None:
         ("2d", {"spacing": [1.0, 1.0]}),
     ],
 )
-def test_plan_changes_that_do_not_touch_voxels_redo_nothing(tiny: Tiny, configuration: str | None, change: dict[str, Any]) -> None:
+def test_plan_changes_that_do_not_touch_voxels_redo_nothing(
+    tiny: Tiny, configuration: str | None, change: dict[str, Any]
+) -> None:
     ensure(tiny)
     before = stamps(tiny.unlabeled)
     tiny.edit_plan(configuration, **change)
@@ -189,7 +216,9 @@ def test_changed_spacing_redoes_every_case(tiny: Tiny) -> None:
         (None, {"foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}}}),
     ],
 )
-def test_every_key_that_decides_voxels_changes_the_fingerprint(tiny: Tiny, configuration: str | None, change: dict[str, Any]) -> None:
+def test_every_key_that_decides_voxels_changes_the_fingerprint(
+    tiny: Tiny, configuration: str | None, change: dict[str, Any]
+) -> None:
     before = preprocessing_fingerprint(PlansManager(str(tiny.plans_file)), "3d_fullres")
     tiny.edit_plan(configuration, **change)
     assert preprocessing_fingerprint(PlansManager(str(tiny.plans_file)), "3d_fullres") != before
@@ -216,7 +245,9 @@ def test_cases_of_other_folds_stay_but_are_not_returned(tiny: Tiny) -> None:
 def test_case_that_moves_from_imagestr_to_imagesun_is_known_as_a_scan_from_then_on(tiny: Tiny) -> None:
     ensure(tiny, hidden=("lab_02",))
     for channel in (0, 1):
-        (tiny.raw / "imagesTr" / f"lab_02_000{channel}.nii.gz").rename(tiny.raw / "imagesUn" / f"lab_02_000{channel}.nii.gz")
+        (tiny.raw / "imagesTr" / f"lab_02_000{channel}.nii.gz").rename(
+            tiny.raw / "imagesUn" / f"lab_02_000{channel}.nii.gz"
+        )
     assert ensure(tiny) == ["lab_02", *SCANS]
     shutil.rmtree(tiny.raw)
     assert ensure(tiny) == ["lab_02", *SCANS]
@@ -229,7 +260,9 @@ def test_without_any_unlabeled_case_the_list_is_empty_and_nothing_is_written(tin
 
 
 @pytest.mark.parametrize("absent", ["variable", "dataset", "imagesUn"])
-def test_complete_preprocessed_scans_serve_where_raw_images_are_absent(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+def test_complete_preprocessed_scans_serve_where_raw_images_are_absent(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, absent: str
+) -> None:
     hidden = () if absent == "imagesUn" else ("lab_01",)
     names = ensure(tiny, hidden)
     before = stamps(tiny.unlabeled)
@@ -245,7 +278,9 @@ def test_stale_scans_without_raw_images_are_an_error_that_keeps_them(tiny: Tiny)
     shutil.rmtree(tiny.raw)
     before = stamps(tiny.unlabeled)
     tiny.edit_plan("3d_fullres", spacing=[4.0, 0.9, 0.8])
-    with pytest.raises(ValueError, match=r"3 unlabeled cases .* scan_00 \(preprocessed with other settings\).*nnUNet_raw"):
+    with pytest.raises(
+        ValueError, match=r"3 unlabeled cases .* scan_00 \(preprocessed with other settings\).*nnUNet_raw"
+    ):
         ensure(tiny)
     with pytest.raises(ValueError, match=r"lab_00 \(not preprocessed\)"):
         ensure(tiny, hidden=("lab_00",))
@@ -269,14 +304,23 @@ def with_voxel(path: Path, value: float) -> None:
     [
         (lambda path: truncate(path, 0.5), "truncated"),
         (lambda path: truncate(path, 4), "truncated"),  # only the checksum at the end is cut off
-        (lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-40])), "truncated, .* bytes are there"),
+        (
+            lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-40])),
+            "truncated, .* bytes are there",
+        ),
         (lambda path: path.write_bytes(b"no image at all"), "truncated or damaged"),
         (lambda path: path.write_bytes(gzip.compress(b"no image at all" * 100)), "cannot be read"),
         (lambda path: path.write_bytes(b""), "truncated or damaged"),
         (lambda path: with_voxel(path, np.nan), "NaN or infinite"),
         (lambda path: with_voxel(path, np.inf), "NaN or infinite"),
-        (lambda path: write_image(path, np.ones((3, 4, 5), np.float32)), "sizes or spacings of these files differ"),
-        (lambda path: write_image(path, np.ones((2, 10, 28, 26), np.float32), (1, 1, 1, 1)), "channel|differ|cannot be read"),
+        (
+            lambda path: write_image(path, np.ones((3, 4, 5), np.float32)),
+            "sizes or spacings of these files differ",
+        ),
+        (
+            lambda path: write_image(path, np.ones((2, 10, 28, 26), np.float32), (1, 1, 1, 1)),
+            "channel|differ|cannot be read",
+        ),
     ],
 )
 def test_unusable_scan_is_named_and_the_others_are_done(tiny: Tiny, spoil: Any, message: str) -> None:
@@ -355,7 +399,9 @@ def test_name_of_a_labeled_case_is_refused(tiny: Tiny) -> None:
 def test_scan_that_is_still_preprocessed_as_labeled_is_refused(tiny: Tiny) -> None:
     tiny.labeled.mkdir()
     (tiny.labeled / "scan_00.pkl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"scan_00: in imagesUn, and still among the labeled cases .* plan-and-preprocess"):
+    with pytest.raises(
+        ValueError, match=r"scan_00: in imagesUn, and still among the labeled cases .* plan-and-preprocess"
+    ):
         ensure(tiny)
 
 
@@ -365,7 +411,9 @@ def test_all_channels_in_one_file_as_in_imagestr_are_accepted(tmp_path: Path) ->
     (tmp_path / "imagesTr" / "a_0000.png").write_bytes(b"")
     (tmp_path / "imagesUn" / "b_0000.png").write_bytes(b"")
     dataset_json = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
-    assert find_unlabeled_images(str(tmp_path), dataset_json) == {"b": [str(tmp_path / "imagesUn" / "b_0000.png")]}
+    assert find_unlabeled_images(str(tmp_path), dataset_json) == {
+        "b": [str(tmp_path / "imagesUn" / "b_0000.png")]
+    }
 
 
 def test_images_listed_in_dataset_json_are_found_for_hidden_cases(tiny: Tiny) -> None:
@@ -374,7 +422,12 @@ def test_images_listed_in_dataset_json_are_found_for_hidden_cases(tiny: Tiny) ->
     shutil.rmtree(tiny.unlabeled)
     (tiny.raw / "imagesTr").rename(tiny.raw / "elsewhere")
     dataset_json = tiny.dataset_json
-    entry = {"images": [f"elsewhere/lab_01_000{channel}.nii.gz" for channel in (0, 1)], "label": "labelsTr/lab_01.nii.gz"}
-    (tiny.preprocessed / "dataset.json").write_text(json.dumps({**dataset_json, "dataset": {"lab_01": entry}}))
+    entry = {
+        "images": [f"elsewhere/lab_01_000{channel}.nii.gz" for channel in (0, 1)],
+        "label": "labelsTr/lab_01.nii.gz",
+    }
+    (tiny.preprocessed / "dataset.json").write_text(
+        json.dumps({**dataset_json, "dataset": {"lab_01": entry}})
+    )
     assert ensure(tiny, hidden=("lab_01",)) == ["lab_01", *SCANS]
     assert stored(tiny.unlabeled / "lab_01.b2nd") == expected

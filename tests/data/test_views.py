@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from nnssl.data.views import ViewTransform, nonzero_channels
-from nnssl.randomness import seed_everything
+from nnssl.training.randomness import seed_everything
 
 
 def transform(**kwargs: object) -> ViewTransform:
-    defaults: dict = {"patch_size": (16, 20, 24), "rotation": (-0.5, 0.5), "mirror_axes": (0, 1, 2), "dummy_2d": False, "num_strong": 2}
+    defaults: dict = {
+        "patch_size": (16, 20, 24),
+        "rotation": (-0.5, 0.5),
+        "mirror_axes": (0, 1, 2),
+        "dummy_2d": False,
+        "num_strong": 2,
+    }
     return ViewTransform(**{**defaults, **kwargs})
 
 
@@ -76,11 +82,15 @@ def test_anisotropic_mode_moves_within_slices_only() -> None:
     for _ in range(10):
         weak, _ = views(slices.clone(), torch.zeros(1, 16, 28, 32, dtype=torch.int16))
         center = weak[0, :, 8:12, 10:14]
-        torch.testing.assert_close(center, torch.arange(16.0).view(16, 1, 1).expand_as(center), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            center, torch.arange(16.0).view(16, 1, 1).expand_as(center), atol=1e-3, rtol=0
+        )
 
 
 def test_2d_views_work() -> None:
-    weak, strong = transform(patch_size=(20, 24), mirror_axes=(0, 1))(torch.randn(1, 28, 32), torch.zeros(1, 28, 32, dtype=torch.int16))
+    weak, strong = transform(patch_size=(20, 24), mirror_axes=(0, 1))(
+        torch.randn(1, 28, 32), torch.zeros(1, 28, 32, dtype=torch.int16)
+    )
     assert weak.shape == strong[0].shape == (1, 20, 24)
 
 
@@ -93,6 +103,8 @@ def test_the_same_seed_gives_the_same_views_also_after_pickling() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize(("given", "expected"), [([False, True], [1]), (None, []), ([], []), ([True, True], [0, 1])])
+@pytest.mark.parametrize(
+    ("given", "expected"), [([False, True], [1]), (None, []), ([], []), ([True, True], [0, 1])]
+)
 def test_mask_channels_follow_the_plan(given: list[bool] | None, expected: list[int]) -> None:
     assert nonzero_channels(given) == expected

@@ -10,9 +10,13 @@ from nnssl.diffusion.gaussian import GaussianDiffusion
 
 @pytest.fixture(scope="module")
 def schedulers() -> tuple[GaussianDiffusion, object, object]:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers (extra `dev`) is the independent reference")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers (extra `dev`) is the independent reference"
+    )
     kwargs = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
-    ddim = diffusers.DDIMScheduler(prediction_type="sample", timestep_spacing="trailing", clip_sample=False, **kwargs)
+    ddim = diffusers.DDIMScheduler(
+        prediction_type="sample", timestep_spacing="trailing", clip_sample=False, **kwargs
+    )
     return GaussianDiffusion(), ddim, diffusers.DDPMScheduler(**kwargs)
 
 
@@ -22,8 +26,12 @@ def test_q_sample_equals_the_independent_implementation(schedulers: tuple) -> No
     torch.testing.assert_close(ours.q_sample(x, tau, eps), ddpm.add_noise(x, eps, tau), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 10, 50])  # divisors of T: else the reference's previous step is not its next one
-def test_ddim_chain_equals_the_independent_implementation_from_the_same_noise(schedulers: tuple, steps: int) -> None:
+@pytest.mark.parametrize(
+    "steps", [1, 2, 4, 10, 50]
+)  # divisors of T: else the reference's previous step is not its next one
+def test_ddim_chain_equals_the_independent_implementation_from_the_same_noise(
+    schedulers: tuple, steps: int
+) -> None:
     ours, ddim, _ = schedulers
     noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     mix = torch.randn(2, 3, 4, 5)
@@ -37,26 +45,39 @@ def test_ddim_chain_equals_the_independent_implementation_from_the_same_noise(sc
     for tau in ddim.timesteps:
         x = ddim.step(network(x, tau.repeat(2)), int(tau), x, eta=0.0).prev_sample
     assert ddim.config.set_alpha_to_one  # its last step returns x0_hat too
-    torch.testing.assert_close(ours.ddim_sample(network, noise, ours.trailing_steps(steps)), x, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(
+        ours.ddim_sample(network, noise, ours.trailing_steps(steps)), x, atol=2e-5, rtol=2e-4
+    )
 
 
 def test_sampling_from_the_true_answer_returns_it() -> None:
     truth = torch.sign(torch.randn(1, 2, 6, 6))
-    assert torch.equal(GaussianDiffusion().ddim_sample(lambda x, tau: truth, torch.randn(1, 2, 6, 6), [999, 749, 499, 249]), truth)
+    assert torch.equal(
+        GaussianDiffusion().ddim_sample(lambda x, tau: truth, torch.randn(1, 2, 6, 6), [999, 749, 499, 249]),
+        truth,
+    )
 
 
 def test_x_tau_has_the_stated_mean_and_variance() -> None:
     diffusion = GaussianDiffusion()
     tau = torch.full((1,), 300)
-    x = diffusion.q_sample(torch.ones(1, 1, 400, 400), tau, torch.randn(1, 1, 400, 400, generator=torch.Generator().manual_seed(0)))
+    x = diffusion.q_sample(
+        torch.ones(1, 1, 400, 400),
+        tau,
+        torch.randn(1, 1, 400, 400, generator=torch.Generator().manual_seed(0)),
+    )
     abar = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * i / 999) for i in range(301))
-    assert x.mean().item() == pytest.approx(math.sqrt(abar), abs=5e-3) and x.var().item() == pytest.approx(1 - abar, rel=2e-2)
+    assert x.mean().item() == pytest.approx(math.sqrt(abar), abs=5e-3) and x.var().item() == pytest.approx(
+        1 - abar, rel=2e-2
+    )
 
 
 def test_the_chain_starts_at_the_last_step_and_gets_every_step_once() -> None:
     seen, diffusion = [], GaussianDiffusion()
     taus = diffusion.trailing_steps(10)
-    diffusion.ddim_sample(lambda x, tau: (seen.append(tau[0].item()), torch.zeros_like(x))[1], torch.randn(2, 1, 3, 3), taus)
+    diffusion.ddim_sample(
+        lambda x, tau: (seen.append(tau[0].item()), torch.zeros_like(x))[1], torch.randn(2, 1, 3, 3), taus
+    )
     assert seen == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
 
 

@@ -76,7 +76,8 @@ def test_zero_features_keep_gradients_finite() -> None:
 
 
 def test_the_matrix_is_never_in_memory() -> None:
-    """8,192 voxels: M alone would take 256 MiB in the forward pass, and as much again in the backward pass."""
+    """8,192 voxels: M alone would take 256 MiB in the forward pass, and as much again in the backward
+    pass."""
     e, p = torch.randn(1, 128, 8192, requires_grad=True), torch.rand(1, 2, 8192)
 
     def call() -> None:
@@ -105,7 +106,9 @@ def test_prototypes_equal_the_loop_and_fall_back_to_the_image() -> None:
         for c in range(3):
             for r in range(3):
                 expected = reference.prototype(e[j], member[j, c], REGION, r)
-                torch.testing.assert_close(g[j, c, r], torch.zeros(4).double() if expected is None else expected)
+                torch.testing.assert_close(
+                    g[j, c, r], torch.zeros(4).double() if expected is None else expected
+                )
     torch.testing.assert_close(g[1, 2, 0], g[1, 2, 1])
 
 
@@ -119,20 +122,27 @@ def test_cross_image_probabilities_and_weights_equal_the_loop(absent: list[tuple
     m = prototype_similarity(e_u, g, REGION)[:, :, None] / 0.3
     p = cross_image_log_probabilities(m, known[:, None]).exp()
     torch.testing.assert_close(p[:, 0].mT, torch.tensor(expected_p, dtype=torch.float64))
-    torch.testing.assert_close(agreement(m, known[:, None], 2.0)[:, 0], torch.tensor(expected_weight, dtype=torch.float64))
+    torch.testing.assert_close(
+        agreement(m, known[:, None], 2.0)[:, 0], torch.tensor(expected_weight, dtype=torch.float64)
+    )
 
 
 def test_with_all_classes_known_it_is_the_papers_sum_over_images() -> None:
     m = randn(2, 3, 1, 4, 5)
     e = m.exp().sum(1)
-    torch.testing.assert_close(cross_image_log_probabilities(m, torch.ones(3, 1, 4, dtype=torch.bool)), (e / e.sum(2, keepdim=True)).log())
+    torch.testing.assert_close(
+        cross_image_log_probabilities(m, torch.ones(3, 1, 4, dtype=torch.bool)),
+        (e / e.sum(2, keepdim=True)).log(),
+    )
 
 
 def test_identical_prototypes_give_uniform_probabilities_and_full_weight() -> None:
     g = randn(4)[None, None, None].expand(2, 3, 3, 4)
     m = prototype_similarity(randn(2, 4, 9), g, REGION)[:, :, None] / 0.1
     known = torch.ones(2, 1, 3, dtype=torch.bool)
-    torch.testing.assert_close(cross_image_log_probabilities(m, known), torch.full((2, 1, 3, 9), -math.log(3), dtype=torch.float64))
+    torch.testing.assert_close(
+        cross_image_log_probabilities(m, known), torch.full((2, 1, 3, 9), -math.log(3), dtype=torch.float64)
+    )
     torch.testing.assert_close(agreement(m, known, 1000.0), torch.ones(2, 1, 9, dtype=torch.float64))
 
 
@@ -153,10 +163,13 @@ def test_untempered_cosines_cannot_reach_the_published_threshold() -> None:
 
 
 def test_r_over_temperature_squared_is_what_counts() -> None:
-    """KL is quadratic in small differences: r = 10 at temperature 0.1 weighs as the published r = 1000 without temperature."""
+    """KL is quadratic in small differences: r = 10 at temperature 0.1 weighs as the published r = 1000
+    without temperature."""
     cosines = 0.5 + 0.01 * randn(4, 2, 1, 3, 50)
     known = torch.ones(2, 1, 3, dtype=torch.bool)
-    torch.testing.assert_close(agreement(cosines / 0.1, known, 10.0), agreement(cosines, known, 1000.0), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        agreement(cosines / 0.1, known, 10.0), agreement(cosines, known, 1000.0), atol=5e-3, rtol=0
+    )
     assert agreement(cosines / 0.1, known, 1000.0).mean() < 0.5 < agreement(cosines / 0.1, known, 10.0).min()
 
 
@@ -211,7 +224,9 @@ def test_confident_dice_looks_at_certain_voxels_only() -> None:
 
 
 def test_confident_dice_of_regions_counts_every_region() -> None:
-    source = torch.tensor([[0.99, 0.01, 0.5], [0.99, 0.99, 0.99]])[None]  # (1, 2 regions, 3 voxels): the last is unsure of region 0
+    source = torch.tensor([[0.99, 0.01, 0.5], [0.99, 0.99, 0.99]])[
+        None
+    ]  # (1, 2 regions, 3 voxels): the last is unsure of region 0
     prediction = torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.5, 0.0]])[None]
     loss = confident_dice(source, prediction, LabelSpace(2, has_regions=True), 0.95)
     assert loss.item() == pytest.approx(1 - (1 + 2 * 1 / 3) / 2, abs=1e-4)

@@ -7,15 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.losses.anatomical import _draw_classes, anatomical_contrast, class_chances, dense_anatomical_contrast
-from nnssl.losses.sampling import gather_voxels
+from nnssl.losses.anatomical import (
+    _draw_classes,
+    anatomical_contrast,
+    class_chances,
+    dense_anatomical_contrast,
+)
+from nnssl.sampling import gather_voxels
 from tests.reference import action as reference
 
 SMALL = {"num_queries": 8, "num_negatives": 6, "temperature": 0.5}
 
 
 def example(classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Representation (2, 5, 6, 7), one-hot label, mask, probabilities; classes differ and lie at unequal distances."""
+    """Representation (2, 5, 6, 7), one-hot label, mask, probabilities; classes differ and lie at unequal
+    distances."""
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(classes, (2, 6, 7), generator=g)
     center = torch.randn(classes, 5, generator=g)
@@ -25,7 +31,9 @@ def example(classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return rep, onehot, mask, torch.rand(onehot.shape, generator=g)
 
 
-def members(onehot: torch.Tensor, mask: torch.Tensor, probabilities: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+def members(
+    onehot: torch.Tensor, mask: torch.Tensor, probabilities: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     member = (onehot * mask).movedim(1, 0).flatten(1).bool()
     return member, probabilities.movedim(1, 0).flatten(1) < threshold
 
@@ -55,8 +63,20 @@ def test_gradients_agree_in_the_mean_with_the_published_algorithm(negatives: str
     rep.requires_grad_()
     torch.manual_seed(0)
     options = {"num_queries": 100, "num_negatives": 40, "negatives": negatives}
-    found = sum(torch.autograd.grad(dense_anatomical_contrast(rep, member, hard, **options), rep)[0] for _ in range(20)) / 20
-    loop = sum(torch.autograd.grad(reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), rep)[0] for _ in range(4)) / 4
+    found = (
+        sum(
+            torch.autograd.grad(dense_anatomical_contrast(rep, member, hard, **options), rep)[0]
+            for _ in range(20)
+        )
+        / 20
+    )
+    loop = (
+        sum(
+            torch.autograd.grad(reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), rep)[0]
+            for _ in range(4)
+        )
+        / 4
+    )
     untouched = ~(member & hard).any(0).view(2, 6, 7)
     assert not found.movedim(1, -1)[untouched].any()
     assert F.cosine_similarity(found.flatten(), loop.flatten(), dim=0) > 0.97
@@ -67,7 +87,9 @@ def test_gradients_agree_in_the_mean_with_the_published_algorithm(negatives: str
 def test_orthogonal_classes_have_a_closed_form(negatives: str) -> None:
     rep = torch.eye(2).repeat_interleave(10, dim=0).T[None]  # (1, 2, 20): ten voxels of either class
     member = torch.stack([torch.arange(20) < 10, torch.arange(20) >= 10])
-    value = dense_anatomical_contrast(rep, member, torch.ones_like(member), **{**SMALL, "negatives": negatives})
+    value = dense_anatomical_contrast(
+        rep, member, torch.ones_like(member), **{**SMALL, "negatives": negatives}
+    )
     assert value.item() == pytest.approx(math.log(1 + 6 * math.exp(-1 / 0.5)), rel=1e-5)
 
 
@@ -117,7 +139,10 @@ def test_absent_classes_do_not_count_and_classes_without_hard_voxels_add_zero() 
 
     def value(m: torch.Tensor, h: torch.Tensor) -> float:
         torch.manual_seed(0)
-        values = [dense_anatomical_contrast(rep, m, h, num_queries=50, num_negatives=500, temperature=0.5) for _ in range(10)]
+        values = [
+            dense_anatomical_contrast(rep, m, h, num_queries=50, num_negatives=500, temperature=0.5)
+            for _ in range(10)
+        ]
         return torch.stack(values).mean().item()
 
     full = value(member, hard)

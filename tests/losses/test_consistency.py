@@ -48,17 +48,23 @@ def test_masked_voxels_get_no_gradient_and_an_empty_mask_is_a_differentiable_zer
 
 def test_gradients_are_right() -> None:
     p, q, mask = (x[:1, :, :1, :2, :2] for x in example())
-    assert torch.autograd.gradcheck(lambda x, y: mse_consistency(x, y, mask), (p.requires_grad_(), q.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda x, y: mse_consistency(x, y, mask), (p.requires_grad_(), q.requires_grad_())
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
 def test_sharpening_is_the_normalised_power(temperature: float) -> None:
     logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = logits.softmax(1) ** (1 / temperature)
-    torch.testing.assert_close(sharpen(logits, temperature, CLASSES), (p / p.sum(1, keepdim=True)).float(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        sharpen(logits, temperature, CLASSES), (p / p.sum(1, keepdim=True)).float(), atol=1e-6, rtol=1e-4
+    )
     r = logits.sigmoid()
     powers = r ** (1 / temperature), (1 - r) ** (1 / temperature)
-    torch.testing.assert_close(sharpen(logits, temperature, REGIONS), (powers[0] / sum(powers)).float(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        sharpen(logits, temperature, REGIONS), (powers[0] / sum(powers)).float(), atol=1e-6, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("labels", [CLASSES, REGIONS])

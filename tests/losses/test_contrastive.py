@@ -11,7 +11,10 @@ from nnssl.losses.contrastive import info_nce
 
 def example(seed: int = 0) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
-    a, p, n = (F.normalize(torch.randn(s, generator=g, dtype=torch.float64), dim=-1) for s in ((3, 5), (3, 4, 5), (3, 6, 5)))
+    a, p, n = (
+        F.normalize(torch.randn(s, generator=g, dtype=torch.float64), dim=-1)
+        for s in ((3, 5), (3, 4, 5), (3, 6, 5))
+    )
     return a, p, n, torch.rand(3, 4, generator=g) > 0.3, torch.rand(3, 6, generator=g) > 0.3
 
 
@@ -30,7 +33,9 @@ def test_info_nce_equals_the_loop() -> None:
 def test_equal_embeddings_cost_log_of_one_plus_negatives() -> None:
     e = F.normalize(torch.ones(1, 1, 4), dim=-1)
     valid = torch.ones(1, 3, dtype=torch.bool)
-    assert info_nce(e[0], e, e.expand(1, 3, 4), valid[:, :1], valid, 0.1).item() == pytest.approx(math.log(4), rel=1e-5)
+    assert info_nce(e[0], e, e.expand(1, 3, 4), valid[:, :1], valid, 0.1).item() == pytest.approx(
+        math.log(4), rel=1e-5
+    )
 
 
 def test_nothing_valid_is_a_differentiable_zero_without_nan() -> None:
@@ -50,7 +55,11 @@ def test_a_class_without_negatives_does_not_disturb_the_others() -> None:
     p.requires_grad_()
     loss = info_nce(a, p, n, pv, nv, 0.1)
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and torch.isfinite(p.grad).all() and not p.grad[1].any()
+    assert (
+        loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        and torch.isfinite(p.grad).all()
+        and not p.grad[1].any()
+    )
 
 
 def test_pulling_positives_closer_lowers_the_loss() -> None:

@@ -18,13 +18,17 @@ def example(n: int = 7, m: int = 5, e: int = 3, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_it_equals_the_loop(chunk: int | None) -> None:
     inputs = example()
-    assert omni_correlation(*inputs, 0.1, chunk).item() == pytest.approx(reference.omni_correlation(*inputs, 0.1), rel=1e-12)
+    assert omni_correlation(*inputs, 0.1, chunk).item() == pytest.approx(
+        reference.omni_correlation(*inputs, 0.1), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_gradients_are_right(chunk: int | None) -> None:
     v, a, *rest = example()
-    assert torch.autograd.gradcheck(lambda x, y: 3 * omni_correlation(x, y, *rest, 0.5, chunk), (v.requires_grad_(), a.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda x, y: 3 * omni_correlation(x, y, *rest, 0.5, chunk), (v.requires_grad_(), a.requires_grad_())
+    )
 
 
 def test_value_and_gradient_are_those_of_log_softmax() -> None:
@@ -33,7 +37,9 @@ def test_value_and_gradient_are_those_of_log_softmax() -> None:
     for fused in (True, False):
         x, y = v.clone().requires_grad_(), a.clone().requires_grad_()
         if fused:
-            loss = omni_correlation(x, y, rows, torch.ones(40, dtype=torch.bool), torch.ones(30, dtype=torch.bool), 0.1, 16)
+            loss = omni_correlation(
+                x, y, rows, torch.ones(40, dtype=torch.bool), torch.ones(30, dtype=torch.bool), 0.1, 16
+            )
         else:
             loss = -((y @ rows.T / 0.1).softmax(1) * (x @ rows.T / 0.1).log_softmax(1)).sum(1).mean()
         loss.backward()
@@ -54,12 +60,16 @@ def test_a_certain_network_pulls_the_other_and_equal_certain_ones_cost_nothing()
     assert omni_correlation(certain, certain, rows, valid, valid, 0.1).item() == pytest.approx(0, abs=1e-6)
     v = undecided.requires_grad_()
     omni_correlation(v, certain, rows, valid, valid, 0.1).backward()
-    assert v.grad is not None and torch.equal(v.grad.argmin(1), torch.arange(3))  # descent moves towards the certain network's row
+    assert v.grad is not None and torch.equal(
+        v.grad.argmin(1), torch.arange(3)
+    )  # descent moves towards the certain network's row
 
 
 def test_invalid_rows_and_queries_do_not_exist() -> None:
     v, a, rows, query_valid, row_valid = example()
-    expected = omni_correlation(v[query_valid], a[query_valid], rows[row_valid], query_valid[query_valid], row_valid[row_valid], 0.1)
+    expected = omni_correlation(
+        v[query_valid], a[query_valid], rows[row_valid], query_valid[query_valid], row_valid[row_valid], 0.1
+    )
     rows[~row_valid] = 1e3
     v.requires_grad_()
     loss = omni_correlation(v, a, rows, query_valid, row_valid, 0.1)
@@ -74,7 +84,13 @@ def test_nothing_valid_is_a_differentiable_zero() -> None:
         x, y = v.clone().requires_grad_(), a.clone().requires_grad_()
         loss = omni_correlation(x, y, rows, queries, kept, 0.1)
         loss.backward()
-        assert loss.item() == 0 and x.grad is not None and y.grad is not None and not x.grad.any() and not y.grad.any()
+        assert (
+            loss.item() == 0
+            and x.grad is not None
+            and y.grad is not None
+            and not x.grad.any()
+            and not y.grad.any()
+        )
 
 
 def test_huge_embeddings_stay_finite() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.bank import EmbeddingBank, case_numbers
+from nnssl.banks import EmbeddingBank, case_numbers
 from nnssl.losses.distillation import bank_distillation
 from tests.reference import action as reference
 
@@ -43,7 +43,9 @@ def test_a_sharp_teacher_makes_it_the_cross_entropy_of_the_nearest_row() -> None
 
 def test_the_gradient_reaches_the_student_only_and_is_right() -> None:
     s, z, m, valid = example()
-    assert torch.autograd.gradcheck(lambda x: bank_distillation(x, z, m, valid, 0.1, 0.05), s.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: bank_distillation(x, z, m, valid, 0.1, 0.05), s.requires_grad_()
+    )
     z = z.requires_grad_()
     bank_distillation(s, z, m, valid, 0.1, 0.05).backward()
     assert z.grad is None
@@ -79,7 +81,12 @@ def test_of_more_rows_than_fit_the_last_stay() -> None:
     bank = EmbeddingBank(4, 1)
     bank.push(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
     bank.push(torch.arange(7.0)[:, None], torch.arange(7))
-    assert sorted(bank.embeddings[:, 0].tolist()) == [3, 4, 5, 6] and sorted(bank.cases.tolist()) == [3, 4, 5, 6]
+    assert sorted(bank.embeddings[:, 0].tolist()) == [3, 4, 5, 6] and sorted(bank.cases.tolist()) == [
+        3,
+        4,
+        5,
+        6,
+    ]
     bank.push(torch.tensor([[7.0]]), torch.tensor([7]))
     assert sorted(bank.cases.tolist()) == [4, 5, 6, 7]
 
@@ -89,7 +96,11 @@ def test_queries_see_filled_rows_of_other_cases() -> None:
     a, b, c = case_numbers(("a", "b", "c"), torch.device("cpu"))
     assert not bank.others(torch.stack([a, b])).any()
     bank.push(torch.ones(3, 2), torch.stack([a, b, a]))
-    assert bank.others(torch.stack([a, b, c])).tolist() == [[False, True, False, False], [True, False, True, False], [True] * 3 + [False]]
+    assert bank.others(torch.stack([a, b, c])).tolist() == [
+        [False, True, False, False],
+        [True, False, True, False],
+        [True] * 3 + [False],
+    ]
 
 
 def test_case_numbers_depend_on_the_name_alone() -> None:

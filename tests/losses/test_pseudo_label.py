@@ -20,11 +20,17 @@ def example(labels: LabelSpace, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return logits, target, mask
 
 
-def loop_cross_entropy(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, regions: bool) -> float:
+def loop_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, regions: bool
+) -> float:
     total, count = 0.0, 0.0
     for b in range(logits.shape[0]):
         for index in torch.cartesian_prod(*[torch.arange(s) for s in logits.shape[2:]]).tolist():
-            z, y, m = logits[(b, slice(None), *index)], target[(b, slice(None), *index)], mask[(b, 0, *index)].item()
+            z, y, m = (
+                logits[(b, slice(None), *index)],
+                target[(b, slice(None), *index)],
+                mask[(b, 0, *index)].item(),
+            )
             if regions:
                 p = z.sigmoid()
                 value = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
@@ -94,7 +100,9 @@ def test_masked_voxels_get_no_gradient() -> None:
     logits, target, mask = example(CLASSES)
     logits.requires_grad_()
     cross_entropy_dice(logits, target, CLASSES, mask).backward()
-    assert not logits.grad[mask.expand_as(logits) == 0].any() and logits.grad[mask.expand_as(logits) == 1].any()
+    assert (
+        not logits.grad[mask.expand_as(logits) == 0].any() and logits.grad[mask.expand_as(logits) == 1].any()
+    )
 
 
 def test_gradients_are_right() -> None:
@@ -107,5 +115,7 @@ def test_gradients_are_right() -> None:
 def test_confidence_mask_marks_certain_voxels() -> None:
     p = torch.tensor([[0.96, 0.04], [0.6, 0.4]]).T.reshape(1, 2, 1, 2)
     assert confidence_mask(p, 0.95, LabelSpace(2)).flatten().tolist() == [1, 0]
-    regions = torch.tensor([[0.96, 0.04], [0.6, 0.99]]).T.reshape(1, 2, 1, 2)  # second voxel: one region unsure
+    regions = torch.tensor([[0.96, 0.04], [0.6, 0.99]]).T.reshape(
+        1, 2, 1, 2
+    )  # second voxel: one region unsure
     assert confidence_mask(regions, 0.95, LabelSpace(2, has_regions=True)).flatten().tolist() == [1, 0]

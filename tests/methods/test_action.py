@@ -62,13 +62,19 @@ def test_inactive_terms_are_zeros_without_weight_that_reach_every_parameter(t: f
     inactive = [k for k in terms if weights[k] == 0]
     assert terms.keys() == weights.keys() and inactive and all(terms[k].item() == 0 for k in inactive)
     terms[inactive[0]].backward()
-    assert all((p.grad is not None and not p.grad.any()) == p.requires_grad for p in m.parameters() if p.requires_grad)
+    assert all(
+        (p.grad is not None and not p.grad.any()) == p.requires_grad
+        for p in m.parameters()
+        if p.requires_grad
+    )
 
 
 def test_the_first_phase_needs_neither_labels_nor_decoder() -> None:
     m = method()
     m.decode = None  # type: ignore[assignment]
-    batches = [replace(TASK_2D.batch(seed=i), labeled=None, target=None, labeled_cases=None) for i in range(3)]  # type: ignore[arg-type]
+    batches = [
+        replace(TASK_2D.batch(seed=i), labeled=None, target=None, labeled_cases=None) for i in range(3)
+    ]  # type: ignore[arg-type]
     for batch in batches[:2]:
         m(batch, 0.1)
         m.after_step(batch, 0.1)
@@ -91,7 +97,10 @@ def test_the_second_phase_fills_the_local_bank_with_crops_of_both_streams() -> N
 def test_teacher_and_its_projectors_are_moving_averages() -> None:
     m, batch = method(), TASK_2D.batch()
     m(batch, 0.1)
-    before = [p.clone() for p in m.teacher.parameters()], [p.clone() for p in m.distillation_global.teacher.parameters()]
+    before = (
+        [p.clone() for p in m.teacher.parameters()],
+        [p.clone() for p in m.distillation_global.teacher.parameters()],
+    )
     move_student(m)
     with torch.no_grad():
         for p in m.distillation_global.projector.parameters():
@@ -133,7 +142,10 @@ def test_the_pseudo_term_is_the_cross_entropy_of_each_sample_times_its_share_of_
     value = m(batch, 0.6)["pseudo"]
     logits = seen["out"][0][0][2:]
     # every voxel is class 0, the one class present, so that ClassMix shows the neighbour whole
-    share, target = certain.float().mean((1, 2)).roll(1), torch.tensor([1.0, 0]).view(1, 2, 1, 1).expand(1, 2, 12, 16)
+    share, target = (
+        certain.float().mean((1, 2)).roll(1),
+        torch.tensor([1.0, 0]).view(1, 2, 1, 1).expand(1, 2, 12, 16),
+    )
     expected = sum(share[b] * cross_entropy(logits[b : b + 1], target, m.labels) for b in range(2)) / 2
     assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() > 0
 
@@ -152,7 +164,8 @@ class _Fixed:
 
 
 def test_classmix_mixes_images_and_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything pasted, sample 0 shows sample 1 in the image and in its pseudo-label: swapping the batch changes nothing."""
+    """With everything pasted, sample 0 shows sample 1 in the image and in its pseudo-label: swapping the
+    batch changes nothing."""
     everything = lambda member, *a: torch.ones_like(member[0].unsqueeze(1))  # noqa: E731
     monkeypatch.setattr("nnssl.methods.action.classmix_mask", everything)
     batch, values = TASK_2D.batch(), []
@@ -207,7 +220,9 @@ def test_contrast_at_sampled_voxels_equals_contrast_on_the_dense_representation(
         if sampled:
             value = m.contrast(features, logits, onehot, counted)
         else:
-            value = dense_anatomical_contrast(dense, member, hard, num_queries=16, num_negatives=32, temperature=0.5, num_candidates=64)
+            value = dense_anatomical_contrast(
+                dense, member, hard, num_queries=16, num_negatives=32, temperature=0.5, num_candidates=64
+            )
         values.append(value.item())
         gradients.append(torch.autograd.grad(value, m.representation.weight, retain_graph=True)[0])
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] > 0

@@ -83,7 +83,12 @@ def test_ignored_voxels_carry_no_loss_wherever_they_are_pasted(task: Task) -> No
     gradient = spy.logits.grad.abs().sum(1)
     known = m.labels.encode(batch.full_target())[1][:, 0].bool()
     assert not known.all()
-    for sample, source, half in ((0, 0, slice(4, 8)), (1, 1, slice(4, 8)), (2, 1, slice(0, 4)), (3, 0, slice(0, 4))):
+    for sample, source, half in (
+        (0, 0, slice(4, 8)),
+        (1, 1, slice(4, 8)),
+        (2, 1, slice(0, 4)),
+        (3, 0, slice(0, 4)),
+    ):
         assert torch.equal(gradient[sample, half] > 0, known[source, half])
 
 
@@ -103,7 +108,10 @@ def test_pretraining_is_nnunets_loss_of_labeled_copy_paste_at_every_scale() -> N
     m.boxes = half_boxes  # type: ignore[assignment]
     terms = m(replace(batch, weak=None, strong=()), 0.0)  # unlabeled patches are not even looked at
     images = torch.cat([batch.labeled.flip(0)[:, :, :4], batch.labeled[:, :, 4:]], 2)
-    target = [torch.cat([y.flip(0)[:, :, : h // 2], y[:, :, h // 2 :]], 2) for y, h in zip(batch.target, (8, 4), strict=True)]
+    target = [
+        torch.cat([y.flip(0)[:, :, : h // 2], y[:, :, h // 2 :]], 2)
+        for y, h in zip(batch.target, (8, 4), strict=True)
+    ]
     torch.testing.assert_close(terms["supervised"], m.supervised_loss(m.student(images), target))
     assert terms["pseudo"].item() == 0 and m.weights(0.0) == {"supervised": 1.0, "pseudo": 0.0}
     assert m.weights(0.5) == {"supervised": 1.0, "pseudo": 0.5}

@@ -34,7 +34,9 @@ def certain(task: Task, classes: torch.Tensor, size: float = 4.0) -> torch.Tenso
     return size * torch.nn.functional.one_hot(classes, task.channels).movedim(-1, 1).float()
 
 
-def say(m: CAML, logits_v: torch.Tensor, logits_a: torch.Tensor, features: Any = None, weak: Any = None) -> None:
+def say(
+    m: CAML, logits_v: torch.Tensor, logits_a: torch.Tensor, features: Any = None, weak: Any = None
+) -> None:
     """Let the two networks answer this for all images; weak: on the weak views, where it differs."""
     f = features or tuple(torch.randn(len(z), 4, *z.shape[2:]) for z in (logits_v, logits_a))
     m.walk = lambda *_: (outputs(logits_v), [], [f[0]])  # type: ignore[method-assign, assignment, misc]
@@ -74,14 +76,19 @@ def test_attention_stands_behind_the_deepest_stage_where_the_second_deepest_has_
             torch.nn.init.normal_(p, std=0.3)
         terms = step(m, Task().batch())
         terms["supervised_aux"].backward()
-        assert m.stage == stage and all(p.grad is not None and p.grad.any() for p in m.attention.samples.mlp.parameters())
+        assert m.stage == stage and all(
+            p.grad is not None and p.grad.any() for p in m.attention.samples.mlp.parameters()
+        )
 
 
 def test_labeled_and_unlabeled_images_see_each_other_in_the_auxiliary_only() -> None:
     m, batch = method(), Task().batch()
     for p in m.attention.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    terms, others = m(batch, 0.5), m(replace(batch, strong=tuple(s + torch.randn_like(s) for s in batch.strong)), 0.5)
+    terms, others = (
+        m(batch, 0.5),
+        m(replace(batch, strong=tuple(s + torch.randn_like(s) for s in batch.strong)), 0.5),
+    )
     assert terms["supervised"].item() == others["supervised"].item()
     assert terms["supervised_aux"].item() != others["supervised_aux"].item()
 
@@ -110,7 +117,11 @@ def test_dice_is_of_the_unlabeled_patches_against_the_sharpened_other_network_bo
     say(m, z_v, z_a, weak=(weak_v, weak_a))
     expected = 0.0
     for z, other in ((z_v[2:], weak_a), (z_a[2:], weak_v)):
-        p, q = (z.sigmoid(), (10 * other).sigmoid()) if task.regions else (z.softmax(1)[:, 1:], (10 * other).softmax(1)[:, 1:])
+        p, q = (
+            (z.sigmoid(), (10 * other).sigmoid())
+            if task.regions
+            else (z.softmax(1)[:, 1:], (10 * other).softmax(1)[:, 1:])
+        )
         expected += 1 - (2 * (p * q).sum(axes) / (p.sum(axes) + q.sum(axes))).mean().item()
     assert m(task.batch(), 0.5)["dice"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -126,8 +137,11 @@ def test_channel_dropout_spares_labeled_patches_and_targets() -> None:
 
 
 def test_boxes_mix_images_and_targets_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a box over everything, sample 0 shows sample 1 in its image and in its target: swapping the batch changes nothing."""
-    monkeypatch.setattr("nnssl.methods.caml.cutmix_mask", lambda n, size, *a, **k: torch.ones(n, 1, *size, dtype=torch.bool))
+    """With a box over everything, sample 0 shows sample 1 in its image and in its target: swapping the batch
+    changes nothing."""
+    monkeypatch.setattr(
+        "nnssl.methods.caml.cutmix_mask", lambda n, size, *a, **k: torch.ones(n, 1, *size, dtype=torch.bool)
+    )
     values = []
     for order in ([0, 1], [1, 0]):
         m, batch = method(), Task().batch()
@@ -136,12 +150,18 @@ def test_boxes_mix_images_and_targets_alike(monkeypatch: pytest.MonkeyPatch) -> 
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_weak_views_give_targets_without_gradient_and_the_auxiliary_sees_the_labeled_images_with_them() -> None:
+def test_weak_views_give_targets_without_gradient_and_the_auxiliary_sees_the_labeled_images_with_them() -> (
+    None
+):
     m, batch = method(), Task().batch()
     for p in m.attention.parameters():
         torch.nn.init.normal_(p, std=0.3)
     weak_v, weak_a = m.weak_logits(batch)
-    assert not weak_v.requires_grad and not weak_a.requires_grad and weak_v.shape == weak_a.shape == (2, 2, *Task().patch_size)
+    assert (
+        not weak_v.requires_grad
+        and not weak_a.requires_grad
+        and weak_v.shape == weak_a.shape == (2, 2, *Task().patch_size)
+    )
     others = m.weak_logits(replace(batch, labeled=batch.labeled + torch.randn_like(batch.labeled)))
     assert torch.equal(weak_v, others[0]) and not torch.equal(weak_a, others[1])
 
@@ -195,7 +215,10 @@ def test_the_bank_holds_after_the_step_what_both_networks_get_right() -> None:
     task = Task(channels=3)
     m, batch = method(task, replace(SMALL, rows=2000)), task.batch()
     label = batch.full_target()[:, 0].long()
-    called_v, called_a = torch.randint(0, 3, (4, *task.patch_size)), torch.randint(0, 3, (4, *task.patch_size))
+    called_v, called_a = (
+        torch.randint(0, 3, (4, *task.patch_size)),
+        torch.randint(0, 3, (4, *task.patch_size)),
+    )
     f_v, f_a = (torch.randn(4, 4, *task.patch_size) for _ in "va")
     say(m, certain(task, called_v), certain(task, called_a), (f_v, f_a))
     m(batch, 0.5)
@@ -274,11 +297,17 @@ def test_correlation_equals_the_loop_over_the_most_certain_agreeing_voxels(regio
 
 
 def test_choosing_voxels_before_the_heads_gives_the_published_loss() -> None:
-    """The public computation without batch norm, with the same heads and rows: heads everywhere, then the choice."""
+    """The public computation without batch norm, with the same heads and rows: heads everywhere, then the
+    choice."""
     task = Task(channels=3)
     config = replace(SMALL, rows=20, queries=50, query_share=1.0)
     m, label = method(task, config), torch.zeros(2, *task.patch_size, dtype=torch.long)
-    label[0, 0, 0, :10], label[0, 0, 1, :10], label[1, 0, 0, :10], label[1, 0, 1, :10] = 1, 2, 1, 2  # 20 voxels of each
+    label[0, 0, 0, :10], label[0, 0, 1, :10], label[1, 0, 0, :10], label[1, 0, 1, :10] = (
+        1,
+        2,
+        1,
+        2,
+    )  # 20 voxels of each
     called = torch.cat([label, torch.randint(0, 3, (2, *task.patch_size))])
     called[:2][label == 0] = 1  # of the background only these are right:
     called[0, 1, 0, :10] = called[1, 1, 0, :10] = 0
@@ -292,7 +321,9 @@ def test_choosing_voxels_before_the_heads_gives_the_published_loss() -> None:
     value = m(batch, 0.5)["correlation"]
 
     public = reference.PublicOmniCorrelation(4, 8, 3, rows=20, queries=50, temperature=0.1, batch_norm=False)
-    for projector, predictor, head in zip(public.projectors, public.predictors, (m.head_v, m.head_a), strict=True):
+    for projector, predictor, head in zip(
+        public.projectors, public.predictors, (m.head_v, m.head_a), strict=True
+    ):
         for theirs, ours in ((projector, head.projector), (predictor, head.predictor)):
             for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
                 a.data.copy_(b.data)
@@ -303,8 +334,15 @@ def test_choosing_voxels_before_the_heads_gives_the_published_loss() -> None:
 def test_queries_are_at_most_a_share_of_the_unlabeled_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     original = __import__("nnssl.methods.caml", fromlist=["top_members"]).top_members
-    monkeypatch.setattr("nnssl.methods.caml.top_members", lambda score, member, n: asked.append(n) or original(score, member, n))
-    for share, queries, expected in ((0.01, 12_800, 31), (0.01, 20, 20), (1.0, 12_800, 3072)):  # 2 x 8 x 12 x 16 = 3072 voxels
+    monkeypatch.setattr(
+        "nnssl.methods.caml.top_members",
+        lambda score, member, n: asked.append(n) or original(score, member, n),
+    )
+    for share, queries, expected in (
+        (0.01, 12_800, 31),
+        (0.01, 20, 20),
+        (1.0, 12_800, 3072),
+    ):  # 2 x 8 x 12 x 16 = 3072 voxels
         method(config=replace(SMALL, query_share=share, queries=queries))(Task().batch(), 0.5)
         assert asked.pop() == expected and not asked
 
@@ -337,7 +375,9 @@ def test_descending_the_correlation_makes_the_networks_correlate_alike() -> None
     with torch.no_grad():
         for p, g in zip(parameters, gradient, strict=True):
             p.sub_(1e-3 * g)
-    assert (loss() - before).item() == pytest.approx(-1e-3 * sum(g.square().sum() for g in gradient).item(), rel=0.1)
+    assert (loss() - before).item() == pytest.approx(
+        -1e-3 * sum(g.square().sum() for g in gradient).item(), rel=0.1
+    )
 
 
 # the step
@@ -356,7 +396,13 @@ def test_a_step_reads_nothing_back_to_the_host(task: Task) -> None:
 
 def test_host_reads_are_found() -> None:
     x = torch.arange(4.0)
-    for read in (lambda: x.sum().item(), lambda: x[x > 1], lambda: bool(x.any()), lambda: x.nonzero(), lambda: x.masked_select(x > 1)):
+    for read in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        lambda: bool(x.any()),
+        lambda: x.nonzero(),
+        lambda: x.masked_select(x > 1),
+    ):
         with HostReads() as reads:
             read()
         assert reads.found, read

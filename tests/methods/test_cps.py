@@ -27,7 +27,8 @@ def test_the_networks_start_from_different_weights_of_the_same_architecture() ->
 
 @pytest.mark.parametrize("task", [Task(channels=3), Task(channels=2, regions=True)])
 def test_each_network_learns_what_the_other_says_of_the_weak_view(task: Task) -> None:
-    """The second network calls everything class 1: that is the student's target; the student's own calls are the second's."""
+    """The second network calls everything class 1: that is the student's target; the student's own calls are
+    the second's."""
     m, batch = method(task), task.batch()
     with torch.no_grad():
         m.second.decoder.seg_layers[-1].bias.copy_(torch.tensor([-50.0, 50.0, -50.0][: task.channels]))
@@ -50,9 +51,12 @@ def test_equal_networks_have_equal_losses() -> None:
 
 
 def test_boxes_mix_images_and_both_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With boxes over everything, each sample is its neighbour in image and label: the losses of the unmixed batch."""
+    """With boxes over everything, each sample is its neighbour in image and label: the losses of the unmixed
+    batch."""
     plain = method()(Task().batch(), 0.5)
-    monkeypatch.setattr("nnssl.methods.cps.cutmix_mask", lambda n, size, *a: torch.ones(n, 1, *size, dtype=torch.bool))
+    monkeypatch.setattr(
+        "nnssl.methods.cps.cutmix_mask", lambda n, size, *a: torch.ones(n, 1, *size, dtype=torch.bool)
+    )
     mixed = method()(Task().batch(), 0.5)
     for name in ("pseudo", "pseudo_second"):
         assert mixed[name].item() == pytest.approx(plain[name].item(), rel=1e-5)

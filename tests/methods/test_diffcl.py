@@ -9,7 +9,15 @@ from nnssl.methods import diffcl
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from tests.building import Task
 
-SMALL = DiffCLConfig(ddim_steps=2, hfm_max_tokens=512, embedding=8, bank_size=64, bank_per_step=16, num_positives=16, num_negatives=32)
+SMALL = DiffCLConfig(
+    ddim_steps=2,
+    hfm_max_tokens=512,
+    embedding=8,
+    bank_size=64,
+    bank_per_step=16,
+    num_positives=16,
+    num_negatives=32,
+)
 
 
 def method(task: Task = Task(), config: DiffCLConfig = SMALL) -> DiffCL:  # noqa: B008
@@ -48,7 +56,9 @@ def test_uncertain_pseudo_labels_carry_no_loss() -> None:
     m = method(config=replace(SMALL, threshold=1.0))
     terms = m(Task().batch(), 0.5)
     assert terms["pseudo"].item() == terms["diffusion_pseudo"].item() == 0
-    assert all(m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)])
+    assert all(
+        m2["pseudo"].item() > 0 for m2 in [method(config=replace(SMALL, threshold=0.0))(Task().batch(), 0.5)]
+    )
 
 
 def test_a_contrast_without_weight_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,13 +71,19 @@ def test_each_learns_the_labels_of_the_other_where_f_is_certain() -> None:
     m, batch = method(config=replace(SMALL, cutmix_probability=0.0)), Task().batch()
     sure, unsure = torch.zeros(2, 2, 8, 12, 16), torch.full((2, 2, 8, 12, 16), 0.5)
     sure[:, 0] = 1
-    for p_f, p_g, learn in ((sure, sure.flip(1), True), (sure, 0.6 * sure.flip(1) + 0.4 * sure, True), (unsure, sure, False)):
+    for p_f, p_g, learn in (
+        (sure, sure.flip(1), True),
+        (sure, 0.6 * sure.flip(1) + 0.4 * sure, True),
+        (unsure, sure, False),
+    ):
         m.pseudo_probabilities = lambda weak, p=(p_f, p_g): p  # type: ignore[method-assign]
         with torch.no_grad():
             m.student.decoder.seg_layers[-1].bias.copy_(torch.tensor([0.0, 100.0]))
             m.denoiser.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([100.0, 0.0]))
         terms = m(batch, 0.5)
-        assert terms["pseudo"].item() < 0.1 and terms["diffusion_pseudo"].item() < 0.1  # both call what the other one calls
+        assert (
+            terms["pseudo"].item() < 0.1 and terms["diffusion_pseudo"].item() < 0.1
+        )  # both call what the other one calls
         with torch.no_grad():
             m.student.decoder.seg_layers[-1].bias.copy_(torch.tensor([100.0, 0.0]))
             m.denoiser.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([0.0, 100.0]))
@@ -106,11 +122,15 @@ def test_sampling_must_fit_into_the_diffusion_steps() -> None:
 
 
 def test_boxes_cut_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With boxes over everything every sample is its neighbour, in image and pseudo-label: the same pairs as without boxes."""
+    """With boxes over everything every sample is its neighbour, in image and pseudo-label: the same pairs as
+    without boxes."""
     values = []
     for fill in (torch.zeros, torch.ones):
         m = method(config=replace(SMALL, threshold=0.0, channel_dropout=0.0))
-        monkeypatch.setattr("nnssl.methods.diffcl.cutmix_mask", lambda n, size, *a, f=fill, **k: f(n, 1, *size, dtype=torch.bool))
+        monkeypatch.setattr(
+            "nnssl.methods.diffcl.cutmix_mask",
+            lambda n, size, *a, f=fill, **k: f(n, 1, *size, dtype=torch.bool),
+        )
         noise = torch.randn(2, 2, 8, 12, 16, generator=torch.Generator().manual_seed(0))
         original = m.pseudo_probabilities
         m.pseudo_probabilities = lambda weak, f=original, n=noise: f(weak, n)  # type: ignore[method-assign]
@@ -130,7 +150,10 @@ def test_the_noisy_label_is_zero_where_labels_are_ignored() -> None:
     m.diffusion.q_sample = spy  # type: ignore[method-assign]
     m(batch, 0.5)
     ignored = (batch.full_target() == 3).expand(-1, 3, -1, -1, -1)
-    assert not seen["x_0"][:2][ignored].any() and set(seen["x_0"][:2][~ignored].unique().tolist()) == {-1.0, 1.0}
+    assert not seen["x_0"][:2][ignored].any() and set(seen["x_0"][:2][~ignored].unique().tolist()) == {
+        -1.0,
+        1.0,
+    }
     assert set(seen["x_0"][2:].unique().tolist()) == {-1.0, 1.0}
 
 
@@ -152,11 +175,17 @@ def test_contrast_is_zero_but_differentiable_while_the_bank_is_empty() -> None:
 
 def test_contrast_equals_the_loop() -> None:
     task = Task()
-    m = method(task, replace(SMALL, candidates=10**6, num_positives=10**6, num_negatives=10**6, positive_fraction=0.1))
+    m = method(
+        task,
+        replace(SMALL, candidates=10**6, num_positives=10**6, num_negatives=10**6, positive_fraction=0.1),
+    )
     batch = task.batch()
     m(batch, 0.5)
     m.after_step(batch, 0.5)
-    features, called = torch.randn(4, 4, *task.patch_size), m.labels.harden(torch.rand(2, 2, *task.patch_size))
+    features, called = (
+        torch.randn(4, 4, *task.patch_size),
+        m.labels.harden(torch.rand(2, 2, *task.patch_size)),
+    )
     onehot, _ = m.labels.encode(batch.full_target())
     value = m.contrast(features, 2, onehot, None, called, torch.ones(2, 1, *task.patch_size)).item()
 
@@ -169,11 +198,15 @@ def test_contrast_equals_the_loop() -> None:
         own = similarity[says == k].sort(descending=True).values
         positives = own[: -(-len(own) // 10)]
         negatives = similarity[says != k]
-        losses += [-torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives]
+        losses += [
+            -torch.log((p / 0.1).exp() / ((p / 0.1).exp() + (negatives / 0.1).exp().sum())) for p in positives
+        ]
     assert value == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
-def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     task = Task(channels=2, regions=True)
     m = method(task, replace(SMALL, candidates=64, num_negatives=256))
     whole = torch.zeros(4, *task.patch_size)
@@ -182,12 +215,16 @@ def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(monkeypat
     core[:, 2:4] = 0  # within whole
     called = torch.stack([whole, core], 1)
     m.projector = torch.nn.Identity()  # type: ignore[assignment]
-    features = torch.cat([called, torch.ones(4, SMALL.embedding - 2, *task.patch_size)], 1)  # an embedding tells its regions
+    features = torch.cat(
+        [called, torch.ones(4, SMALL.embedding - 2, *task.patch_size)], 1
+    )  # an embedding tells its regions
     labels = (called[:2], None, called[2:], torch.ones(2, 1, *task.patch_size))
     m.contrast(features, 2, *labels)
     m.after_step(task.batch(), 0.5)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr(diffcl, "info_nce", lambda center, positive, negative, _, valid, __: seen.append((negative, valid)))
+    monkeypatch.setattr(
+        diffcl, "info_nce", lambda center, positive, negative, _, valid, __: seen.append((negative, valid))
+    )
     m.contrast(features, 2, *labels)
     ((negative, valid),) = seen
     rows = m.labels.classes(called).shape[0]
@@ -197,7 +234,8 @@ def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(monkeypat
 
 
 def test_descending_the_contrast_pulls_positives_pushes_negatives_and_keeps_classes_apart() -> None:
-    """The gradient is that of the value (positives *and* negatives), and training the projector alone lowers it without collapse."""
+    """The gradient is that of the value (positives *and* negatives), and training the projector alone lowers
+    it without collapse."""
     torch.manual_seed(0)
     task = Task()
     m = method(task, replace(SMALL, candidates=512, positive_fraction=0.5, embedding=16))

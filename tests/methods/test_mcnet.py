@@ -16,7 +16,11 @@ def method(task: Task = Task(), config: MCNetConfig = MCNetConfig()) -> SemiMeth
 
 def test_the_second_decoder_has_no_encoder_and_no_transposed_convolution_of_its_own() -> None:
     m = method()
-    assert {n.split(".")[0] for n, _ in m.second.named_parameters()} == {"stages", "transpconvs", "seg_layers"}
+    assert {n.split(".")[0] for n, _ in m.second.named_parameters()} == {
+        "stages",
+        "transpconvs",
+        "seg_layers",
+    }
     assert not any(isinstance(layer, torch.nn.ConvTranspose3d) for layer in m.second.modules())
     assert any(isinstance(layer, torch.nn.ConvTranspose3d) for layer in m.student.modules())
     own, other = {id(p) for p in m.student.parameters()}, {id(p) for p in m.second.parameters()}
@@ -58,7 +62,8 @@ def test_sharpened_probabilities_are_targets_without_gradient() -> None:
 
 @pytest.mark.parametrize("task", [Task(channels=3, ignore=True), Task(channels=2, regions=True, ignore=True)])
 def test_ignored_voxels_do_not_count(task: Task) -> None:
-    """The first two columns of labeled patches are ignored: what is said there, and only there, changes nothing."""
+    """The first two columns of labeled patches are ignored: what is said there, and only there, changes
+    nothing."""
     m, batch = method(task), task.batch()
     both = m.both
     values = []
@@ -78,7 +83,12 @@ def test_ignored_voxels_do_not_count(task: Task) -> None:
 def test_consistency_looks_at_labeled_and_unlabeled_patches() -> None:
     m, batch = method(), Task().batch()
     value = m(batch, 0.5)["consistency"].item()
-    assert m(replace(batch, labeled=batch.labeled + 1.0 * torch.randn_like(batch.labeled)), 0.5)["consistency"].item() != value
+    assert (
+        m(replace(batch, labeled=batch.labeled + 1.0 * torch.randn_like(batch.labeled)), 0.5)[
+            "consistency"
+        ].item()
+        != value
+    )
     assert m(replace(batch, strong=(torch.randn_like(batch.weak),)), 0.5)["consistency"].item() != value
 
 

@@ -49,21 +49,26 @@ def test_the_deployed_network_is_the_planned_one_without_fusion() -> None:
 
 
 @pytest.mark.parametrize(("task", "grid", "regions"), [(Task(), (4, 6, 8), 8), (Task(dim=2), (12, 16), 16)])
-def test_affinities_live_at_the_finest_grid_within_the_limit(task: Task, grid: tuple[int, ...], regions: int) -> None:
+def test_affinities_live_at_the_finest_grid_within_the_limit(
+    task: Task, grid: tuple[int, ...], regions: int
+) -> None:
     m = method(task)
     assert m.grid == grid and m.num_regions == regions and m.region.unique().tolist() == list(range(regions))
     assert "x".join(map(str, grid)) in m.describe()
 
 
 def test_images_and_predictions_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A box over everything shows each sample as the other one; if its weak prediction is cut alike, no term notices."""
+    """A box over everything shows each sample as the other one; if its weak prediction is cut alike, no term
+    notices."""
     m, batch = method(config=STILL), Task().batch()
     boxes(monkeypatch, False, False)
     without = values(m, batch)
     boxes(monkeypatch, True, True)
     assert values(m, batch) == pytest.approx(without, rel=1e-4)
     swapped = replace(batch, weak=batch.weak.roll(1, 0))
-    assert values(m, swapped) != pytest.approx(without, rel=1e-4)  # what forgetting one of the two would look like
+    assert values(m, swapped) != pytest.approx(
+        without, rel=1e-4
+    )  # what forgetting one of the two would look like
 
 
 @pytest.mark.parametrize(("view", "kept"), [(0, "cross"), (1, "pseudo")])
@@ -94,7 +99,10 @@ def test_pseudo_and_intra_equal_the_loops() -> None:
         assert terms["intra"] == pytest.approx(confident_dice(*refined, m.labels, 0.0).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("task", [Task(dim=2, channels=3), Task(dim=2, channels=3, ignore=True), Task(dim=2, channels=2, regions=True)])
+@pytest.mark.parametrize(
+    "task",
+    [Task(dim=2, channels=3), Task(dim=2, channels=3, ignore=True), Task(dim=2, channels=2, regions=True)],
+)
 def test_cross_equals_the_loop(task: Task) -> None:
     config = replace(STILL, threshold=0.6, max_tokens=64, temperature=0.3)
     m, batch = method(task, config), task.batch(unlabeled=1)
@@ -102,7 +110,9 @@ def test_cross_equals_the_loop(task: Task) -> None:
         m.student.decoder.seg_layers[-1].bias -= m.student(batch.weak)[0].mean((0, 2, 3))
     value = values(m, batch)["cross"]
     with torch.no_grad():
-        e_l, e_w, e_s = (m.fusion(m.student.encoder(x)).flatten(2) for x in (batch.labeled, batch.weak, batch.strong[1]))
+        e_l, e_w, e_s = (
+            m.fusion(m.student.encoder(x)).flatten(2) for x in (batch.labeled, batch.weak, batch.strong[1])
+        )
         onehot, mask = m.labels.encode(batch.full_target())
         mask = torch.ones_like(onehot[:, :1]) if mask is None else mask.float()
         pool = lambda x: F.avg_pool2d(x, 2).flatten(2)  # noqa: E731
@@ -142,7 +152,11 @@ def test_only_labeled_and_first_strong_view_are_decoded() -> None:
     task = Task()
     network, images = task.network(), torch.randn(6, 1, *task.patch_size)
     outputs, skips, features = forward_streams(network, images, decoded=4)
-    assert [len(o) for o in outputs] == [4, 4] and [len(s) for s in skips] == [6, 6, 6] and [len(f) for f in features] == [4, 4]
+    assert (
+        [len(o) for o in outputs] == [4, 4]
+        and [len(s) for s in skips] == [6, 6, 6]
+        and [len(f) for f in features] == [4, 4]
+    )
     torch.testing.assert_close(full_resolution(outputs), network(images)[0][:4])
 
 
@@ -154,7 +168,9 @@ def test_channel_dropout_spares_the_labeled_images() -> None:
         forward_streams(network, images, 2, 0.5, 4),
         forward_streams(network, images, decoded=4),
     )
-    assert torch.equal(outputs[0][:2], clean_outputs[0][:2]) and not torch.equal(outputs[0][2:], clean_outputs[0][2:])
+    assert torch.equal(outputs[0][:2], clean_outputs[0][:2]) and not torch.equal(
+        outputs[0][2:], clean_outputs[0][2:]
+    )
     dropped = 0
     for s, c in zip(skips, clean, strict=True):
         assert torch.equal(s[:2], c[:2])
@@ -200,7 +216,9 @@ def test_weights_keep_the_published_proportions_and_rise() -> None:
     m = method()
     published = {"supervised": 1.0, "pseudo": 0.5, "intra": 0.25, "cross": 0.25}
     assert m.weights(0.4) == m.weights(1.0) == published
-    assert m.weights(0.0) == pytest.approx({k: v if k == "supervised" else v * 0.0067379 for k, v in published.items()}, rel=1e-4)
+    assert m.weights(0.0) == pytest.approx(
+        {k: v if k == "supervised" else v * 0.0067379 for k, v in published.items()}, rel=1e-4
+    )
     assert method(config=replace(SMALL, ramp_fraction=0.0)).weights(0.0) == published
 
 

@@ -30,7 +30,9 @@ def test_entropy_is_one_for_uniform_and_zero_for_certain_probabilities(channels:
 def test_of_regions_the_most_uncertain_decides() -> None:
     p = torch.tensor([[0.0, 0.5], [0.9, 0.99]]).view(2, 2, 1)
     h = [-q * math.log2(q) - (1 - q) * math.log2(1 - q) for q in (0.9, 0.99)]
-    assert normalized_entropy(p, LabelSpace(2, has_regions=True)).flatten().tolist() == pytest.approx([1.0, h[0]], rel=1e-5)
+    assert normalized_entropy(p, LabelSpace(2, has_regions=True)).flatten().tolist() == pytest.approx(
+        [1.0, h[0]], rel=1e-5
+    )
 
 
 def test_the_threshold_rises_to_the_largest_entropy() -> None:
@@ -44,7 +46,9 @@ def test_undisturbed_passes_have_the_entropy_of_the_teacher() -> None:
     m, batch = method(config=UAMTConfig(noise=0.0, dropout=0.0, passes=3)), Task().batch()
     with torch.no_grad():
         p = full_resolution(m.teacher(batch.weak)).softmax(1)
-        torch.testing.assert_close(m.uncertainty(batch.weak), normalized_entropy(p, m.labels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            m.uncertainty(batch.weak), normalized_entropy(p, m.labels), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("config", [UAMTConfig(dropout=0.0), UAMTConfig(noise=0.0)])
@@ -62,7 +66,10 @@ def test_only_certain_voxels_count() -> None:
     m.uncertainty = lambda x: low  # type: ignore[assignment]
     term = m(batch, 0.5)["consistency"]
     with torch.no_grad():
-        found, wanted = full_resolution(m.student(batch.strong[0])).softmax(1), full_resolution(m.teacher(batch.weak)).softmax(1)
+        found, wanted = (
+            full_resolution(m.student(batch.strong[0])).softmax(1),
+            full_resolution(m.teacher(batch.weak)).softmax(1),
+        )
     assert term.item() == pytest.approx(mse_consistency(found[:, :, :3], wanted[:, :, :3]).item(), rel=1e-4)
     assert m.diagnostics["certain"].item() == pytest.approx(3 / 8)
 
@@ -72,7 +79,9 @@ def test_without_a_certain_voxel_the_term_is_a_differentiable_zero() -> None:
     m.uncertainty = lambda x: torch.ones(2, 1, *Task().patch_size)  # type: ignore[assignment]
     term = m(Task().batch(), 0.5)["consistency"]
     term.backward()
-    assert term.item() == 0 and all(torch.isfinite(p.grad).all() for p in m.student.parameters() if p.grad is not None)
+    assert term.item() == 0 and all(
+        torch.isfinite(p.grad).all() for p in m.student.parameters() if p.grad is not None
+    )
 
 
 def test_the_teacher_averages_the_student_and_may_be_deployed() -> None:

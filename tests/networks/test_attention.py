@@ -44,7 +44,9 @@ def test_a_fresh_block_is_the_identity_and_its_last_layers_get_gradient() -> Non
     out = block(tokens)
     assert torch.equal(out, tokens)
     out.square().sum().backward()
-    assert block.out.weight.grad is not None and block.out.weight.grad.any() and block.mlp[-1].weight.grad.any()
+    assert (
+        block.out.weight.grad is not None and block.out.weight.grad.any() and block.mlp[-1].weight.grad.any()
+    )
 
 
 def test_tokens_have_no_order_and_sequences_do_not_see_each_other() -> None:
@@ -59,7 +61,9 @@ def test_one_token_needs_no_attention() -> None:
     assert torch.isfinite(block(torch.randn(3, 1, 8, dtype=torch.float64))).all()
 
 
-@pytest.mark.parametrize(("heads", "ratio", "message"), [(3, 2.0, "heads"), (0, 2.0, "heads"), (4, 0.01, "mlp_ratio")])
+@pytest.mark.parametrize(
+    ("heads", "ratio", "message"), [(3, 2.0, "heads"), (0, 2.0, "heads"), (4, 0.01, "mlp_ratio")]
+)
 def test_impossible_widths_are_refused(heads: int, ratio: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentionBlock(8, heads, ratio)
@@ -70,7 +74,9 @@ def test_cross_sample_attention_looks_at_voxels_then_at_samples(grid: tuple[int,
     cma = opened(CrossSampleAttention(8, heads=2))
     features = torch.randn(3, 8, *grid, dtype=torch.float64)
     voxels = by_definition(cma.voxels, features.flatten(2).mT)  # type: ignore[arg-type]
-    expected = torch.stack([by_definition(cma.samples, voxels[:, i][None])[0] for i in range(math.prod(grid))], dim=-1)  # type: ignore[arg-type]
+    expected = torch.stack(
+        [by_definition(cma.samples, voxels[:, i][None])[0] for i in range(math.prod(grid))], dim=-1
+    )  # type: ignore[arg-type]
     torch.testing.assert_close(cma(features), expected.view_as(features))
 
 

@@ -1,4 +1,5 @@
-"""Windows that cover every voxel, and a fusion whose windows see the same place at all scales and nothing else."""
+"""Windows that cover every voxel, and a fusion whose windows see the same place at all scales and nothing
+else."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ GRIDS = ((8, 8, 12), (4, 4, 6), (4, 2, 3))
 FEATURES = (3, 5, 6)
 
 
-def fusion(features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, **kwargs: object) -> SpatialAwareFusion:
+def fusion(
+    features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, **kwargs: object
+) -> SpatialAwareFusion:
     """With a transformer block that does something: fresh ones are the identity."""
     torch.manual_seed(0)
     module = SpatialAwareFusion(features, grids, **{"width": 8, "heads": 2, **kwargs})  # type: ignore[arg-type]
@@ -26,7 +29,9 @@ def fusion(features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], .
     return module
 
 
-def maps(features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, batch: int = 2) -> list[torch.Tensor]:
+def maps(
+    features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, batch: int = 2
+) -> list[torch.Tensor]:
     return [torch.randn(batch, f, *g) for f, g in zip(features, grids, strict=True)]
 
 
@@ -39,9 +44,16 @@ def test_windows_are_as_many_as_wanted_and_at_least_two_voxels_wide() -> None:
 def test_every_voxel_is_found_in_the_window_that_owns_it(axes: list[tuple[int, int]]) -> None:
     grid, windows = [n for n, _ in axes], [min(n, w) for n, w in axes]
     index, place = cut_windows(grid, windows)
-    assert index.shape == (math.prod(windows), math.prod(-(-n // w) for n, w in zip(grid, windows, strict=True)))
+    assert index.shape == (
+        math.prod(windows),
+        math.prod(-(-n // w) for n, w in zip(grid, windows, strict=True)),
+    )
     assert index.flatten()[place].tolist() == list(range(math.prod(grid)))
-    for voxel, at in zip(torch.cartesian_prod(*[torch.arange(n) for n in grid]).view(-1, len(grid)).tolist(), place.tolist(), strict=True):
+    for voxel, at in zip(
+        torch.cartesian_prod(*[torch.arange(n) for n in grid]).view(-1, len(grid)).tolist(),
+        place.tolist(),
+        strict=True,
+    ):
         owner = 0
         for i, n, w in zip(voxel, grid, windows, strict=True):
             owner = owner * w + i * w // n
@@ -50,7 +62,9 @@ def test_every_voxel_is_found_in_the_window_that_owns_it(axes: list[tuple[int, i
 
 def test_windows_that_fit_are_a_partition() -> None:
     index, _ = cut_windows((4, 6), (2, 3))
-    assert index.tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]] and sorted(index.flatten().tolist()) == list(range(24))
+    assert index.tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]] and sorted(index.flatten().tolist()) == list(
+        range(24)
+    )
 
 
 def test_e_is_at_the_finest_grid_with_few_enough_voxels() -> None:
@@ -60,7 +74,13 @@ def test_e_is_at_the_finest_grid_with_few_enough_voxels() -> None:
 
 
 @pytest.mark.parametrize(
-    "grids", [((12, 16), (6, 8), (3, 4)), ((5, 7, 9), (5, 4, 5), (3, 2, 3)), ((4, 4, 4), (2, 2, 2), (1, 1, 1)), ((4, 5),)]
+    "grids",
+    [
+        ((12, 16), (6, 8), (3, 4)),
+        ((5, 7, 9), (5, 4, 5), (3, 2, 3)),
+        ((4, 4, 4), (2, 2, 2), (1, 1, 1)),
+        ((4, 5),),
+    ],
 )
 def test_any_grid_is_fused_in_2d_and_3d(grids: tuple[tuple[int, ...], ...]) -> None:
     features = FEATURES[: len(grids)]
@@ -91,10 +111,17 @@ def test_a_window_sees_the_same_place_at_all_scales_and_nothing_else() -> None:
     x[2] = x[2].clone()
     x[2][0, :, 1, 4] += 1  # rows 0-1, columns 3-5: the second of 2 x 2 windows
     changed = (module(x) - before).abs().amax(1) > 0
-    assert changed[0, :2, 3:].all() and not changed[0, 2:].any() and not changed[0, :, :3].any() and not changed[1].any()
+    assert (
+        changed[0, :2, 3:].all()
+        and not changed[0, 2:].any()
+        and not changed[0, :, :3].any()
+        and not changed[1].any()
+    )
 
 
-def test_the_transformer_sees_the_tokens_of_corresponding_windows_of_every_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transformer_sees_the_tokens_of_corresponding_windows_of_every_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Every scale paints each voxel with the number of its window: then every sequence is of one colour."""
     module, seen = fusion(windows=2), {}
     paint = []
@@ -105,11 +132,15 @@ def test_the_transformer_sees_the_tokens_of_corresponding_windows_of_every_scale
         nn.init.ones_(layer.weight)
         nn.init.zeros_(layer.bias)
     block = module.block.forward
-    monkeypatch.setattr(module.block, "forward", lambda tokens: seen.setdefault("tokens", tokens) * 0 + block(tokens))
+    monkeypatch.setattr(
+        module.block, "forward", lambda tokens: seen.setdefault("tokens", tokens) * 0 + block(tokens)
+    )
     module([p.expand(1, f, *p.shape[2:]) / f for p, f in zip(paint, FEATURES, strict=True)])
     count = math.prod(module.windows)
     assert module.windows == (2, 1, 1) and seen["tokens"].shape == (count, (768 + 96 + 24) // count, 8)
-    torch.testing.assert_close(seen["tokens"], torch.arange(float(count))[:, None, None].expand_as(seen["tokens"]))
+    torch.testing.assert_close(
+        seen["tokens"], torch.arange(float(count))[:, None, None].expand_as(seen["tokens"])
+    )
 
 
 def test_bfloat16_stays_near_float32() -> None:

@@ -1,4 +1,5 @@
-"""High-pass against the FFT, what the block does at its start and after, and where it goes in planned networks."""
+"""High-pass against the FFT, what the block does at its start and after, and where it goes in planned
+networks."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nnssl.networks.hf_mamba import HighFrequencyMamba, box_radii, describe_hfm, hfm_stage, high_pass, insert_hfm
+from nnssl.networks.hf_mamba import (
+    HighFrequencyMamba,
+    box_radii,
+    describe_hfm,
+    hfm_stage,
+    high_pass,
+    insert_hfm,
+)
 
 STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
 PATCH, SPACING = (16, 24, 32), (3.0, 1.0, 1.0)
@@ -42,7 +50,9 @@ def planned(kind: str = "plain", dimensions: int = 3) -> nn.Module:
 
 
 def with_hfm(kind: str = "plain", dimensions: int = 3, **options: int) -> nn.Module:
-    return insert_hfm(planned(kind, dimensions), PATCH[-dimensions:], SPACING[-dimensions:], max_tokens=200, **options)
+    return insert_hfm(
+        planned(kind, dimensions), PATCH[-dimensions:], SPACING[-dimensions:], max_tokens=200, **options
+    )
 
 
 def high_pass_by_fft(x: Tensor, radii: tuple[int, ...]) -> Tensor:
@@ -58,7 +68,9 @@ def high_pass_by_fft(x: Tensor, radii: tuple[int, ...]) -> Tensor:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    axes=st.lists(st.tuples(st.integers(1, 13), st.sampled_from([0.5, 1.0, 2.5, 7.0])), min_size=2, max_size=3),
+    axes=st.lists(
+        st.tuples(st.integers(1, 13), st.sampled_from([0.5, 1.0, 2.5, 7.0])), min_size=2, max_size=3
+    ),
     cutoff=st.floats(0.01, 0.99),
 )
 def test_high_pass_equals_zeroing_the_box_in_the_fft(axes: list[tuple[int, float]], cutoff: float) -> None:
@@ -67,7 +79,9 @@ def test_high_pass_equals_zeroing_the_box_in_the_fft(axes: list[tuple[int, float
     found, expected = high_pass(x, spacing, cutoff), high_pass_by_fft(x, box_radii(grid, spacing, cutoff))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, weight)[0] for y in (found, expected)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, x, weight)[0] for y in (found, expected)), rtol=0, atol=1e-5
+    )
 
 
 def test_high_pass_on_strided_features_and_a_large_odd_grid_equals_the_fft() -> None:
@@ -155,7 +169,9 @@ def test_a_cutoff_that_keeps_nothing_or_everything_is_refused(cutoff: float) -> 
         HighFrequencyMamba(8, (1, 1), cutoff=cutoff)
 
 
-@pytest.mark.parametrize(("max_tokens", "stage"), [(16 * 24 * 32, 0), (16 * 24 * 32 - 1, 1), (1536, 1), (1535, 2), (191, 3)])
+@pytest.mark.parametrize(
+    ("max_tokens", "stage"), [(16 * 24 * 32, 0), (16 * 24 * 32 - 1, 1), (1536, 1), (1535, 2), (191, 3)]
+)
 def test_the_stage_is_the_highest_resolution_with_few_enough_voxels(max_tokens: int, stage: int) -> None:
     assert hfm_stage(PATCH, STRIDES, max_tokens) == stage
 
@@ -176,7 +192,11 @@ def test_insertion_keeps_all_planned_parameters_and_the_planned_function(kind: s
     for a, b in zip(network(x), before, strict=True):
         assert (a - b).abs().max() <= 1e-6
     new = set(network.state_dict()) - keys
-    assert keys <= set(network.state_dict()) and new and all(f".stages.{dimensions - 1}." in key and ".hfm." in key for key in new)
+    assert (
+        keys <= set(network.state_dict())
+        and new
+        and all(f".stages.{dimensions - 1}." in key and ".hfm." in key for key in new)
+    )
     missing = network.load_state_dict(planned(kind, dimensions).state_dict(), strict=False)
     assert not missing.unexpected_keys and set(missing.missing_keys) == new
 
@@ -199,7 +219,9 @@ def test_one_network_takes_tiles_of_any_size_at_the_stage_planned(tile: tuple[in
     block = network.encoder.stages[2].hfm
     nn.init.ones_(block.gate)
     seen: list[tuple[int, ...]] = []
-    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape[2:])))
+    handle = block.register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(inputs[0].shape[2:]))
+    )
     assert network(torch.randn(1, 1, *tile))[0].shape[2:] == tile
     handle.remove()
     assert seen == [tuple(n // 4 for n in tile)]
@@ -207,8 +229,13 @@ def test_one_network_takes_tiles_of_any_size_at_the_stage_planned(tile: tuple[in
 
 def test_several_stages_get_blocks_of_their_own_width_and_spacing() -> None:
     network = with_hfm("residual", num_stages=2)
-    blocks = {i: stage.blocks.hfm for i, stage in enumerate(network.encoder.stages) if hasattr(stage.blocks, "hfm")}
-    assert {i: (len(block.gate), block.spacing) for i, block in blocks.items()} == {2: (16, (12, 4, 4)), 3: (16, (12, 8, 8))}
+    blocks = {
+        i: stage.blocks.hfm for i, stage in enumerate(network.encoder.stages) if hasattr(stage.blocks, "hfm")
+    }
+    assert {i: (len(block.gate), block.spacing) for i, block in blocks.items()} == {
+        2: (16, (12, 4, 4)),
+        3: (16, (12, 8, 8)),
+    }
 
 
 def test_a_copy_and_a_reload_give_the_same_outputs() -> None:
@@ -216,13 +243,18 @@ def test_a_copy_and_a_reload_give_the_same_outputs() -> None:
     nn.init.ones_(network.encoder.stages[2].hfm.gate)
     fresh, x = with_hfm(), torch.randn(1, 1, *PATCH)
     fresh.load_state_dict(network.state_dict())
-    assert torch.equal(network(x)[0], copy.deepcopy(network)(x)[0]) and torch.equal(network(x)[0], fresh(x)[0])
+    assert torch.equal(network(x)[0], copy.deepcopy(network)(x)[0]) and torch.equal(
+        network(x)[0], fresh(x)[0]
+    )
 
 
 def test_the_description_says_where_the_block_is() -> None:
     assert describe_hfm(planned(), PATCH) == "no HFM"
     text = describe_hfm(with_hfm(), PATCH)
-    assert "encoder stage 2 (16 channels, 4 x 6 x 8 = 192 voxels of 12 x 4 x 4 mm" in text and "+-1, +-0, +-1" in text
+    assert (
+        "encoder stage 2 (16 channels, 4 x 6 x 8 = 192 voxels of 12 x 4 x 4 mm" in text
+        and "+-1, +-0, +-1" in text
+    )
 
 
 def test_what_cannot_take_an_hfm_is_refused() -> None:

@@ -32,7 +32,9 @@ def test_at_the_start_the_step_has_no_influence_and_the_network_is_the_planned_o
     net = TimeConditionedUNet(planned)
     image, noisy = torch.randn(2, 1, *task.patch_size), torch.randn(2, 2, *task.patch_size)
     for tau in (torch.tensor([0, 999]), torch.tensor([500, 3])):
-        for ours, own in zip(as_list(net(noisy, tau, image)), as_list(planned(torch.cat([image, noisy], 1))), strict=True):
+        for ours, own in zip(
+            as_list(net(noisy, tau, image)), as_list(planned(torch.cat([image, noisy], 1))), strict=True
+        ):
             torch.testing.assert_close(ours, own)
 
 
@@ -51,9 +53,13 @@ def test_after_a_step_the_prediction_depends_on_tau_sample_by_sample() -> None:
 def test_sinusoidal_embedding_has_its_closed_form() -> None:
     e = sinusoidal_embedding(torch.tensor([0, 7]), 4)
     assert e[0].tolist() == [0, 0, 1, 1]
-    assert e[1].tolist() == pytest.approx([math.sin(7), math.sin(0.07), math.cos(7), math.cos(0.07)], abs=1e-5)
+    assert e[1].tolist() == pytest.approx(
+        [math.sin(7), math.sin(0.07), math.cos(7), math.cos(0.07)], abs=1e-5
+    )
 
 
 def test_other_networks_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"Linear is not a planned U-Net.*PlainConvUNet or ResidualEncoderUNet"):
+    with pytest.raises(
+        ValueError, match=r"Linear is not a planned U-Net.*PlainConvUNet or ResidualEncoderUNet"
+    ):
         check_planned(nn.Linear(1, 1))

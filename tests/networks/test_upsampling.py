@@ -37,7 +37,21 @@ def test_the_changed_network_has_the_outputs_of_the_planned_one(task: Task) -> N
 
 def test_anisotropic_strides_are_kept() -> None:
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
-    net = PlainConvUNet(1, 3, [4, 6, 8], nn.Conv3d, 3, strides, 1, 2, 1, True, nn.InstanceNorm3d, {"affine": True}, nonlin=nn.LeakyReLU)
+    net = PlainConvUNet(
+        1,
+        3,
+        [4, 6, 8],
+        nn.Conv3d,
+        3,
+        strides,
+        1,
+        2,
+        1,
+        True,
+        nn.InstanceNorm3d,
+        {"affine": True},
+        nonlin=nn.LeakyReLU,
+    )
     x = torch.randn(1, 1, 4, 8, 12)
     expected = net(x).shape
     assert interpolate_instead_of_transposing(net)(x).shape == expected == (1, 2, 4, 8, 12)

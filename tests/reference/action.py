@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def bank_distillation(
-    student: Tensor, teacher: Tensor, bank: Tensor, valid: Tensor, temperature_student: float, temperature_teacher: float
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    valid: Tensor,
+    temperature_student: float,
+    temperature_teacher: float,
 ) -> Tensor:
     losses = []
     for s, z, mask in zip(student, teacher, valid, strict=True):
@@ -30,7 +35,8 @@ def anatomical_contrast(
     num_negatives: int = 512,
     temperature: float = 0.5,
 ) -> Tensor:
-    """The published algorithm: features of all voxels and of all hard voxels are gathered per class, then sampled query by query.
+    """The published algorithm: features of all voxels and of all hard voxels are gathered per class, then
+    sampled query by query.
 
     Args:
         representation: (B, E, S). label: (B, K, S) one-hot. mask: (B, 1, S). probabilities: (B, K, S).
@@ -53,7 +59,9 @@ def anatomical_contrast(
         query = hard[k][torch.randint(len(hard[k]), (num_queries,))]
         with torch.no_grad():
             others = [j for j in range(len(means)) if j != k]
-            chances = torch.softmax(F.cosine_similarity(mean[None], torch.stack([means[j] for j in others])) / temperature, 0)
+            chances = torch.softmax(
+                F.cosine_similarity(mean[None], torch.stack([means[j] for j in others])) / temperature, 0
+            )
             drawn = torch.distributions.Categorical(chances).sample((num_queries, num_negatives))
             offset, starts = 0, []
             for j in others:
@@ -63,8 +71,12 @@ def anatomical_contrast(
             for q in range(num_queries):
                 for i, j in enumerate(others):
                     rows.append(starts[i] + torch.randint(len(everything[j]), (int((drawn[q] == i).sum()),)))
-            negatives = torch.cat([everything[j] for j in others])[torch.cat(rows)].view(num_queries, num_negatives, -1)
+            negatives = torch.cat([everything[j] for j in others])[torch.cat(rows)].view(
+                num_queries, num_negatives, -1
+            )
             keys = torch.cat([mean.expand(num_queries, 1, -1), negatives], 1)
         logits = F.cosine_similarity(query[:, None], keys, dim=2) / temperature
-        total = total + F.cross_entropy(logits, torch.zeros(num_queries, dtype=torch.long, device=logits.device))
+        total = total + F.cross_entropy(
+            logits, torch.zeros(num_queries, dtype=torch.long, device=logits.device)
+        )
     return total / len(means)

@@ -32,7 +32,8 @@ def purest(share: Tensor) -> Tensor:
 
 
 def prototype(features: Tensor, member: Tensor, region: Tensor, r: int) -> Tensor | None:
-    """Mean feature (D,) of one class of one image in region r; of the image where the region lacks it; None where the image does.
+    """Mean feature (D,) of one class of one image in region r; of the image where the region lacks it; None
+    where the image does.
 
     features (D, V), member (V,) bool, region (V,).
     """
@@ -72,8 +73,13 @@ def cross_image(
                 soft[j] = {c: math.exp(m[j, c]) / total for c in range(k) if (j, c) in m}
             votes = []
             for j in voters:
-                mean = {c: sum(soft[i][c] for i in voters if c in soft[i]) / sum(c in soft[i] for i in voters) for c in soft[j]}
+                mean = {
+                    c: sum(soft[i][c] for i in voters if c in soft[i]) / sum(c in soft[i] for i in voters)
+                    for c in soft[j]
+                }
                 total = sum(mean.values())
-                votes.append(math.exp(-r * sum(s * math.log(s / (mean[c] / total)) for c, s in soft[j].items())))
+                votes.append(
+                    math.exp(-r * sum(s * math.log(s / (mean[c] / total)) for c, s in soft[j].items()))
+                )
             weight[u].append(sum(votes) / len(votes) if votes else 1.0)
     return p, weight

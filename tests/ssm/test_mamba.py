@@ -28,7 +28,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-@pytest.mark.parametrize(("d_model", "d_state", "d_conv", "expand", "headdim", "ngroups"), [(32, 16, 4, 2, 16, 1), (24, 8, 3, 3, 12, 2)])
+@pytest.mark.parametrize(
+    ("d_model", "d_state", "d_conv", "expand", "headdim", "ngroups"),
+    [(32, 16, 4, 2, 16, 1), (24, 8, 3, 3, 12, 2)],
+)
 def test_parameters_are_named_and_shaped_as_in_mamba2(
     d_model: int, d_state: int, d_conv: int, expand: int, headdim: int, ngroups: int
 ) -> None:
@@ -53,28 +56,40 @@ def test_parameters_start_as_in_mamba2() -> None:
     step, decay = F.softplus(mixer.dt_bias.detach()), mixer.A_log.detach().exp()
     assert 0.000999 <= step.min() < 0.002 and 0.08 < step.max() <= 0.1001  # log-uniform in [0.001, 0.1]
     assert abs(float(step.log().mean()) - float(torch.tensor(0.01).log())) < 0.3
-    assert 1 <= decay.min() < 1.5 and 15.5 < decay.max() <= 16 and abs(float(decay.mean()) - 8.5) < 1  # uniform in [1, 16]
+    assert (
+        1 <= decay.min() < 1.5 and 15.5 < decay.max() <= 16 and abs(float(decay.mean()) - 8.5) < 1
+    )  # uniform in [1, 16]
     assert torch.equal(mixer.D, torch.ones(256)) and torch.equal(mixer.norm.weight, torch.ones(1024))
     assert mixer.in_proj.bias is None and mixer.out_proj.bias is None
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("length", "headdim", "ngroups"), [(1, 8, 1), (3, 16, 1), (50, 8, 2), (137, 4, 4)])
-def test_output_and_gradients_equal_the_formulas_token_by_token(length: int, headdim: int, ngroups: int, reverse: bool) -> None:
+def test_output_and_gradients_equal_the_formulas_token_by_token(
+    length: int, headdim: int, ngroups: int, reverse: bool
+) -> None:
     torch.manual_seed(length)
     mixer = Mamba2Mixer(16, d_state=5, headdim=headdim, ngroups=ngroups, chunk_size=32)
     x = torch.randn(2, length, 16, requires_grad=True)
     y = mixer(x, reverse=reverse)
     exact = {name: value.detach().double().requires_grad_() for name, value in mixer.named_parameters()}
     x_exact = x.detach().double().requires_grad_()
-    y_exact = mamba2(exact, x_exact.flip(1) if reverse else x_exact, d_state=5, headdim=headdim, ngroups=ngroups)
+    y_exact = mamba2(
+        exact, x_exact.flip(1) if reverse else x_exact, d_state=5, headdim=headdim, ngroups=ngroups
+    )
     y_exact = y_exact.flip(1) if reverse else y_exact
     weight = torch.randn(y.shape)
     gradients = torch.autograd.grad(y, [x, *mixer.parameters()], weight, materialize_grads=True)
-    expected = torch.autograd.grad(y_exact, [x_exact, *exact.values()], weight.double(), materialize_grads=True)
+    expected = torch.autograd.grad(
+        y_exact, [x_exact, *exact.values()], weight.double(), materialize_grads=True
+    )
     for name, a, b in zip(["y", "x", *exact], [y, *gradients], [y_exact, *expected], strict=True):
         torch.testing.assert_close(
-            a.double(), b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()) + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            a.double(),
+            b,
+            rtol=1e-5,
+            atol=1e-5 * float(b.detach().abs().max()) + 1e-7,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -89,7 +104,9 @@ def test_orders_are_scanned_as_if_one_by_one_and_summed_before_the_norm(bidirect
     for order in orders:
         forward = places.permute(order).flatten()
         for sequence in (forward, forward.flip(0)) if bidirectional else (forward,):
-            total[:, sequence] += mamba2_mix(parameters, zxbcdt.flatten(1, 3)[:, sequence, 16:], d_state=4, headdim=8)
+            total[:, sequence] += mamba2_mix(
+                parameters, zxbcdt.flatten(1, 3)[:, sequence, 16:], d_state=4, headdim=8
+            )
     expected = mamba2_output(parameters, total, zxbcdt.flatten(1, 3)[..., :16]).view(2, 3, 4, 5, 8)
     assert relative_error(mixer.forward_orders(x, orders, bidirectional).double(), expected) <= 1e-5
 
@@ -153,37 +170,50 @@ def test_impossible_settings_are_refused(arguments: dict[str, object], message: 
         Mamba2Mixer(16, **arguments)  # type: ignore[arg-type]
 
 
-def test_mamba_ssm_without_cuda_is_reported_and_refused_but_auto_goes_on(fresh_lookup: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mamba_ssm_without_cuda_is_reported_and_refused_but_auto_goes_on(
+    fresh_lookup: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch_backend, kernels = available_backends()
     assert torch_backend == ("torch", True, "")
     assert (kernels.name, kernels.usable) == ("mamba_ssm", False) and "needs a CUDA device" in kernels.reason
-    with pytest.raises(RuntimeError, match=r"'mamba_ssm' cannot be used here: needs a CUDA device.*choose 'auto' or 'torch'"):
+    with pytest.raises(
+        RuntimeError, match=r"'mamba_ssm' cannot be used here: needs a CUDA device.*choose 'auto' or 'torch'"
+    ):
         Mamba2Mixer(16, backend="mamba_ssm")
     assert Mamba2Mixer(16, backend="auto")(torch.randn(1, 5, 16)).shape == (1, 5, 16)
 
 
-def test_missing_mamba_ssm_is_named_with_the_remedy(fresh_lookup: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mamba_ssm_is_named_with_the_remedy(
+    fresh_lookup: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     assert "pip install mamba-ssm" in available_backends()[1].reason
     assert Mamba2Mixer(16)(torch.randn(1, 5, 16)).shape == (1, 5, 16)
 
 
-def test_broken_mamba_ssm_is_reported_and_never_fatal(fresh_lookup: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_mamba_ssm_is_reported_and_never_fatal(
+    fresh_lookup: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "mamba_ssm").mkdir()
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise OSError('undefined symbol: _ZN3c104cuda')")
     for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert available_backends()[1] == ("mamba_ssm", False, "installed but broken: OSError: undefined symbol: _ZN3c104cuda")
+    assert available_backends()[1] == (
+        "mamba_ssm",
+        False,
+        "installed but broken: OSError: undefined symbol: _ZN3c104cuda",
+    )
     assert Mamba2Mixer(16)(torch.randn(1, 5, 16)).shape == (1, 5, 16)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_call_of_mamba_ssm_means_the_same_scan(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels replaced by our scan behind their signature: what is left to test is the order of arguments and the flips."""
+    """Its kernels replaced by our scan behind their signature: what is left to test is the order of arguments
+    and the flips."""
 
     def mamba_chunk_scan_combined(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None
@@ -195,7 +225,12 @@ def test_the_call_of_mamba_ssm_means_the_same_scan(reverse: bool, monkeypatch: p
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    x, dt, B, C = torch.randn(2, 50, 2, 8), torch.rand(2, 50, 2), torch.randn(2, 50, 1, 4), torch.randn(2, 50, 1, 4)
+    x, dt, B, C = (
+        torch.randn(2, 50, 2, 8),
+        torch.rand(2, 50, 2),
+        torch.randn(2, 50, 1, 4),
+        torch.randn(2, 50, 1, 4),
+    )
     A, D = -torch.rand(2), torch.randn(2)
     found = mamba._mamba_ssm_scan(x, dt, A, B, C, D, None, reverse)
     torch.testing.assert_close(found, ssd_scan(x, dt, A, B, C, D, reverse=reverse), rtol=1e-5, atol=1e-5)

@@ -24,10 +24,22 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def draw(batch: int, length: int, heads: int, width: int, groups: int, state: int, step: str = "usual", seed: int = 0) -> list[Tensor]:
+def draw(
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    groups: int,
+    state: int,
+    step: str = "usual",
+    seed: int = 0,
+) -> list[Tensor]:
     """x, dt, A, B, C, D in float32."""
     g = torch.Generator().manual_seed(seed)
-    x, B, C = (torch.randn(batch, length, *shape, generator=g) for shape in ((heads, width), (groups, state), (groups, state)))
+    x, B, C = (
+        torch.randn(batch, length, *shape, generator=g)
+        for shape in ((heads, width), (groups, state), (groups, state))
+    )
     dt = STEPS[step](torch.rand(batch, length, heads, generator=g))
     return [x, dt, -5 * torch.rand(heads, generator=g) - 0.1, B, C, torch.randn(heads, generator=g)]
 
@@ -35,7 +47,8 @@ def draw(batch: int, length: int, heads: int, width: int, groups: int, state: in
 def errors(inputs: list[Tensor], chunk_size: int | None, reverse: bool) -> dict[str, float]:
     """Largest error of y and of every gradient, relative to the largest reference value.
 
-    The gradients of A and D are sums of one term of either sign per token: relative to the sum of their magnitudes.
+    The gradients of A and D are sums of one term of either sign per token: relative to the sum of their
+        magnitudes.
     """
     ours = [v.clone().requires_grad_() for v in inputs]
     y = ssd_scan(*ours, chunk_size=chunk_size, reverse=reverse)
@@ -51,7 +64,10 @@ def errors(inputs: list[Tensor], chunk_size: int | None, reverse: bool) -> dict[
         expected[k] = expected[k].sum((0, 1))
     differences = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
     names = ("y", "dx", "d dt", "dA", "dB", "dC", "dD")
-    return {name: d / float(scale) if scale > 0 else d for name, d, scale in zip(names, differences, scales, strict=True)}
+    return {
+        name: d / float(scale) if scale > 0 else d
+        for name, d, scale in zip(names, differences, scales, strict=True)
+    }
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -122,7 +138,9 @@ def test_gradcheck_in_float64(reverse: bool, skip: bool) -> None:
         if skip:
             assert torch.autograd.gradcheck(lambda *v: ssd_scan(*v, chunk_size=4, reverse=reverse), inputs)
         else:
-            assert torch.autograd.gradcheck(lambda *v: ssd_scan(*v, chunk_size=4, reverse=reverse), inputs[:5])
+            assert torch.autograd.gradcheck(
+                lambda *v: ssd_scan(*v, chunk_size=4, reverse=reverse), inputs[:5]
+            )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100, 1000])
@@ -153,7 +171,9 @@ def test_a_huge_step_forgets_everything_before_it() -> None:
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
     inputs = [v.requires_grad_() for v in draw(2, 1000, 4, 16, 1, 16)]
-    first, second = ([y := ssd_scan(*inputs), *torch.autograd.grad(y.square().sum(), inputs)] for _ in range(2))
+    first, second = (
+        [y := ssd_scan(*inputs), *torch.autograd.grad(y.square().sum(), inputs)] for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -1,0 +1,215 @@
+"""The command ``nnssl``: what nnU-Net's own commands do not do. Heavy imports wait until a subcommand needs
+them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nnssl import __version__
+from nnssl.commands.trainers import list_trainers, trainers_folder
+
+DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_and_preprocess
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. What a user can put right is one message on stderr,
+    without traceback."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"nnssl {args.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands; each sets ``run``."""
+    parser = argparse.ArgumentParser(
+        "nnssl", description="Semi-supervised training for nnU-Net v2.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"nnssl {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    trainers = commands.add_parser(
+        "trainers", help="list the trainers for nnUNetv2_train -tr", allow_abbrev=False
+    )
+    trainers.add_argument(
+        "--path",
+        action="store_true",
+        help='print their folder: export nnUNet_extTrainer="$(nnssl trainers --path)"',
+    )
+    trainers.set_defaults(run=_trainers)
+
+    _add_plan_and_preprocess(commands)
+
+    split = commands.add_parser(
+        "split",
+        help="hide labels: write splits_final.json with the key `unlabeled`",
+        description="Without --val: nnU-Net's own 5 folds, in each of which N training cases keep their "
+        "label. With --val: one fold. "
+        "An existing splits_final.json is kept as a backup.",
+        allow_abbrev=False,
+    )
+    split.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    split.add_argument(
+        "--labeled", type=int, required=True, metavar="N", help="training cases that keep their label"
+    )
+    split.add_argument(
+        "--unlabeled",
+        type=int,
+        metavar="M",
+        help="use M of the other training cases without label (default: all)",
+    )
+    split.add_argument(
+        "--val",
+        nargs="+",
+        metavar="CASE",
+        help="validation cases, or a file of them (a name per line, or a JSON list)",
+    )
+    choice = split.add_mutually_exclusive_group()
+    choice.add_argument("--first", action="store_true", help="labeled are the first in name order")
+    choice.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="labeled are drawn at random (default: seed 0)"
+    )
+    split.set_defaults(run=_split)
+
+    check = commands.add_parser(
+        "check", help="look over installation, dataset and split, and say what to fix", allow_abbrev=False
+    )
+    check.add_argument("-d", type=int, metavar="ID", help="dataset ID")
+    check.add_argument("-c", metavar="CONFIG", help="configuration (default: those that are preprocessed)")
+    check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    check.set_defaults(run=_check)
+
+    export = commands.add_parser(
+        "export",
+        help="a trained model as one of plain nnU-Net, to predict where nnssl is not installed",
+        description="Writes DIR/nnUNetTrainer__PLANS__CONFIG for nnUNetv2_predict_from_modelfolder, and a "
+        ".zip of the same name for "
+        "nnUNetv2_install_pretrained_model_from_zip (which replaces a model that nnUNetTrainer trained with "
+        "the same plan).",
+        allow_abbrev=False,
+    )
+    export.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    export.add_argument("-c", required=True, metavar="CONFIG", help="configuration")
+    export.add_argument(
+        "-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases"
+    )
+    export.add_argument("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
+    export.add_argument(
+        "-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)"
+    )
+    export.add_argument(
+        "-chk",
+        default="checkpoint_final.pth",
+        metavar="NAME",
+        help="checkpoint (default: checkpoint_final.pth)",
+    )
+    export.add_argument("-o", required=True, metavar="DIR", help="output folder")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan-and-preprocess",
+        help="nnU-Net's planning and preprocessing, then imagesUn with the same plan",
+        description="All options of nnUNetv2_plan_and_preprocess, plus -p and --replan. Only what is "
+        "missing or stale is done.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
+    add(
+        "-c",
+        nargs="+",
+        default=DEFAULT_CONFIGURATIONS,
+        metavar="CONFIG",
+        help="configurations (default: 2d 3d_fullres 3d_lowres)",
+    )
+    add(
+        "-np",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="preprocessing processes, one number or one per configuration (default: nnU-Net's)",
+    )
+    plan = parser.add_mutually_exclusive_group()
+    plan.add_argument("-p", metavar="NAME", help="use this existing plan; plan nothing")
+    plan.add_argument(
+        "--replan",
+        action="store_true",
+        help="plan anew even if there is a plan: backs it up, carries its key nnssl over",
+    )
+    add("-fpe", default="DatasetFingerprintExtractor", metavar="CLASS", help="fingerprint extractor")
+    add("-npfp", type=int, metavar="N", help="fingerprint processes (default: 8, or the number of cores)")
+    add(
+        "--verify_dataset_integrity",
+        action="store_true",
+        help="check the raw labeled data first; recommended once",
+    )
+    add("--no_pp", action="store_true", help="plan only")
+    add("--clean", action="store_true", help="extract the fingerprint anew when planning")
+    add(
+        "-pl",
+        default="ExperimentPlanner",
+        metavar="CLASS",
+        help="experiment planner, e.g. nnUNetPlannerResEncM",
+    )
+    add("-gpu_memory_target", type=float, metavar="GB", help="planner's memory target")
+    add("-preprocessor_name", metavar="CLASS", help="preprocessor class (default: DefaultPreprocessor)")
+    add("-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="target spacing of 3d_fullres")
+    add("-overwrite_plans_name", metavar="NAME", help="name of the new plan")
+    add("--verbose", action="store_true")
+    add("--no_pbar", action="store_true", help="no progress bars")
+    parser.set_defaults(run=_plan_and_preprocess)
+
+
+def _trainers(args: argparse.Namespace) -> None:
+    folder = trainers_folder()
+    if args.path:
+        print(folder)
+        return
+    trainers = list_trainers(folder)
+    width = max(map(len, trainers), default=0)
+    for name, line in trainers.items():
+        print(f"{name:{width}}  {line}")
+
+
+def _split(args: argparse.Namespace) -> None:
+    from nnssl.commands.split import split
+
+    split(args)
+
+
+def _plan_and_preprocess(args: argparse.Namespace) -> None:
+    from nnssl.commands.plan_and_preprocess import plan_and_preprocess
+
+    plan_and_preprocess(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from nnssl.commands.check import run_checks
+
+    return run_checks(args.d, args.c, args.p)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from nnssl.commands.export import export_model
+
+    folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
+    print(
+        f"{folder}: nnUNetv2_predict_from_modelfolder -m {folder} -f {' '.join(args.f)} -i IMAGES -o "
+        f"PREDICTIONS"
+    )
+    print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {archive}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""``nnssl plan-and-preprocess``: nnU-Net's fingerprint, plan and preprocessing of the labeled part, then
+imagesUn with the same plan.
+
+Unlike nnU-Net's own command it goes on with a plans file that is already there (``--replan`` plans anew,
+keeps a backup and carries the key ``nnssl`` over), and redoes only cases that are missing or stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import shutil
+from os.path import isfile, join
+from typing import Any
+
+import nnunetv2
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.data.labeled import copy_ground_truth, ensure_labeled
+from nnssl.data.parallel import usable_cores
+from nnssl.data.raw import plans_in, read_json, training_files
+from nnssl.data.split import backup, load_splits, write_json
+from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
+
+NNUNET_PROCESSES = {
+    "2d": 8,
+    "3d_fullres": 4,
+    "3d_lowres": 8,
+}  # nnU-Net's defaults per configuration, 4 for any other
+PLANNING_OPTIONS = ("gpu_memory_target", "preprocessor_name", "overwrite_target_spacing")
+
+
+def plan_and_preprocess(args: argparse.Namespace) -> None:
+    """Carry out the command for every dataset of ``args.d``; ValueError or RuntimeError with file and remedy
+    where that is impossible."""
+    if args.np is not None and len(args.np) not in (1, len(args.c)):
+        raise ValueError(
+            f"-np: {len(args.np)} numbers for {len(args.c)} configurations. Give one number, or one per "
+            f"configuration."
+        )
+    for dataset_id in args.d:
+        name = str(convert_id_to_dataset_name(dataset_id))
+        raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
+        if not isfile(join(raw, "dataset.json")):
+            raise ValueError(
+                f"{join(raw, 'dataset.json')} is absent. Set nnUNet_raw to where the raw dataset is."
+            )
+        scans = find_unlabeled_images(
+            raw, read_json(join(raw, "dataset.json"))
+        )  # bad names are refused before hours of work
+        plans_file = _plan(args, dataset_id, name, raw, preprocessed)
+        if not args.no_pp:
+            _preprocess(args, PlansManager(plans_file), raw, preprocessed)
+            print(
+                f"{name}: labeled cases and {len(scans)} scans of imagesUn are preprocessed for "
+                f"{os.path.basename(plans_file)}."
+            )
+        if not scans:
+            print(
+                f"There are no unlabeled scans yet: put them into {join(raw, 'imagesUn')}, or hide labels "
+                f"with `nnssl split`."
+            )
+
+
+def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str) -> str:
+    """Path of the plans file to go on with, planned where it is absent or ``--replan`` is given."""
+    default_name = inspect.signature(_find_class(args.pl, "-pl")).parameters["plans_name"].default
+    plans_file = join(preprocessed, (args.p or args.overwrite_plans_name or default_name) + ".json")
+    if args.p and not isfile(plans_file):
+        raise ValueError(
+            f"-p {args.p}: {plans_file} is absent. Plans here: {plans_in(preprocessed)}; without -p a plan "
+            f"is made."
+        )
+    processes = args.npfp or min(8, usable_cores())
+    if isfile(plans_file) and not args.replan:
+        unused = [f"-{option}" for option in PLANNING_OPTIONS if getattr(args, option)] + [
+            "--clean"
+        ] * args.clean
+        ignored = f"; {', '.join(unused)}: without effect" if unused else ""
+        print(
+            f"Going on with the existing plan {plans_file} (--replan plans anew and keeps a backup{ignored})."
+        )
+        _check_plan(plans_file, name, raw, preprocessed)
+        if args.verify_dataset_integrity:
+            verify_dataset_integrity(raw, processes)
+        return plans_file
+
+    _find_class(args.fpe, "-fpe")
+    _check_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
+    print("Fingerprint extraction ...")
+    extract_fingerprints(
+        [dataset_id],
+        args.fpe,
+        processes,
+        args.verify_dataset_integrity,
+        args.clean,
+        args.verbose,
+        show_progress_bar=not args.no_pbar,
+    )
+    kept: dict[str, Any] = {}
+    if isfile(plans_file):
+        kept = {key: value for key, value in read_json(plans_file).items() if key == "nnssl"}
+        print(f"The old plan is kept as {backup(plans_file)}.")
+    print("Experiment planning ...")
+    preprocessor = args.preprocessor_name or "DefaultPreprocessor"
+    plan_experiments(
+        [dataset_id],
+        args.pl,
+        args.gpu_memory_target,
+        preprocessor,
+        args.overwrite_target_spacing,
+        args.overwrite_plans_name,
+    )
+    if kept:
+        write_json({**read_json(plans_file), **kept}, plans_file)
+    return plans_file
+
+
+def _find_class(name: str, option: str) -> type:
+    folder = join(nnunetv2.__path__[0], "experiment_planning")
+    found = recursive_find_python_class(folder, name, "nnunetv2.experiment_planning")
+    if found is None:
+        raise ValueError(f"{option} {name}: nnU-Net has no such class below {folder}.")
+    return found
+
+
+def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None:
+    """Refuse a plan that is not for this dataset; bring nnU-Net's copy of dataset.json up to date, as
+    planning would."""
+    planned_for = read_json(plans_file).get("dataset_name")
+    if planned_for != name:
+        raise ValueError(
+            f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
+            f"nnUNetv2_move_plans_between_datasets moves a plan."
+        )
+    source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
+    new = read_json(source)
+    old = read_json(copy) if isfile(copy) else new
+    for key in ("channel_names", "file_ending"):
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{source}: {key} is {new.get(key)}, but was {old.get(key)} when the plan was made. Use "
+                f"--replan --clean."
+            )
+    if old != new or not isfile(copy):
+        shutil.copy2(source, copy + ".tmp")
+        os.replace(copy + ".tmp", copy)
+
+
+def _check_split(source: str, copy: str) -> None:
+    """nnU-Net's planner stops without a word where the raw dataset brings a split that differs from the one
+    in use."""
+    if not (isfile(source) and isfile(copy)):
+        return
+    theirs, ours = (
+        [(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy)
+    )
+    if ours[: len(theirs)] != theirs:
+        raise ValueError(
+            f"{source} and {copy} differ. Planning needs one truth: remove the former (or the latter to get "
+            f"it back)."
+        )
+
+
+def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str, preprocessed: str) -> None:
+    """Every configuration of ``args.c`` that the plan has; those that share data (a cascade with full
+    resolution) once."""
+    dataset_json = read_json(join(preprocessed, "dataset.json"))
+    processes = args.np or [
+        min(NNUNET_PROCESSES.get(configuration, 4), usable_cores()) for configuration in args.c
+    ]
+    splits_file = join(preprocessed, "splits_final.json")
+    listed = (
+        {case for fold in load_splits(splits_file) for case in fold.get("unlabeled", [])}
+        if isfile(splits_file)
+        else set()
+    )
+    hidden = sorted(listed & training_files(raw, dataset_json).keys())
+    done: set[str] = set()
+    for configuration, number in zip(
+        args.c, processes if len(processes) > 1 else processes * len(args.c), strict=True
+    ):
+        if configuration not in plans_manager.available_configurations:
+            print(f"Configuration {configuration} is not in the plan, skipped.")
+            continue
+        identifier = plans_manager.get_configuration(configuration).data_identifier
+        if identifier not in done:
+            print(f"Configuration {configuration} ...")
+            ensure_labeled(
+                plans_manager,
+                configuration,
+                dataset_json,
+                raw,
+                number,
+                verbose=args.verbose,
+                show_progress=not args.no_pbar,
+            )
+            ensure_unlabeled(
+                plans_manager,
+                configuration,
+                dataset_json,
+                hidden,
+                number,
+                verbose=args.verbose,
+                show_progress=not args.no_pbar,
+            )
+        done.add(identifier)
+    if not done:
+        raise ValueError(
+            f"-c {' '.join(args.c)}: the plan has {', '.join(plans_manager.available_configurations)}."
+        )
+    copy_ground_truth(raw, dataset_json, preprocessed)

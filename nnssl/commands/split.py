@@ -1,0 +1,55 @@
+"""``nnssl split``: hide labels, to measure what unlabeled scans bring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+
+from nnssl.data.split import make_splits, training_cases, write_splits
+
+
+def split(args: argparse.Namespace) -> None:
+    name = str(convert_id_to_dataset_name(args.d))
+    val = _read_cases(args.val) if args.val is not None else None
+    splits = make_splits(training_cases(name), args.labeled, args.unlabeled, val, args.first, args.seed)
+    splits_file = os.path.join(nnUNet_preprocessed, name, "splits_final.json")
+    saved = write_splits(splits, splits_file)
+    if saved:
+        print(f"The old split is kept as {saved}.")
+    print(f"{splits_file}:")
+    for index, fold in enumerate(splits):
+        print(
+            f"  fold {index}: {len(fold['train'])} labeled, {len(fold['unlabeled'])} unlabeled, "
+            f"{len(fold['val'])} validation"
+        )
+    if any(fold["unlabeled"] for fold in splits):
+        print(
+            "A training preprocesses the unlabeled images at its start; `nnssl plan-and-preprocess` does it "
+            "now."
+        )
+
+
+def _read_cases(values: list[str]) -> list[str]:
+    """Case names from the command line; a single value that is a file is read: a JSON list, or a name per
+    line."""
+    if len(values) > 1 or not os.path.isfile(values[0]):
+        return values
+    with open(values[0], encoding="utf-8") as stream:
+        text = stream.read()
+    if not text.lstrip().startswith(("[", "{")):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--val: {values[0]} is no valid JSON ({error}). Give a list of names, or one name per line."
+        ) from error
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"--val: {values[0]} holds no list of names. Give a JSON list of names, or one name per line."
+        )
+    return names

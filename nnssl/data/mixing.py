@@ -1,0 +1,62 @@
+"""Mixing between the samples of a batch, drawn on the device and with static shapes: CutMix (Yun et al., ICCV
+2019), ClassMix (Olsson et al., WACV 2021). Masks are drawn first and applied alike to images and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cutmix_mask(
+    batch: int,
+    size: Sequence[int],
+    device: torch.device,
+    probability: float = 0.5,
+    volume: tuple[float, float] = (0.02, 0.4),
+    stretch: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, 1, S) bool: the box of every sample in which it shows its neighbour; empty with probability 1 -
+    `probability`.
+
+    Args:
+        volume: smallest and largest share of the patch that a box takes (UniMatch's range).
+        stretch: range of an axis's log aspect; 0: boxes have the shape of the patch.
+    """
+    dim = len(size)
+    draw = torch.rand((batch, 2 + 2 * dim), device=device, generator=generator)
+    share = volume[0] + (volume[1] - volume[0]) * draw[:, 0]
+    aspect = stretch * (draw[:, 2 : 2 + dim] - 0.5)  # log per axis, made to cancel: the volume stays
+    edge = (share[:, None] ** (1 / dim) * torch.exp(aspect - aspect.mean(1, keepdim=True))).clamp_max(1.0)
+    start = draw[:, 2 + dim :] * (1 - edge)
+    mask = (draw[:, 1] < probability).view(batch, 1, *[1] * dim)
+    for axis, n in enumerate(size):
+        position = (torch.arange(n, device=device) + 0.5) / n
+        inside = (position >= start[:, axis, None]) & (position < (start + edge)[:, axis, None])
+        mask = mask & inside.view(batch, 1, *[n if a == axis else 1 for a in range(dim)])
+    return mask
+
+
+def cutmix(x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, C, S) with the next sample of the batch inside each box; mask (B, 1, S) from `cutmix_mask`."""
+    return torch.where(mask, x.roll(1, 0), x)
+
+
+def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B, 1, S) bool: voxels in which every sample shows its neighbour: those of half of the neighbour's
+    classes, drawn at random.
+
+    Mix with `cutmix`, images and labels alike. Of an odd number of classes the larger half is pasted.
+
+    Args:
+        member: (K, B, S) bool, the (pseudo-)classes of every voxel (`LabelSpace.classes`); they may overlap.
+        generator: randomness on member's device; None: torch's global one.
+    """
+    present = member.flatten(2).any(2).T  # (B, K)
+    draw = torch.rand(present.shape, device=member.device, generator=generator).masked_fill(~present, 2.0)
+    rank = draw.argsort(1).argsort(1)
+    chosen = rank < (present.sum(1, keepdim=True) + 1) // 2
+    pasted = (member & chosen.T.reshape(*chosen.T.shape, *[1] * (member.ndim - 2))).any(0)
+    return pasted.roll(1, 0).unsqueeze(1)

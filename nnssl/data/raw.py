@@ -1,0 +1,225 @@
+"""The raw side of a dataset: which files belong to which case, and reading them without silent damage.
+
+SimpleITK reads a truncated NIfTI file without complaint, with zeros for the missing end, and NaN as zero;
+other readers hand NaN on, and nnU-Net normalises it into a volume of NaN. `CheckedPlans` is nnU-Net's plan
+with a reader that refuses such files and names them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from os.path import abspath, basename, expandvars, isdir, join
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+class SourceError(ValueError):
+    """A raw file cannot be used; the message names it and says what to do."""
+
+
+def num_channels(dataset_json: Mapping[str, Any]) -> int:
+    """Number of input channels that ``dataset.json`` declares."""
+    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
+
+
+def channel_files(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """``<case>_<4 digits><file_ending>`` in `folder` as {case: {channel: path}}, and the names with this
+    ending that lack the channel."""
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
+    cases: dict[str, dict[int, str]] = {}
+    odd = []
+    for name in sorted(os.listdir(folder)) if isdir(folder) else []:
+        if name.startswith(".") or not name.endswith(file_ending):
+            continue
+        if match := pattern.fullmatch(name):
+            cases.setdefault(match[1], {})[int(match[2])] = join(folder, name)
+        else:
+            odd.append(name)
+    return cases, odd
+
+
+def training_files(
+    raw_dataset_folder: str, dataset_json: Mapping[str, Any]
+) -> dict[str, tuple[list[str], str]]:
+    """{case: (images, label)} of the labeled part as nnU-Net finds it: ``imagesTr``, or the key ``dataset``
+    of dataset.json.
+
+    Only names: nothing is opened. Empty where the raw data are not on this machine.
+    """
+    if "dataset" in dataset_json:
+
+        def absolute(file: str) -> str:
+            return abspath(join(raw_dataset_folder, expandvars(file)))
+
+        entries = dataset_json["dataset"].items()
+        return {
+            case: ([absolute(image) for image in entry["images"]], absolute(entry["label"]))
+            for case, entry in entries
+        }
+    ending = dataset_json["file_ending"]
+    cases, _ = channel_files(join(raw_dataset_folder, "imagesTr"), ending)
+    labels = join(raw_dataset_folder, "labelsTr")
+    return {
+        case: ([files[channel] for channel in sorted(files)], join(labels, case + ending))
+        for case, files in cases.items()
+    }
+
+
+def read_json(path: str) -> Any:
+    """Content of a JSON file; ValueError naming the file if it is damaged."""
+    with open(path, encoding="utf-8") as stream:
+        try:
+            return json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{path}: no valid JSON ({error}). Repair or remove it.") from error
+
+
+def plans_in(preprocessed_dataset_folder: str) -> str:
+    """Names of the plans of a dataset, for messages."""
+    names = os.listdir(preprocessed_dataset_folder) if isdir(preprocessed_dataset_folder) else []
+    return (
+        ", ".join(sorted(name[:-5] for name in names if "lans" in name and name.endswith(".json"))) or "none"
+    )
+
+
+def digest(file: str) -> str:
+    """Hash of a file's content."""
+    content_hash = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            content_hash.update(chunk)
+    return content_hash.hexdigest()
+
+
+class CheckedPlans(PlansManager):
+    """A plan whose reader raises `SourceError` on unreadable or truncated files, non-finite voxels and a
+    wrong number of channels.
+
+    images    the image files of one case
+    channels  number of channels that these must give together
+    strict    look for non-finite voxels in the file itself, too (nnU-Net trains on labeled NIfTI images whose
+              NaN were read as zero)
+    """
+
+    def __init__(self, plans: dict[str, Any], images: Sequence[str], channels: int, strict: bool) -> None:
+        super().__init__(plans)
+        self.images, self.channels, self.strict = list(images), channels, strict
+
+    @property
+    def image_reader_writer_class(self) -> type:
+        case = self
+        reader_class: type = super().image_reader_writer_class
+
+        class CheckedReader(reader_class):  # type: ignore[misc, valid-type]
+            def read_images(self, files: Sequence[str], *args: Any) -> tuple[np.ndarray, dict]:
+                if list(files) != case.images:  # some readers read segmentations this way
+                    return super().read_images(files, *args)
+                data, properties = _read(super().read_images, files, case.strict)
+                if len(data) != case.channels:
+                    raise SourceError(
+                        f"{', '.join(files)}: {len(data)} channel(s), but dataset.json declares "
+                        f"{case.channels}. "
+                        "Give every case the same channels, or remove it."
+                    )
+                finite = np.isfinite(data).reshape(len(data), -1).all(axis=1)
+                if not finite.all():
+                    per_channel = len(files) == case.channels
+                    raise _not_finite(
+                        [file for file, good in zip(files, finite, strict=True) if not good]
+                        if per_channel
+                        else files
+                    )
+                return data, properties
+
+            def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
+                read_seg = super().read_seg
+                return _read(lambda files: read_seg(files[0]), [file], False)
+
+        return CheckedReader
+
+
+def _not_finite(files: Sequence[str]) -> SourceError:
+    return SourceError(
+        f"{', '.join(files)}: NaN or infinite voxels. Replace them by finite values, or remove the case."
+    )
+
+
+def _read(read: Any, files: Sequence[str], strict: bool) -> Any:
+    """``read(files)``; where that fails, the file that cannot be read on its own is named."""
+    for file in files:
+        _inspect(file, strict)
+    try:
+        return read(files)
+    except Exception as error:
+        guilty = list(files)
+        for file in files if len(files) > 1 else []:
+            try:
+                read([file])
+            except Exception:
+                guilty = [file]
+                break
+        reason = " ".join(str(error).split())[:300] or "sizes or spacings of these files differ"
+        raise SourceError(
+            f"{', '.join(guilty)}: cannot be read ({reason}). Repair, replace or remove the case."
+        ) from error
+
+
+def _inspect(file: str, strict: bool) -> None:
+    """Refuse damaged gzip streams, NIfTI files shorter than their header says and, where `strict`, NIfTI
+    files with non-finite voxels."""
+    if not file.lower().endswith((".gz", ".nii")):
+        return
+    try:
+        with gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb") as stream:
+            content = stream.read()
+        start, count, dtype = (
+            _nifti_voxels(content) if ".nii" in basename(file).lower() else (0, 0, np.dtype("u1"))
+        )
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise SourceError(
+            f"{file}: truncated or damaged ({error}). Copy or download it again, or remove it."
+        ) from error
+    expected = start + count * dtype.itemsize
+    if len(content) < expected:
+        raise SourceError(
+            f"{file}: truncated, {len(content)} of {expected} bytes are there. Copy or download it again, "
+            f"or remove it."
+        )
+    if strict and dtype.kind == "f" and not np.isfinite(np.frombuffer(content, dtype, count, start)).all():
+        raise _not_finite([file])
+
+
+def _nifti_voxels(content: bytes) -> tuple[int, int, np.dtype]:
+    """Start, number and type of the voxels by a NIfTI-1 or -2 header; types other than float as raw bytes.
+    (0, 0, u1) for other headers."""
+    for order in "<>":
+        size = struct.unpack_from(order + "i", content)[0]
+        if size not in (348, 540):
+            continue
+        # format and position of: dimensions, type code, bits per voxel, start of the voxels
+        layout = (
+            (("8h", 40), ("h", 70), ("h", 72), ("f", 108))
+            if size == 348
+            else (("8q", 16), ("h", 12), ("h", 14), ("q", 168))
+        )
+        dims, (code,), (bits,), (start,) = (
+            struct.unpack_from(order + kind, content, position) for kind, position in layout
+        )
+        count = math.prod(max(n, 1) for n in dims[1 : dims[0] + 1])
+        kind = {16: "f4", 64: "f8"}.get(code)
+        return (
+            (int(start), count, np.dtype(order + kind))
+            if kind
+            else (int(start), count * bits // 8, np.dtype("u1"))
+        )
+    return 0, 0, np.dtype("u1")

@@ -1,0 +1,80 @@
+"""Raw terms and weights, one row per epoch: losses.csv and losses.png beside nnU-Net's progress.png."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class History:
+    """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "weight/<term>"}; saved in the checkpoint: the
+    file always matches it.
+
+    Times are not in here (nnU-Net's log has them): the same run writes the same file.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, epoch: int, lr: float, losses: dict[str, float], weights: dict[str, float]) -> None:
+        """losses: epoch means keyed `loss/<term>` or `diagnostic/<name>`; weights: at the end of the
+        epoch."""
+        self.rows = [r for r in self.rows if r["epoch"] < epoch]
+        self.rows.append(
+            {"epoch": epoch, "lr": lr, **losses, **{f"weight/{k}": v for k, v in weights.items()}}
+        )
+
+    def describe(self) -> str:
+        """The last row in one line, for console and log."""
+        row = self.rows[-1]
+        terms = [k.removeprefix("loss/") for k in row if k.startswith("loss/")]
+        line = "losses " + ", ".join(
+            f"{k} {row[f'loss/{k}']:.4f} (weight {row[f'weight/{k}']:.4g})" for k in terms
+        )
+        return line + "".join(
+            f"; {k.removeprefix('diagnostic/')} {row[k]:.4g}" for k in row if k.startswith("diagnostic/")
+        )
+
+    def write(self, folder: str) -> None:
+        """losses.csv and losses.png into `folder`."""
+        columns = list(self.rows[0])
+        lines = [",".join(columns), *(",".join(f"{r[c]:.10g}" for c in columns) for r in self.rows)]
+        path = os.path.join(folder, "losses.csv")
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+        os.replace(path + ".tmp", path)
+        self._plot(os.path.join(folder, "losses.png"))
+
+    def _plot(self, path: str) -> None:
+        import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
+        terms = [c.removeprefix("loss/") for c in self.rows[0] if c.startswith("loss/")]
+        epochs = [r["epoch"] for r in self.rows]
+        with plt.rc_context(
+            {**plt.rcParamsDefault, "backend": "agg"}
+        ):  # nnU-Net's plot leaves its own style behind
+            figure, axes = plt.subplots(
+                len(terms), 1, figsize=(7, 1.2 + 1.7 * len(terms)), sharex=True, squeeze=False
+            )
+            for axis, term in zip(axes[:, 0], terms, strict=True):
+                axis.plot(
+                    epochs,
+                    [r[f"loss/{term}"] for r in self.rows],
+                    color="tab:blue",
+                    marker="." if len(epochs) < 30 else None,
+                )
+                axis.set_ylabel(term, color="tab:blue")
+                axis.grid(alpha=0.3)
+                right = axis.twinx()
+                right.plot(
+                    epochs, [r[f"weight/{term}"] for r in self.rows], color="tab:orange", linestyle="--"
+                )
+                right.set_ylabel("weight", color="tab:orange")
+                right.set_ylim(bottom=0)
+            axes[-1, 0].set_xlabel("epoch")
+            axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+            figure.suptitle("raw terms and their weights")
+            figure.tight_layout()
+            figure.savefig(path, dpi=90)
+            plt.close(figure)

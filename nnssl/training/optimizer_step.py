@@ -1,0 +1,94 @@
+"""Backward pass and optimizer step: scaling, clipping, and what happens to a loss that is not finite."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MAX_GRADIENT_NORM = 12.0  # nnU-Net
+
+
+class OptimizationStep:
+    """Takes steps of one optimizer and counts those it had to skip.
+
+    A step whose loss (or, without loss scaling, whose gradient) is not finite changes no weight. `patience`
+    such steps in a row raise
+    RuntimeError: the last checkpoint is then the last good one.
+
+    Args:
+        optimizer: over all networks and heads; clipping takes the norm over all its parameters.
+        scaler: nnU-Net's GradScaler, None on other devices than CUDA.
+        amp: float16 (on CUDA only, as nnU-Net), bfloat16 (on CPU too: one with matrix units trains twice as
+            fast) or float32.
+        device: where the networks are.
+        patience: non-finite steps in a row that end the run.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scaler: Any, amp: str, device: torch.device, patience: int
+    ) -> None:
+        self.optimizer = optimizer
+        self.scaler = scaler if amp == "float16" else None
+        self.amp, self.device, self.patience = amp, device, patience
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.skipped = self.skipped_in_a_row = 0
+
+    def autocast(self) -> Any:
+        """The context of the forward pass.
+
+        Without autocast's cache of cast weights: PyTorch releases before the end of 2025 (its issue 158232)
+        fill it in passes without gradient too (the student's pseudo-labels), and the pass with gradient then
+        takes these copies, which lead to no weight.
+        """
+        on = (self.amp == "float16" and self.device.type == "cuda") or (
+            self.amp == "bfloat16" and self.device.type in ("cuda", "cpu")
+        )
+        return (
+            torch.autocast(self.device.type, dtype=getattr(torch, self.amp), cache_enabled=False)
+            if on
+            else nullcontext()
+        )
+
+    def take(self, loss: Tensor) -> bool:
+        """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike."""
+        finite = torch.isfinite(loss.detach()).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        if self.scaler is None:  # with it, infinite gradients are the ordinary search for a scale
+            finite = finite * torch.isfinite(norm)
+        if not finite.item():
+            self._skip()
+            return False
+        self.skipped_in_a_row = 0
+        if self.scaler is None:
+            self.optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return bool(
+            self.scaler.get_scale() >= scale
+        )  # a smaller one: gradients were infinite, and the step was left out
+
+    def _skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.update()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.patience:
+            raise RuntimeError(
+                f"the loss was not finite in {self.skipped_in_a_row} steps in a row; they changed no "
+                f"weight, and the checkpoints in "
+                'the output folder are the last good ones. Lower "initial_lr" or set "amp" to bfloat16 or '
+                'float32 under "nnssl" in '
+                "the plans file, check the images, then continue with --c"
+            )

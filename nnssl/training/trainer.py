@@ -1,0 +1,369 @@
+"""SemiTrainer: nnU-Net's trainer with a second, unlabeled stream and a `SemiMethod` in its training step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from nnssl.batch import SemiBatch
+from nnssl.config import resolve
+from nnssl.data.split import absent_classes, hidden_cases
+from nnssl.data.streams import (
+    TwoStreams,
+    make_repeatable,
+    prepare_unlabeled,
+    share_of_batch,
+    unlabeled_stream,
+)
+from nnssl.data.unlabeled import unlabeled_folder
+from nnssl.ema import copy_weights
+from nnssl.method import SemiMethod
+from nnssl.methods import known_methods
+from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
+from nnssl.training.checkpoint import atomic_save, full_checkpoint, load_training_state
+from nnssl.training.history import History
+from nnssl.training.memory_format import use_channels_last
+from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.randomness import restore_rng, seed_everything
+from nnssl.training.task import Trainable, geometry, planned, preprocessed_cases
+
+CUDA = torch.device("cuda")
+
+
+class SemiTrainer(nnUNetTrainer):
+    """Base of all trainers of this library; a subclass names its method.
+
+    nnU-Net's planning, augmentation, loop, validation and inference stay in charge. This class adds: the
+    unlabeled stream, one forward pass per step through the method, one backward pass of sum_k lambda_k L_k,
+    the method's state in the checkpoint, and its terms in the logs. `self.network` is the deployed student
+    and a submodule of `self.method`.
+    """
+
+    method_class: ClassVar[type[SemiMethod]]
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        self.general, self.method_config = self._configs(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        for key in (
+            "num_epochs",
+            "num_iterations_per_epoch",
+            "num_val_iterations_per_epoch",
+            "save_every",
+            "initial_lr",
+        ):
+            setattr(self, key, getattr(self.general, key))
+        self.method: SemiMethod = None  # type: ignore[assignment]  # -> initialize
+        self.history = History()
+        self._resumed: dict | None = None
+        self.step: OptimizationStep = None  # type: ignore[assignment]  # -> initialize
+        self._iteration = 0
+        self._bar: tqdm | None = None
+        self._announced = ""
+
+    # construction
+
+    @classmethod
+    def _configs(cls, plans: dict) -> tuple[Any, Any]:
+        return resolve(
+            plans.get("nnssl", {}), cls.method_class.name, cls.method_class.config_class, known_methods()
+        )
+
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The deployed network; nnU-Net calls this in training and in inference."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        config = cls._configs(plans_manager.plans)[1]
+        patch_size, spacing = geometry(configuration_manager)
+        return cls.method_class.adapt_network(network, config, patch_size, spacing)
+
+    def initialize(self) -> None:
+        """As nnU-Net's, in an order that suits methods: network, method (copies, heads), optimizer over all,
+        compile, DDP around all."""
+        if self.was_initialized:  # type: ignore[has-type]
+            raise RuntimeError("initialize() was called twice on the same trainer")
+        self._refuse_unsupported()
+        if self.general.seed is not None:
+            seed_everything(self.general.seed + self.local_rank)
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        heads = self.label_manager.num_segmentation_heads
+        self.network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        if self.general.amp == "bfloat16" and self.device.type == "cpu":
+            refuse_wrong_bfloat16(
+                self.network, self.configuration_manager.patch_size, self.general.channels_last
+            )
+        self.loss = self._build_loss()
+        self.method = self.method_class(self.network, self.method_config, planned(self)).to(self.device)
+        if self.general.channels_last:
+            use_channels_last(self.method, len(self.configuration_manager.patch_size))
+        self.network = self.method.deployed(self.general.deploy)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.step = OptimizationStep(
+            self.optimizer, self.grad_scaler, self.general.amp, self.device, self.general.max_nonfinite_steps
+        )
+        if self._do_i_compile():
+            for network in self.method.children():
+                if hasattr(network, "decoder") or hasattr(network, "network"):
+                    network.compile()
+        self._forward: nn.Module = self.method
+        if self.is_ddp:
+            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+            self._forward = DistributedDataParallel(
+                self.method, device_ids=[self.local_rank], broadcast_buffers=False
+            )
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.was_initialized = True
+        self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
+        if line := self.method.describe():
+            self.print_to_log_file(line)
+        self.logger.update_config(
+            {"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}}
+        )
+
+    def _refuse_unsupported(self) -> None:
+        if self.is_cascaded and self.method_class.needs_unlabeled:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans "
+                f"have no prediction of the "
+                "previous stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
+            )
+
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""
+        network, self.network = (
+            self.network,
+            Trainable(self.method),
+        )  # nnU-Net asks self.network for its parameters
+        try:
+            return super().configure_optimizers()
+        finally:
+            self.network = network
+
+    # data
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(
+        self,
+    ) -> tuple[Any, bool, Any, tuple[int, ...]]:
+        """nnU-Net's geometry of both streams, with the mirror axes of the configuration; they are nnU-Net's
+        in prediction, too."""
+        rotation, dummy_2d, initial_patch_size, axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.general.mirror_axes is not None:
+            axes, dimensions = self.general.mirror_axes, len(self.configuration_manager.patch_size)
+            if max(axes, default=0) >= dimensions:
+                raise ValueError(
+                    f'"nnssl.mirror_axes" of the plans file: {list(axes)}, but patches of '
+                    f"{self.configuration_name} have {dimensions} axes"
+                )
+            self.inference_allowed_mirroring_axes = axes or None
+        return rotation, dummy_2d, initial_patch_size, axes
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, refused where it would train on hidden labels."""
+        self._hidden()
+        return super().do_split()
+
+    def _hidden(self) -> list[str]:
+        """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
+        known = set(preprocessed_cases(self.preprocessed_dataset_folder))
+        return hidden_cases(
+            os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"), self.fold, known
+        )
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders; the training one paired with the unlabeled stream."""
+        if self.method_class.needs_unlabeled:
+            unlabeled = prepare_unlabeled(
+                self.plans_manager,
+                self.configuration_name,
+                self.dataset_json,
+                self._hidden(),
+                log=self.print_to_log_file,
+            )
+        train, val = super().get_dataloaders()
+        if self.general.seed is not None:
+            for stream in (train, val):
+                make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
+        if not self.method_class.needs_unlabeled:
+            return train, val
+        stream = unlabeled_stream(
+            unlabeled_folder(self.preprocessed_dataset_folder),
+            unlabeled,
+            share_of_batch(self.general.unlabeled_batch_size, self.batch_size),
+            self.configuration_manager,
+            self.label_manager,
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size(),
+            self.method.num_strong_views,
+            self.device.type == "cuda",
+            None
+            if self.general.seed is None
+            else (self.general.seed % 2**32, self.local_rank, self.current_epoch),
+        )
+        return TwoStreams(train, stream), val
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._check_classes()
+        if self._resumed is None:  # pretrained weights, if any, are in self.network by now
+            if self.network is not self.method.student:
+                copy_weights(self.method.student, self.network)
+            self.method.make_copies()
+        else:
+            restore_rng(self._resumed["rng"], self.local_rank)  # after the loaders drew their first batches
+            self._resumed = None
+
+    def _check_classes(self) -> None:
+        cases, _ = self.do_split()
+        absent = absent_classes(
+            self.dataset_class(self.preprocessed_dataset_folder, list(cases)), list(cases), self.label_manager
+        )
+        if absent:
+            raise RuntimeError(
+                f"no labeled training case of fold {self.fold} contains {absent}: the network could never "
+                f"learn it. "
+                f"Add a labeled case with it to this fold (labeled: "
+                f"{', '.join(sorted(cases)[:8])}{' ...' if len(cases) > 8 else ''})"
+            )
+
+    # the step
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.method.train()
+        self._iteration = self.step.skipped = 0
+        if (line := self.method.announce(self.progress())) != self._announced:
+            self.print_to_log_file(line)
+            self._announced = line
+        if self.local_rank == 0 and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False
+            )
+
+    def progress(self) -> float:
+        """t: share of all iterations done, in [0, 1]."""
+        return (self.current_epoch + self._iteration / self.num_iterations_per_epoch) / self.num_epochs
+
+    def train_step(self, batch: dict) -> dict:
+        """One step: sum_k lambda_k(t) L_k, one backward pass, clipping over all parameters, the method's own
+        update."""
+        t = self.progress()
+        data = SemiBatch.from_loader(batch, self.device)
+        weights = self.method.weights(t)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.step.autocast():
+            terms = self._forward(data, t)
+            if terms.keys() != weights.keys():
+                raise RuntimeError(
+                    f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the "
+                    f"same keys"
+                )
+            # on several GPUs every parameter must take part in the backward pass, those of unweighted terms
+            # too
+            loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0 or self.is_ddp)
+        if self.step.take(loss):  # type: ignore[arg-type]
+            self.method.after_step(data, t)
+        self._iteration += 1
+        if self._bar is not None:
+            self._bar.update()
+        logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
+        logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
+        return dict(
+            zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True)
+        )  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        sums = {k: np.array([o[k] for o in train_outputs], dtype=np.float64) for k in train_outputs[0]}
+        finite = np.isfinite(sums["loss"])
+        means = {k: float(v[finite].mean()) if finite.any() else float("nan") for k, v in sums.items()}
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, means)
+            means = {k: float(np.mean([g[k] for g in gathered])) for k in means}
+        self.logger.log("train_losses", means.pop("loss"), self.current_epoch)
+        weights = self.method.weights((self.current_epoch + 1) / self.num_epochs)
+        self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
+        self.print_to_log_file(self.history.describe())
+        if self.step.skipped:
+            self.print_to_log_file(
+                f"WARNING: {self.step.skipped} steps of this epoch were skipped: their loss was not finite"
+            )
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            self.history.write(self.output_folder)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if isinstance(self.dataloader_train, TwoStreams):
+            self.dataloader_train._finish()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, in the precision of the training on a CPU too; on CUDA nnU-Net predicts in its own,
+        float16."""
+        with self.step.autocast():
+            super().perform_actual_validation(save_probabilities)
+
+    # checkpoints and what touches the network
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a
+        temporary file, then moved."""
+        checkpoint = full_checkpoint(self)  # on every rank: random states are gathered
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+        else:
+            atomic_save(checkpoint, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint, source = filename_or_checkpoint, "the checkpoint"
+        if isinstance(checkpoint, str):
+            source = checkpoint
+            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
+        load_training_state(self, checkpoint, source)
+        self._resumed = checkpoint["nnssl"]

@@ -1,0 +1,435 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnssl
+from nnssl.commands.cli import main
+from nnssl.commands.trainers import list_trainers, trainers_folder
+from tests.raw_dataset import Tiny, planned_dataset, write_case, write_dataset
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    return planned_dataset(tmp_path, monkeypatch)
+
+
+def preprocess(*options: str) -> int:
+    return main(["plan-and-preprocess", "-d", "777", "-np", "1", "-npfp", "1", "--no_pbar", *options])
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# trainers
+
+
+def test_trainers_lists_every_file_with_the_first_line_of_its_docstring(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["trainers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = sorted(file.stem for file in Path(trainers_folder()).glob("nnUNetTrainer*.py"))
+    assert [line.split()[0] for line in lines] == files
+    assert all(len(line.split()) > 3 for line in lines)
+    assert any("2503.09408" in line for line in lines if line.startswith("nnUNetTrainerDiffCL "))
+
+
+def test_trainers_reads_files_without_importing_them(tmp_path: Path) -> None:
+    (tmp_path / "nnUNetTrainerX.py").write_text(
+        'raise SystemExit\nclass Other:\n    "o"\nclass nnUNetTrainerX:\n    """X (paper).\n\n    more"""\n'
+    )
+    (tmp_path / "helper.py").write_text("class helper:\n    'no'\n")
+    assert list_trainers(str(tmp_path)) == {"nnUNetTrainerX": "X (paper)."}
+
+
+def test_path_prints_nothing_but_the_folder_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; from nnssl.commands.cli import main; main(['trainers', '--path']); "
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(nnssl.__path__[0]).parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert Path(result.stdout.removesuffix("\n")).samefile(trainers_folder())
+    assert (Path(trainers_folder()) / "nnUNetTrainerDiffCL.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["unknown"], ["split", "-d", "1"], ["split", "-d", "1", "--labeled", "1", "--first", "--seed", "1"]],
+)
+def test_wrong_usage_exits_with_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(arguments)
+    assert exit_status.value.code == 2
+
+
+# plan-and-preprocess
+
+
+@pytest.mark.slow
+def test_planning_from_nothing_then_replanning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    tiny = Tiny(write_dataset(tmp_path / "raw"), tmp_path / "preprocessed" / "Dataset777_Tiny")
+    assert preprocess("-c", "3d_fullres", "3d_lowres", "--verify_dataset_integrity") == 0
+    assert "Configuration 3d_lowres is not in the plan, skipped" in capsys.readouterr().out
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    assert sorted(file.stem for file in tiny.labeled.glob("*.pkl")) == [f"lab_0{index}" for index in range(6)]
+    assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == ["scan_00", "scan_01", "scan_02"]
+    assert len(list((tiny.preprocessed / "gt_segmentations").iterdir())) == 6
+
+    configurations = {**plans["configurations"], "mine": {"inherits_from": "3d_fullres", "batch_size": 3}}
+    edited = {**plans, "nnssl": {"num_epochs": 3}, "configurations": configurations}
+    edited["configurations"]["3d_fullres"]["patch_size"] = [8, 16, 16]
+    tiny.plans_file.write_text(json.dumps(edited))
+    before = stamps(tiny.preprocessed)
+    assert preprocess("-c", "3d_fullres", "-overwrite_target_spacing", "3", "3", "3") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "existing plan" in line)
+    assert str(tiny.plans_file) in line
+    assert "-overwrite_target_spacing: without effect" in line
+    assert stamps(tiny.preprocessed) == before
+
+    assert preprocess("-c", "3d_fullres", "--replan", "-overwrite_target_spacing", "3", "1.8", "1.8") == 0
+    assert json.loads(Path(f"{tiny.plans_file}.bak").read_text(encoding="utf-8")) == edited
+    replanned = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    assert replanned["nnssl"] == {"num_epochs": 3}
+    assert replanned["configurations"]["3d_fullres"]["spacing"] == [3, 1.8, 1.8]
+    assert replanned["configurations"]["3d_fullres"]["patch_size"] != [8, 16, 16]
+    assert "mine" in replanned["configurations"]
+    after = stamps(tiny.preprocessed)
+    assert all(before[file] != after[file] for file in after if file.endswith(".b2nd"))
+
+
+def test_existing_plan_preprocesses_labeled_and_unlabeled_once(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tiny.plans_file.read_bytes()
+    assert preprocess("-p", "nnUNetPlans") == 0
+    assert {folder.name for folder in tiny.preprocessed.iterdir() if folder.is_dir()} == {
+        "gt_segmentations",
+        *(f"nnUNetPlans_{name}" for name in ("2d", "2d_unlabeled", "3d_fullres", "3d_fullres_unlabeled")),
+    }
+    before = stamps(tiny.preprocessed)
+    assert preprocess() == 0
+    assert "Going on with the existing plan" in capsys.readouterr().out
+    assert stamps(tiny.preprocessed) == before
+    assert tiny.plans_file.read_bytes() == content
+
+
+def test_configurations_that_share_data_are_preprocessed_once(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres"}
+    tiny.plans_file.write_text(json.dumps(plans))
+    assert preprocess("-c", "3d_fullres", "3d_cascade_fullres") == 0
+    assert capsys.readouterr().out.count("6 cases into") == 1
+
+
+def test_hidden_cases_of_a_split_are_preprocessed_too(tiny: Tiny) -> None:
+    assert main(["split", "-d", "777", "--labeled", "1", "--val", "lab_05", "--first"]) == 0
+    assert preprocess("-c", "3d_fullres") == 0
+    expected = [f"lab_0{index}" for index in range(1, 5)] + [f"scan_0{index}" for index in range(3)]
+    assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-p", "nnUNetOther"], r"-p nnUNetOther: .*nnUNetOther\.json is absent\. Plans here: nnUNetPlans;"),
+        (["-c", "3d_fulres"], "-c 3d_fulres: the plan has 2d, 3d_fullres"),
+        (["-np", "1", "2"], "-np: 2 numbers for 3 configurations"),
+        (["-pl", "NoPlanner"], "-pl NoPlanner: nnU-Net has no such class"),
+    ],
+)
+def test_options_that_name_nothing_are_errors(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    before = stamps(tiny.preprocessed)
+    assert preprocess(*options) == 1
+    assert re.search(message, error(capsys))
+    assert stamps(tiny.preprocessed) == before
+
+
+def test_plan_of_another_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.edit_plan(dataset_name="Dataset001_Other")
+    assert preprocess() == 1
+    assert "key dataset_name is 'Dataset001_Other', expected 'Dataset777_Tiny'" in error(capsys)
+
+
+def test_changed_dataset_json_is_taken_over_unless_it_needs_a_new_plan(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((tiny.raw / "dataset.json").read_text(encoding="utf-8"))
+    (tiny.raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 60}))
+    assert preprocess("--no_pp") == 0
+    assert tiny.dataset_json["numTraining"] == 60
+    (tiny.raw / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "CT", "1": "CT"}}))
+    assert preprocess("--no_pp") == 1
+    assert "channel_names" in error(capsys)
+    assert tiny.dataset_json["channel_names"] == content["channel_names"]
+
+
+def test_damaged_plan_or_dataset_json_is_named_and_kept(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (tiny.plans_file, tiny.raw / "dataset.json"):
+        file.write_text("{half")
+        assert preprocess() == 1
+        assert f"{file}: no valid JSON" in error(capsys)
+        assert file.read_text(encoding="utf-8") == "{half"
+
+
+def test_replanning_against_a_differing_split_of_the_raw_dataset_is_refused(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["split", "-d", "777", "--labeled", "1", "--first"]) == 0
+    (tiny.raw / "splits_final.json").write_text('[{"train": ["lab_03"], "val": ["lab_04"]}]')
+    before = stamps(tiny.preprocessed)
+    assert preprocess("--replan") == 1
+    assert "splits_final.json differ" in error(capsys)
+    assert stamps(tiny.preprocessed) == before
+
+
+def test_bad_names_in_imagesun_are_refused_before_the_labeled_part_is_touched(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tiny.raw / "imagesUn", "lab_01", 1)
+    assert preprocess() == 1
+    assert "lab_01*: a labeled case in imagesTr has the same name" in error(capsys)
+    assert not tiny.labeled.exists()
+
+
+def test_no_scans_at_all_is_said_and_the_labeled_part_done(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tiny.raw / "imagesUn")
+    assert preprocess("-c", "2d") == 0
+    assert "There are no unlabeled scans yet" in capsys.readouterr().out
+
+
+# split
+
+
+def splits(tiny: Tiny) -> list[dict[str, list[str]]]:
+    return json.loads((tiny.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
+
+
+def test_split_writes_five_folds_and_backs_up_the_old_file(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["split", "-d", "777", "--labeled", "2", "--first"]) == 0
+    first = splits(tiny)
+    assert [len(fold["train"]) for fold in first] == [2] * 5
+    assert all(
+        sorted(fold["train"] + fold["val"] + fold["unlabeled"]) == [f"lab_0{i}" for i in range(6)]
+        for fold in first
+    )
+    assert "fold 4: 2 labeled, 3 unlabeled, 1 validation" in capsys.readouterr().out
+    assert main(["split", "-d", "777", "--labeled", "1", "--unlabeled", "2", "--seed", "3"]) == 0
+    assert [len(fold["unlabeled"]) for fold in splits(tiny)] == [2] * 5
+    assert "splits_final.json.bak" in capsys.readouterr().out
+    assert json.loads((tiny.preprocessed / "splits_final.json.bak").read_text(encoding="utf-8")) == first
+
+
+@pytest.mark.parametrize("content", ["lab_05\nlab_04\n\n", '["lab_05", "lab_04"]', None])
+def test_val_takes_names_a_list_of_lines_or_json(tiny: Tiny, tmp_path: Path, content: str | None) -> None:
+    values = ["lab_05", "lab_04"]
+    if content is not None:
+        (tmp_path / "val.txt").write_text(content)
+        values = [str(tmp_path / "val.txt")]
+    assert main(["split", "-d", "777", "--labeled", "1", "--first", "--val", *values]) == 0
+    assert splits(tiny) == [
+        {"train": ["lab_00"], "val": ["lab_04", "lab_05"], "unlabeled": ["lab_01", "lab_02", "lab_03"]}
+    ]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "[", '{"val": []}'])
+def test_val_file_without_a_list_of_names_is_an_error(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "val.json").write_text(content)
+    assert main(["split", "-d", "777", "--labeled", "1", "--val", str(tmp_path / "val.json")]) == 1
+    assert "val.json" in error(capsys)
+    assert not (tiny.preprocessed / "splits_final.json").exists()
+
+
+def test_impossible_split_keeps_the_existing_file(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["split", "-d", "777", "--labeled", "1"])
+    before = stamps(tiny.preprocessed)
+    assert main(["split", "-d", "777", "--labeled", "9"]) == 1
+    assert "--labeled 9: fold 0 has 4 training cases" in error(capsys)
+    assert main(["split", "-d", "778", "--labeled", "1"]) == 1
+    assert "778" in error(capsys)
+    assert stamps(tiny.preprocessed) == before
+
+
+# check
+
+
+def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, list[str]]]:
+    status = main(["check", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line[:4].strip() in ("ok", "warn", "FAIL") for line in lines)
+    return status, {
+        level: [line[6:] for line in lines if line.startswith(level)] for level in ("ok", "warn", "FAIL")
+    }
+
+
+@pytest.fixture
+def trainers_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_is_content_with_a_preprocessed_dataset(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["split", "-d", "777", "--labeled", "1", "--val", "lab_05", "--first"])
+    assert preprocess("-c", "3d_fullres") == 0
+    capsys.readouterr()
+    before = stamps(tiny.preprocessed)
+    status, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert (status, lines["FAIL"]) == (0, [])
+    for text in (
+        "Dataset777_Tiny: 2 channel(s), 6 labeled cases, 3 scans in imagesUn",
+        "3d_fullres: 6 labeled cases preprocessed",
+        "3d_fullres: 7 unlabeled cases preprocessed (4 of them with hidden labels)",
+        "3d_fullres: fold 0: 1 train, 1 val, 4 unlabeled",
+    ):
+        assert text in lines["ok"]
+    assert stamps(tiny.preprocessed) == before
+
+
+@pytest.mark.parametrize("value", [None, "", "elsewhere"])
+def test_check_gives_the_export_line_for_the_trainers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    else:
+        monkeypatch.setenv("nnUNet_extTrainer", value)
+    status, lines = checked(capsys)
+    assert status == 1
+    assert any(line.endswith(f"export nnUNet_extTrainer='{trainers_folder()}'") for line in lines["FAIL"])
+
+
+def test_check_accepts_the_trainers_folder_among_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), trainers_folder()]))
+    assert not any("nnUNet_extTrainer" in line for line in checked(capsys)[1]["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_names_unset_and_absent_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    monkeypatch.delenv("nnUNet_results", raising=False)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "absent"))
+    status, lines = checked(capsys)
+    assert status == 1
+    assert any("nnUNet_raw is not set" in line for line in lines["warn"])
+    assert any(f"mkdir -p '{tmp_path / 'absent'}'" in line for line in lines["FAIL"])
+    assert any("nnUNet_results is not set" in line for line in lines["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_warns_of_another_package_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nnssl").mkdir()
+    (tmp_path / "nnssl" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert any(str(tmp_path / "nnssl") in line for line in checked(capsys)[1]["warn"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_finds_what_would_stop_a_training(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert any("nothing is preprocessed" in line for line in checked(capsys, "-d", "777")[1]["FAIL"])
+    assert preprocess("-c", "3d_fullres") == 0
+    (tiny.labeled / "lab_03_seg.b2nd").unlink()
+    (tiny.unlabeled / "scan_01.pkl").unlink()
+    shutil.copy(tiny.labeled / "lab_01.b2nd", tiny.labeled / "gone.b2nd")
+    folds = [
+        {"train": ["lab_00"], "val": ["x"], "unlabeled": ["lab_01"]},
+        {"train": ["lab_00"], "val": [], "unlabeled": ["lab_02"]},
+    ]
+    (tiny.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    capsys.readouterr()
+    status, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert status == 1
+    for text in ("1 of 6 labeled cases are missing or stale (incomplete)", "key val: x is no case"):
+        assert any(text in line for line in lines["FAIL"]), text
+    assert any("1 preprocessed cases are not in imagesTr (gone)" in line for line in lines["warn"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_tells_a_scan_without_label_from_one_that_was_taken_out(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preprocess("-c", "3d_fullres") == 0
+    (label,) = (tiny.raw / "labelsTr").glob("lab_02.*")
+    label.unlink()
+    capsys.readouterr()
+    _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert any("1 cases of imagesTr lack their label (lab_02)" in line for line in lines["FAIL"])
+    assert not any("not in imagesTr" in line for level in lines.values() for line in level)
+    for folder in ("imagesTr", "labelsTr"):
+        for file in (tiny.raw / folder).iterdir():
+            file.unlink()
+    _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
+    assert any(
+        "imagesTr has no case; 6 preprocessed ones are taken as they are" in line for line in lines["warn"]
+    )
+    assert not any("imagesTr" in line for line in lines["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_counts_unlabeled_cases_to_be_preprocessed_and_names_absent_classes(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tiny.raw / "imagesTr", "lab_00", 0, tiny.raw / "labelsTr", classes=1)
+    main(["split", "-d", "777", "--labeled", "1", "--val", "lab_05", "--first"])
+    assert preprocess("-c", "3d_fullres") == 0
+    (tiny.unlabeled / "scan_01.pkl").unlink()
+    capsys.readouterr()
+    status, lines = checked(capsys, "-d", "777")
+    assert status == 1
+    assert any("1 of 7 unlabeled cases are missing or stale" in line for line in lines["warn"])
+    assert any("no labeled case has class [2]" in line for line in lines["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_reports_a_dataset_that_is_not_there_or_has_no_plan(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert any("dataset 778: Could not find" in line for line in checked(capsys, "-d", "778")[1]["FAIL"])
+    assert any(
+        "no plan" in line and "nnUNetOther.json" in line
+        for line in checked(capsys, "-d", "777", "-p", "nnUNetOther")[1]["FAIL"]
+    )
+    (tiny.raw / "imagesUn" / "scan_00_0001.nii.gz").unlink()
+    assert any("scan_00*: channels _0000 found" in line for line in checked(capsys, "-d", "777")[1]["FAIL"])

@@ -1,0 +1,306 @@
+"""`nnssl export`: what a plain nnU-Net gets, what is refused, and that it predicts the same without nnssl."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+
+from nnssl.commands.cli import main
+from tests.raw_dataset import planned_dataset, plans, write_case
+from tests.test_trainer import SHORT, SMALL, TRAINERS, Place, place, planned, run  # noqa: F401  # fixtures
+
+MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
+MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
+
+
+ARCHITECTURE = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "arch_kwargs": {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+}
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A dataset with a plan and the names of preprocessed cases: what a trainer needs to be initialized."""
+    tiny = planned_dataset(tmp_path, monkeypatch)
+    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    configuration = {**plans()["configurations"]["3d_fullres"], "architecture": ARCHITECTURE}
+    tiny.edit_plan(configurations={"3d_fullres": configuration})
+    tiny.labeled.mkdir()
+    for index in range(6):
+        (tiny.labeled / f"lab_{index:02d}.b2nd").touch()
+    drawn = Place(tmp_path)
+    drawn.plan(**SHORT)
+    drawn.split()
+    return drawn
+
+
+def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoint_final.pth") -> Any:
+    """A trainer whose model folder is written as at the end of a training, without one."""
+    trainer = drawn.trainer(name)
+    trainer.initialize()
+    trainer.inference_allowed_mirroring_axes = (0, 2)
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, checkpoint))
+    for file, content in (
+        ("plans.json", trainer.plans_manager.plans),
+        ("dataset.json", trainer.dataset_json),
+    ):
+        Path(trainer.output_folder_base, file).write_text(json.dumps(content), encoding="utf-8")
+    return trainer
+
+
+def export(output: Path, *options: str, name: str = MEAN_TEACHER, folds: tuple[str, ...] = ("0",)) -> int:
+    return main(
+        ["export", "-d", "777", "-c", "3d_fullres", "-f", *folds, "-tr", name, "-o", str(output), *options]
+    )
+
+
+def checkpoint(folder: Path, fold: str = "0") -> dict[str, Any]:
+    return torch.load(folder / MODEL / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def same(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> bool:
+    state = network.state_dict()
+    return weights.keys() == state.keys() and all(torch.equal(weights[k], state[k]) for k in state)
+
+
+def test_the_folder_holds_a_plain_model_and_no_trace_of_nnssl(
+    drawn: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = trained(drawn)
+    (Path(trainer.output_folder_base) / "dataset_fingerprint.json").write_text("{}")
+    assert "nnssl" in json.loads(Path(trainer.output_folder_base, "plans.json").read_text(encoding="utf-8"))
+    capsys.readouterr()
+    assert export(tmp_path / "out") == 0
+    assert sorted(files(tmp_path / "out" / MODEL)) == [
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "fold_0/checkpoint_final.pth",
+        "plans.json",
+    ]
+    assert not any(b"nnssl" in content for content in files(tmp_path / "out" / MODEL).values())
+    written = checkpoint(tmp_path / "out")
+    assert written["trainer_name"] == "nnUNetTrainer" and same(written["network_weights"], trainer.network)
+    assert written["inference_allowed_mirroring_axes"] == (0, 2)
+    assert "optimizer_state" not in written
+    said = capsys.readouterr().out
+    assert (
+        "nnUNetv2_predict_from_modelfolder -m" in said
+        and "nnUNetv2_install_pretrained_model_from_zip" in said
+    )
+
+
+def test_the_predictor_of_nnunet_loads_the_same_network(drawn: Place, tmp_path: Path) -> None:
+    trainer = trained(drawn)
+    export(tmp_path / "out")
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "out" / MODEL), ("0",))
+    trainer.set_deep_supervision_enabled(False)
+    x = torch.randn(1, 2, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        assert torch.equal(predictor.network.eval()(x), trainer.network.eval()(x))
+    assert predictor.allowed_mirroring_axes == (0, 2)
+
+
+def test_the_zip_installs_the_same_folder(drawn: Place, tmp_path: Path) -> None:
+    trained(drawn)
+    export(tmp_path / "out")
+    install_model_from_zip_file(str(tmp_path / "out" / f"{MODEL}.zip"))
+    assert files(drawn.results / MODEL) == files(tmp_path / "out" / MODEL)
+
+
+def test_every_fold_and_the_chosen_checkpoint_are_exported(drawn: Place, tmp_path: Path) -> None:
+    final, best = trained(drawn), trained(drawn, checkpoint="checkpoint_best.pth")
+    shutil.copytree(final.output_folder, Path(final.output_folder_base) / "fold_all")
+    with torch.no_grad():
+        best.network.decoder.seg_layers[0].bias.add_(1.0)
+    best.save_checkpoint(os.path.join(best.output_folder, "checkpoint_best.pth"))
+    assert export(tmp_path / "out", folds=("0", "all")) == 0
+    assert same(checkpoint(tmp_path / "out")["network_weights"], final.network)
+    assert same(checkpoint(tmp_path / "out", "all")["network_weights"], final.network)
+    assert export(tmp_path / "best", "-chk", "checkpoint_best.pth") == 0
+    assert same(checkpoint(tmp_path / "best")["network_weights"], best.network)
+
+
+def test_a_deployed_teacher_is_what_is_exported(drawn: Place, tmp_path: Path) -> None:
+    drawn.plan(**SHORT, deploy="teacher")
+    trainer = trained(drawn)
+    with torch.no_grad():
+        for p in trainer.method.teacher.parameters():
+            p.add_(1.0)
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    assert export(tmp_path / "out") == 0
+    weights = checkpoint(tmp_path / "out")["network_weights"]
+    assert same(weights, trainer.method.teacher) and not same(weights, trainer.method.student)
+
+
+def test_a_changed_network_is_refused_with_the_remedy_and_nothing_is_written(
+    drawn: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained(drawn, "nnUNetTrainerDiffCL")
+    assert export(tmp_path / "out", name="nnUNetTrainerDiffCL") == 1
+    said = capsys.readouterr().err
+    for part in (
+        "nnUNetTrainerDiffCL changed the planned network",
+        ".hfm.",
+        "nnUNetv2_export_model_to_zip",
+        '"hfm_stages": 0',
+    ):
+        assert part in said
+    assert not files(tmp_path / "out")
+
+
+def test_diffcl_without_its_block_can_be_exported(drawn: Place, tmp_path: Path) -> None:
+    drawn.plan(**SHORT, DiffCL={**SMALL, "hfm_stages": 0})
+    trainer = trained(drawn, "nnUNetTrainerDiffCL")
+    assert export(tmp_path / "out", name="nnUNetTrainerDiffCL") == 0
+    assert same(checkpoint(tmp_path / "out")["network_weights"], trainer.network)
+
+
+def test_an_earlier_export_is_replaced_on_request_only_and_survives_a_failure(
+    drawn: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = trained(drawn)
+    output = tmp_path / "out"
+    assert export(output) == 0
+    first = files(output)
+    assert export(output) == 1
+    assert f"{output / MODEL} is there already" in capsys.readouterr().err and files(output) == first
+    (output / MODEL / "fold_0" / "mine.txt").write_text("stale")
+    assert export(output, "--overwrite", folds=("0", "3")) == 1  # there is no fold 3
+    assert files(output).keys() == {*first, f"{MODEL}/fold_0/mine.txt"}
+    with torch.no_grad():
+        trainer.network.decoder.seg_layers[0].bias.add_(1.0)
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    assert export(output, "--overwrite") == 0
+    assert files(output).keys() == first.keys() and same(
+        checkpoint(output)["network_weights"], trainer.network
+    )
+    with zipfile.ZipFile(output / f"{MODEL}.zip") as archive:
+        inside = {n.partition("/")[2]: archive.read(n) for n in archive.namelist()}
+    assert inside == {k: v for k, v in files(output).items() if not k.endswith(".zip")}
+
+
+def test_what_was_not_trained_is_refused_with_what_there_is(
+    drawn: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained(drawn, checkpoint="checkpoint_latest.pth")
+    assert export(tmp_path / "out", name="nnUNetTrainerCPS") == 1
+    said = capsys.readouterr().err
+    assert (
+        "nnUNetTrainerCPS__nnUNetPlans__3d_fullres" in said
+        and f"Trained there: {MEAN_TEACHER}__nnUNetPlans__3d_fullres" in said
+    )
+    assert export(tmp_path / "out") == 1
+    assert "Found: fold_0/checkpoint_latest.pth. Choose with -f and -chk" in capsys.readouterr().err
+    assert not files(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path) -> None:  # noqa: F811
+    trainer = run(place.trainer(MEAN_TEACHER))
+    assert export(tmp_path / "out") == 0
+    images = tmp_path / "imagesTs"
+    images.mkdir()
+    write_case(images, "new", 500)
+    blocker = tmp_path / "blocker"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('nnssl', 'nnssl_trainers'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")} | {
+        "PYTHONPATH": str(blocker),
+        "nnUNet_def_n_proc": "1",
+    }
+    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    assert (
+        b"ModuleNotFoundError"
+        in subprocess.run([sys.executable, "-c", "import nnssl"], env=plain, capture_output=True).stderr
+    )
+
+    def predict(environment: dict[str, str], model: Path, to: str) -> Any:
+        command = [
+            sys.executable,
+            os.path.join(sysconfig.get_path("scripts"), "nnUNetv2_predict_from_modelfolder"),
+        ]
+        options = [
+            "-i",
+            str(images),
+            "-o",
+            str(tmp_path / to),
+            "-m",
+            str(model),
+            "-f",
+            "0",
+            "-device",
+            "cpu",
+            "-npp",
+            "1",
+            "-nps",
+            "1",
+        ]
+        done = subprocess.run(
+            [*command, *options, "--save_probabilities"],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        with (tmp_path / to / "new.npz").open("rb") as stream:
+            probabilities = np.load(stream)["probabilities"]
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / to / "new.nii.gz"))), probabilities
+
+    expected, found = (
+        predict(ours, Path(trainer.output_folder_base), "ours"),
+        predict(plain, tmp_path / "out" / MODEL, "plain"),
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert a.shape == b.shape and (a == b).all()

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.data.raw import CheckedPlans, SourceError, _inspect, channel_files, digest, training_files
+from tests.raw_dataset import plans, write_dataset, write_image
+
+
+def read(*files: Path, channels: int = 1, strict: bool = True) -> np.ndarray:
+    names = [str(file) for file in files]
+    return CheckedPlans(plans(), names, channels, strict).image_reader_writer_class().read_images(names)[0]
+
+
+def test_a_sound_image_reads_as_by_nnunet(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    for name, array in (
+        ("a.nii.gz", image),
+        ("b.nii", image),
+        ("c.mha", image),
+        ("d.nii.gz", (image * 100).astype(np.int16)),
+    ):
+        write_image(tmp_path / name, array)
+        expected = PlansManager(plans()).image_reader_writer_class().read_images([str(tmp_path / name)])[0]
+        np.testing.assert_array_equal(read(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_truncated_nifti_is_refused_which_simpleitk_fills_with_zeros(
+    tmp_path: Path, cut: int, dtype: type
+) -> None:
+    file = tmp_path / "a.nii"
+    write_image(file, np.full((10, 28, 26), 7, dtype))
+    file.write_bytes(file.read_bytes()[:-cut])
+    assert (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) != 7).any()
+    with pytest.raises(SourceError, match=r"a\.nii: truncated, \d+ of \d+ bytes are there"):
+        read(file)
+
+
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_headers_of_both_nifti_versions_and_byte_orders_are_understood(
+    tmp_path: Path, image_class: Any, order: Any
+) -> None:
+    def write(data: np.ndarray) -> bytes:
+        header = image_class.header_class(endianness=order)
+        header.set_data_dtype(np.dtype("f8").newbyteorder(order))
+        nib.save(image_class(data, np.eye(4), header), file)
+        return file.read_bytes()
+
+    file = tmp_path / "a.nii"
+    data = np.random.default_rng(0).normal(size=(4, 5, 6))
+    content = write(data)
+    _inspect(str(file), strict=True)
+    file.write_bytes(content[:-8])
+    with pytest.raises(SourceError, match=f"truncated, {len(content) - 8} of {len(content)} bytes"):
+        _inspect(str(file), strict=True)
+    data[2, 2, 2] = np.inf
+    write(data)
+    with pytest.raises(SourceError, match="NaN or infinite"):
+        _inspect(str(file), strict=True)
+
+
+def test_nan_that_the_reader_turns_into_zero_is_refused_only_where_strict(tmp_path: Path) -> None:
+    image = np.ones((6, 5, 4), np.float32)
+    image[0, 0, 0] = np.nan
+    write_image(tmp_path / "a.nii.gz", image)
+    assert np.isfinite(read(tmp_path / "a.nii.gz", strict=False)).all()
+    with pytest.raises(SourceError, match=r"a\.nii\.gz: NaN or infinite"):
+        read(tmp_path / "a.nii.gz")
+
+
+def test_nan_that_the_reader_hands_on_is_refused_and_its_channel_named(tmp_path: Path) -> None:
+    image = np.ones((6, 5, 4), np.float32)
+    write_image(tmp_path / "a.mha", image)
+    image[0, 0, 0] = np.nan
+    write_image(tmp_path / "b.mha", image)
+    with pytest.raises(SourceError, match=r"b\.mha: NaN") as error:
+        read(tmp_path / "a.mha", tmp_path / "b.mha", channels=2, strict=False)
+    assert "a.mha" not in str(error.value)
+
+
+def test_wrong_number_of_channels_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii.gz", np.ones((6, 5, 4), np.float32))
+    with pytest.raises(SourceError, match=r"1 channel\(s\), but dataset\.json declares 3"):
+        read(tmp_path / "a.nii.gz", channels=3)
+
+
+def test_labels_may_have_other_channels_than_images_but_not_be_damaged(tmp_path: Path) -> None:
+    label = tmp_path / "label.nii.gz"
+    write_image(label, np.ones((6, 5, 4), np.uint8))
+    reader = CheckedPlans(
+        plans(), ["image_0000.nii.gz", "image_0001.nii.gz"], 2, True
+    ).image_reader_writer_class()
+    assert reader.read_seg(str(label))[0].shape == (1, 6, 5, 4)
+    label.write_bytes(label.read_bytes()[:-5])
+    with pytest.raises(SourceError, match=r"label\.nii\.gz: truncated"):
+        reader.read_seg(str(label))
+
+
+def test_channel_files_are_grouped_and_foreign_files_left_out(tmp_path: Path) -> None:
+    for name in (
+        "a_0001.nii.gz",
+        "a_0000.nii.gz",
+        "b_c_0000.nii.gz",
+        "._a_0000.nii.gz",
+        "notes.txt",
+        "odd.nii.gz",
+        "b_00.nii.gz",
+    ):
+        (tmp_path / name).write_bytes(b"")
+    cases, odd = channel_files(str(tmp_path), ".nii.gz")
+    assert {case: sorted(files) for case, files in cases.items()} == {"a": [0, 1], "b_c": [0]}
+    assert odd == ["b_00.nii.gz", "odd.nii.gz"]
+    assert channel_files(str(tmp_path / "absent"), ".nii.gz") == ({}, [])
+
+
+def test_training_files_agree_with_nnunet(tmp_path: Path) -> None:
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    folder = write_dataset(tmp_path, labeled=3, unlabeled=0)
+    listed = {"x": {"images": ["imagesTr/lab_00_0000.nii.gz"], "label": str(tmp_path / "somewhere.nii.gz")}}
+    for content in ({"file_ending": ".nii.gz"}, {"file_ending": ".nii.gz", "dataset": listed}):
+        ours = training_files(str(folder), content)
+        theirs = get_filenames_of_train_images_and_targets(str(folder), content)
+        assert ours == {str(case): (files["images"], files["label"]) for case, files in theirs.items()}
+
+
+def test_digest_depends_on_content_alone(tmp_path: Path) -> None:
+    for name, content in (("a", b"1" * 10), ("b", b"1" * 10), ("c", b"1" * 11)):
+        (tmp_path / name).write_bytes(content)
+    assert digest(str(tmp_path / "a")) == digest(str(tmp_path / "b")) != digest(str(tmp_path / "c"))

@@ -1,0 +1,57 @@
+"""Two processes (gloo, CPU): the method wrapped as a whole in DistributedDataParallel, as the trainer wraps
+it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl.training.checkpoint import _own_buffers, from_all_ranks, restore_buffers
+from tests.building import Task
+from tests.test_method_contract import ROWS, Row
+
+
+def _worker(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=2)
+    row: Row = ROWS[name]
+    task = Task()
+    method = task.method(row.method, row.config, seed=rank)  # ranks start apart: DDP brings them together
+    wrapped = DistributedDataParallel(method, broadcast_buffers=False)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
+    for i in range(3):
+        batch = task.batch(seed=10 * i + rank)  # each rank its own data
+        terms, weights = wrapped(batch, 0.5), method.weights(0.5)
+        optimizer.zero_grad()
+        sum(weights[k] * terms[k] for k in terms).backward()
+        optimizer.step()
+        method.after_step(batch, 0.5)
+    kept = copy.deepcopy(dict(_own_buffers(method)))
+    gathered = from_all_ranks(kept)
+    method.load_state_dict(gathered[0], strict=False)  # as every rank finds it in rank 0's checkpoint
+    restore_buffers(method, gathered)
+    assert all(torch.equal(v, kept[k]) for k, v in _own_buffers(method))
+    torch.save(
+        {
+            "parameters": [p.detach() for p in method.parameters()],
+            "buffers": copy.deepcopy(dict(method.named_buffers())),
+        },
+        f"{folder}/{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_keep_equal_weights_and_their_own_banks(tmp_path: Path, name: str) -> None:
+    mp.spawn(_worker, args=(str(tmp_path), name), nprocs=2, join=True)
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for p, q in zip(a["parameters"], b["parameters"], strict=True):
+        torch.testing.assert_close(p, q)
+    for key in (k for k in a["buffers"] if k.endswith("rows")):
+        assert not torch.equal(a["buffers"][key], b["buffers"][key])

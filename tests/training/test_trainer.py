@@ -1,0 +1,617 @@
+"""SemiTrainer on a tiny planned dataset: parity with nnU-Net, continuation, refusals, what hidden labels
+cannot do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl.commands.cli import main
+from nnssl.methods.diffcl import DiffCL
+from nnssl.training.memory_format import channels_last
+from nnssl.training.randomness import seed_everything
+from nnssl.training.trainer import SemiTrainer
+from tests.raw_dataset import write_dataset
+from tests.teacher_method import AveragingTrainer
+
+TRAINERS = Path(__file__).resolve().parents[1] / "nnssl_trainers"
+SHORT = {
+    "num_epochs": 2,
+    "num_iterations_per_epoch": 2,
+    "num_val_iterations_per_epoch": 1,
+    "save_every": 1,
+    "seed": 0,
+}
+SMALL = {
+    "ddim_steps": 2,
+    "embedding": 8,
+    "bank_size": 64,
+    "bank_per_step": 16,
+    "candidates": 128,
+    "num_positives": 16,
+    "num_negatives": 32,
+}
+
+
+class Place:
+    """One dataset below a folder of its own; nnU-Net's variables point at it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.raw = folder / "raw" / "Dataset777_Tiny"
+        self.preprocessed = folder / "preprocessed" / "Dataset777_Tiny"
+        self.results = folder / "results" / "Dataset777_Tiny"
+
+    def plan(self, name: str = "nnUNetPlans", **nnssl: Any) -> None:
+        """Write a small-network copy of the plan under `name`, with the given `nnssl` section."""
+        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+        plans["plans_name"] = name
+        plans["nnssl"] = nnssl
+        for configuration in plans["configurations"].values():
+            if "architecture" in configuration:
+                kwargs = configuration["architecture"]["arch_kwargs"]
+                kwargs["features_per_stage"] = [4, 8, 8, 8, 8, 8, 8][: kwargs["n_stages"]]
+                configuration["batch_size"] = 2
+        (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))
+
+    def trainer(
+        self,
+        trainer: str | type = "nnUNetTrainerDiffCL",
+        plans: str = "nnUNetPlans",
+        fold: Any = 0,
+        resume: bool = False,
+        config: str = "3d_fullres",
+    ) -> Any:
+        if isinstance(trainer, str):
+            return get_trainer_from_args("777", config, fold, trainer, plans, resume, torch.device("cpu"))
+        content = {
+            **json.loads((self.preprocessed / f"{plans}.json").read_text(encoding="utf-8")),
+            "continue_training": resume,
+        }
+        dataset = json.loads((self.preprocessed / "dataset.json").read_text(encoding="utf-8"))
+        return trainer(content, config, fold, dataset, torch.device("cpu"))
+
+    def split(self, hidden: int = 2) -> None:
+        cases = sorted(p.name.removesuffix(".nii.gz") for p in (self.raw / "labelsTr").iterdir())
+        fold = {"train": cases[: 5 - hidden], "val": cases[5:], "unlabeled": cases[5 - hidden : 5]}
+        (self.preprocessed / "splits_final.json").write_text(json.dumps([fold]))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planned and preprocessed dataset, copied by every test."""
+    folder = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        point_at(folder, patch)
+        patch.delenv("nnUNet_n_proc_DA", raising=False)
+        write_dataset(folder / "raw")
+        main(
+            [
+                "plan-and-preprocess",
+                "-d",
+                "777",
+                "-c",
+                "2d",
+                "3d_fullres",
+                "-np",
+                "1",
+                "-npfp",
+                "1",
+                "--no_pbar",
+            ]
+        )
+    return folder
+
+
+def point_at(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        (folder / name).mkdir(exist_ok=True)
+        patch.setenv(f"nnUNet_{name}", str(folder / name))
+    patch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    patch.setenv("nnUNet_def_n_proc", "1")
+
+
+@pytest.fixture
+def place(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    point_at(tmp_path, monkeypatch)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planning does not work with it
+    place = Place(tmp_path)
+    place.plan(**SHORT, DiffCL=SMALL)
+    place.split()
+    return place
+
+
+def losses(trainer: Any) -> list[dict[str, float]]:
+    with open(os.path.join(trainer.output_folder, "losses.csv"), encoding="utf-8") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def run(trainer: Any) -> Any:
+    trainer.run_training()
+    return trainer
+
+
+def assert_same_run(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
+    assert [r.keys() for r in a] == [r.keys() for r in b]
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+
+
+def test_supervised_losses_equal_stock_nnunet(place: Place) -> None:
+    """Same random state, same batches, same steps: to 1e-6 in training loss, validation loss and Dice of two
+    epochs."""
+    place.plan(**{k: v for k, v in SHORT.items() if k != "seed"})  # stock has no seed
+    logs = []
+    for name in ("nnUNetTrainer", "nnUNetTrainerSupervised"):
+        trainer = place.trainer(name)
+        for key in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+            setattr(trainer, key, SHORT[key])
+        on_train_start = trainer.on_train_start
+
+        def start(begin: Callable = on_train_start, trainer: Any = trainer) -> None:
+            from nnssl.data.streams import make_repeatable
+
+            begin()
+            make_repeatable(
+                trainer.dataloader_train.data_loader
+            )  # blur by timing: not the same twice in stock either
+
+        trainer.on_train_start = start
+        seed_everything(3)
+        logs.append(run(trainer).logger.local_logger.my_fantastic_logging)
+    for key in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
+        np.testing.assert_allclose(logs[0][key], logs[1][key], atol=1e-6, err_msg=key)
+
+
+def test_the_same_seed_gives_the_same_run(place: Place) -> None:
+    first = losses(run(place.trainer()))
+    shutil.rmtree(place.results)
+    assert losses(run(place.trainer())) == first
+    assert list(first[0])[:3] == ["epoch", "lr", "loss/supervised"] and len(first) == 2
+
+
+def test_another_seed_gives_another_run(place: Place) -> None:
+    first = losses(run(place.trainer()))
+    place.plan("Other", **{**SHORT, "seed": 1}, DiffCL=SMALL)
+    assert losses(run(place.trainer(plans="Other")))[0]["loss/supervised"] != first[0]["loss/supervised"]
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerDiffCL", "nnUNetTrainerSupervised"])
+def test_a_continued_run_equals_an_uninterrupted_one(place: Place, name: str) -> None:
+    place.plan(**{**SHORT, "num_epochs": 4}, DiffCL=SMALL)
+    whole = losses(run(place.trainer(name)))
+    shutil.rmtree(place.results)
+    killed = place.trainer(name)
+    killed.on_epoch_start = _dies_in_epoch(killed, 2)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    assert len(losses(killed)) == 2
+    torch.rand(100), np.random.rand(100)  # whatever the process did meanwhile
+    resumed = place.trainer(name, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    assert resumed.current_epoch == 2
+    assert_same_run(losses(run(resumed)), whole)
+
+
+def _dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
+    begin = trainer.on_epoch_start
+
+    def on_epoch_start() -> None:
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+        begin()
+
+    return on_epoch_start
+
+
+def test_losses_csv_is_cut_back_to_the_checkpoint(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 4, "save_every": 2}, DiffCL=SMALL)
+    trainer = place.trainer()
+    trainer.on_epoch_start = _dies_in_epoch(trainer, 3)
+    trainer._best_ema = 2.0  # no "best" checkpoint in this run: only the one after epoch 1
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    assert [r["epoch"] for r in losses(trainer)] == [0, 1, 2]
+    resumed = place.trainer(resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    assert [r["epoch"] for r in losses(run(resumed))] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("amp", "tried"), [("bfloat16", True), ("float32", False)])
+def test_bfloat16_is_tried_on_the_cpu_before_it_is_used(
+    place: Place, monkeypatch: pytest.MonkeyPatch, amp: str, tried: bool
+) -> None:
+    grids: list[Any] = []
+    monkeypatch.setattr(
+        "nnssl.training.trainer.refuse_wrong_bfloat16",
+        lambda network, patch_size, last: grids.append((patch_size, last)),
+    )
+    place.plan(**{**SHORT, "amp": amp, "channels_last": True})
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    assert grids == [(trainer.configuration_manager.patch_size, True)] * tried
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float32"])
+def test_the_validation_on_a_cpu_runs_in_the_precision_of_the_training(
+    place: Place, monkeypatch: pytest.MonkeyPatch, amp: str
+) -> None:
+    found: list[Any] = []
+
+    def predict(self: Any, save_probabilities: bool = False) -> None:
+        found.append(
+            (
+                self.network(torch.zeros(1, 2, *self.configuration_manager.patch_size))[0].dtype,
+                save_probabilities,
+            )
+        )
+
+    monkeypatch.setattr("nnssl.training.trainer.refuse_wrong_bfloat16", lambda *_: None)
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", predict)
+    place.plan(**{**SHORT, "amp": amp})
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    trainer.perform_actual_validation(True)
+    assert found == [(getattr(torch, amp), True)]
+
+
+@pytest.mark.parametrize("config", ["3d_fullres", "2d"])
+def test_channels_last_changes_rounding_only_and_lasts_through_a_continuation(
+    place: Place, config: str
+) -> None:
+    """The first steps agree with those of the default format; a killed and continued run is that which was
+    never killed."""
+    dimensions, found = 3 if config == "3d_fullres" else 2, {}
+    for last in (False, True):
+        name = f"Last{last}"
+        place.plan(name, **SHORT, DiffCL=SMALL, channels_last=last)
+        found[last] = losses(run(place.trainer(plans=name, config=config)))
+    for term in ("loss/supervised", "loss/diffusion"):
+        assert [r[term] for r in found[True]] == pytest.approx([r[term] for r in found[False]], rel=1e-3)
+    shutil.rmtree(place.results)
+    trainer = place.trainer(plans="LastTrue", config=config)
+    trainer.on_epoch_start = _dies_in_epoch(trainer, 1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    resumed = place.trainer(plans="LastTrue", config=config, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    kernels = [p for p in resumed.method.parameters() if p.dim() == dimensions + 2]
+    assert kernels and all(p.is_contiguous(memory_format=channels_last(dimensions)) for p in kernels)
+    assert losses(run(resumed)) == found[True]
+
+
+def test_a_continued_run_knows_the_best_epoch_of_the_one_before(place: Place) -> None:
+    """nnU-Net writes the latest checkpoint before it compares: the best is that of the epoch before there."""
+    trainer = run(place.trainer())
+    trainer._best_ema = 0.25
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.logger.local_logger.my_fantastic_logging["ema_fg_dice"] = [0.25, float("nan"), 0.5]
+    trainer.save_checkpoint(path)
+    resumed = place.trainer(resume=True)
+    resumed.load_checkpoint(path)
+    assert resumed._best_ema == 0.5
+
+
+def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) -> None:
+    trainer = place.trainer()
+    trainer.on_train_end = lambda: None  # keeps checkpoint_latest
+    run(trainer)
+    trainer.current_epoch -= 1
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    for name in ("latest", "best", "final"):
+        checkpoint = torch.load(
+            os.path.join(trainer.output_folder, f"checkpoint_{name}.pth"), weights_only=False
+        )
+        state = checkpoint["nnssl"]
+        assert set(state) == {"method", "rng", "buffers", "history", "config", "versions"}
+        kept = {k.split(".")[0] for k in state["method"]}
+        assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
+        assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())
+        assert (
+            state["config"]["method"]["ddim_steps"] == 2 and state["versions"]["torch"] == torch.__version__
+        )
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = place.trainer()
+    trainer.initialize()
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+
+    def breaks(checkpoint: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_checkpoint(path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=False)["nnssl"]["history"] == []
+
+
+def test_continuing_from_a_foreign_checkpoint_is_refused(place: Place) -> None:
+    trainer = place.trainer()
+    trainer.initialize()
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=False)
+    del content["nnssl"]
+    torch.save(content, path)
+    with pytest.raises(RuntimeError, match=r"no key `nnssl`.*-pretrained_weights"):
+        place.trainer().load_checkpoint(path)
+
+
+def test_continuing_under_another_configuration_is_refused(place: Place) -> None:
+    trainer = place.trainer()
+    trainer.initialize()
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    place.plan("Wider", **SHORT, DiffCL={**SMALL, "bank_size": 32})
+    with pytest.raises(RuntimeError, match="bank"):
+        place.trainer(plans="Wider").load_checkpoint(path)
+
+
+@pytest.mark.parametrize("axes", [[2], [0, 1], [], None])
+def test_mirror_axes_hold_in_both_streams_and_in_prediction(
+    place: Place, monkeypatch: pytest.MonkeyPatch, axes: list[int] | None
+) -> None:
+    made = []
+
+    class Spy(MirrorTransform):
+        def __init__(self, allowed_axes: tuple[int, ...]) -> None:
+            made.append(allowed_axes)
+            super().__init__(allowed_axes)
+
+    for module in ("nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnssl.data.views"):
+        monkeypatch.setattr(f"{module}.MirrorTransform", Spy)
+    place.plan(**SHORT, DiffCL=SMALL, mirror_axes=axes)
+    trainer = place.trainer()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    expected = (0, 1, 2) if axes is None else tuple(axes)
+    assert made == [expected] * (2 if expected else 0)  # the labeled and the unlabeled stream
+    path = str(place.results / "checkpoint.pth")
+    os.makedirs(place.results, exist_ok=True)
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=False)["inference_allowed_mirroring_axes"] == (expected or None)
+
+
+def test_mirror_axes_that_a_patch_does_not_have_are_refused(place: Place) -> None:
+    place.plan(**SHORT, DiffCL=SMALL, mirror_axes=[1, 2])
+    trainer = place.trainer(config="2d")
+    trainer.initialize()
+    with pytest.raises(ValueError, match=r"mirror_axes.*\[1, 2\].*patches of 2d have 2 axes"):
+        trainer.get_dataloaders()
+
+
+def test_labels_of_unlabeled_cases_are_never_opened(place: Place) -> None:
+    """Corrupt every label file of the hidden cases, raw and preprocessed, and the class locations: the run is
+    identical."""
+    clean = losses(run(place.trainer()))
+    shutil.rmtree(place.results)
+    hidden = json.loads((place.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[0][
+        "unlabeled"
+    ]
+    folder = place.preprocessed / "nnUNetPlans_3d_fullres"
+    for case in hidden:
+        for file in (
+            place.raw / "labelsTr" / f"{case}.nii.gz",
+            folder / f"{case}_seg.b2nd",
+            folder / f"{case}.pkl",
+        ):
+            assert file.stat().st_size > 0
+            file.write_bytes(b"these bytes are no label")
+    shutil.rmtree(str(folder) + "_unlabeled")  # preprocessed anew, from the images alone
+    assert losses(run(place.trainer())) == clean
+
+
+def test_a_trainer_preprocesses_imagesun_itself(place: Place) -> None:
+    """Whoever ran only nnU-Net's own commands is served too."""
+    folder = Path(str(place.preprocessed / "nnUNetPlans_3d_fullres") + "_unlabeled")
+    shutil.rmtree(folder, ignore_errors=True)
+    run(place.trainer())
+    assert {p.name for p in folder.glob("scan_*.pkl")} == {f"scan_0{i}.pkl" for i in range(3)}
+
+
+def test_non_finite_losses_are_skipped_and_counted(place: Place) -> None:
+    trainer = place.trainer()
+    trainer.initialize()
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    before = {k: v.clone() for k, v in trainer.method.state_dict().items()}
+    batch = next(trainer.dataloader_train)
+    batch["data"][0, 0, 0, 0, 0] = float("nan")
+    outputs = [trainer.train_step(batch)]
+    assert trainer.step.skipped == 1 and all(
+        torch.equal(v, before[k]) for k, v in trainer.method.state_dict().items()
+    )
+    outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+    assert trainer.step.skipped == 1 and trainer.step.skipped_in_a_row == 0
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_end(outputs)
+    assert np.isfinite(trainer.history.rows[-1]["loss/supervised"])
+
+
+def test_many_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 3, "max_nonfinite_steps": 2}, DiffCL=SMALL)
+    trainer = place.trainer()
+    end = trainer.on_epoch_end
+
+    def poison() -> None:
+        end()
+        with torch.no_grad():
+            trainer.network.decoder.seg_layers[-1].bias.fill_(float("inf"))
+
+    trainer.on_epoch_end = poison
+    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row.*initial_lr.*--c"):
+        trainer.run_training()
+    saved = torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)
+    assert (
+        all(torch.isfinite(v).all() for v in saved["network_weights"].values())
+        and saved["current_epoch"] == 1
+    )
+
+
+def test_without_any_unlabeled_case_the_run_is_refused(place: Place) -> None:
+    shutil.rmtree(place.raw / "imagesUn")
+    shutil.rmtree(
+        place.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
+    )  # else they serve without the raw scans
+    (place.preprocessed / "splits_final.json").unlink()
+    with pytest.raises(
+        RuntimeError, match=r"no unlabeled case.*imagesUn.*nnssl split.*nnUNetTrainerSupervised"
+    ):
+        place.trainer().run_training()
+
+
+def test_fold_all_and_unlisted_folds_are_refused_where_labels_are_hidden(place: Place) -> None:
+    for fold in ("all", 3):
+        with pytest.raises(ValueError, match=r"splits_final.json hides labels"):
+            place.trainer(fold=fold).initialize()
+
+
+def test_fold_all_stays_normal_with_imagesun_only(place: Place) -> None:
+    (place.preprocessed / "splits_final.json").unlink()
+    trainer = run(place.trainer(fold="all"))
+    assert len(trainer.do_split()[0]) == 6 and len(losses(trainer)) == 2
+
+
+def test_a_class_without_any_labeled_voxel_is_refused(place: Place) -> None:
+    import pickle
+
+    for file in (place.preprocessed / "nnUNetPlans_3d_fullres").glob("*.pkl"):
+        content = pickle.loads(file.read_bytes())
+        content["class_locations"][2] = []
+        file.write_bytes(pickle.dumps(content))
+    with pytest.raises(RuntimeError, match=r"no labeled training case of fold 0 contains.*b"):
+        place.trainer().run_training()
+
+
+def test_training_without_preprocessing_says_what_to_run(place: Place) -> None:
+    shutil.rmtree(place.preprocessed / "nnUNetPlans_3d_fullres")
+    with pytest.raises(RuntimeError, match=r"nnUNetPlans_3d_fullres does not exist.*plan-and-preprocess"):
+        place.trainer().initialize()
+
+
+def test_a_wrong_key_in_the_plans_file_stops_before_anything_is_written(place: Place) -> None:
+    place.plan(**SHORT, epochs=3)
+    with pytest.raises(ValueError, match='unknown key "epochs"'):
+        place.trainer()
+    assert not place.results.exists()
+
+
+def test_a_cascade_is_refused_with_unlabeled_scans(place: Place) -> None:
+    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
+    plans["configurations"]["3d_cascade_fullres"] = {
+        "inherits_from": "3d_fullres",
+        "previous_stage": "3d_lowres",
+    }
+    (place.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    with pytest.raises(RuntimeError, match="cannot train the cascade 3d_cascade_fullres"):
+        place.trainer(config="3d_cascade_fullres").initialize()
+
+
+def test_2d_with_background_workers_and_another_unlabeled_batch(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    place.plan(**SHORT, unlabeled_batch_size=3, DiffCL=SMALL)
+    trainer = place.trainer(config="2d")
+    seen = []
+    terms = DiffCL.terms
+
+    def spy(self: DiffCL, batch: Any, t: float) -> Any:
+        seen.append((batch.labeled.shape, batch.weak.shape, t))
+        return terms(self, batch, t)
+
+    monkeypatch.setattr(DiffCL, "terms", spy)
+    run(trainer)
+    assert all(
+        len(labeled) == 4 and labeled[0] == 2 and weak[0] == 3 and weak[1:] == labeled[1:]
+        for labeled, weak, _ in seen
+    )
+    assert [t for *_, t in seen] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_the_averaged_teacher_can_be_deployed_and_continued(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 3, "deploy": "teacher"})
+    whole = run(place.trainer(AveragingTrainer))
+    assert whole.network is whole.method.teacher
+    rows = losses(whole)
+    shutil.rmtree(place.results)
+    killed = place.trainer(AveragingTrainer)
+    killed.on_epoch_start = _dies_in_epoch(killed, 1)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    resumed = place.trainer(AveragingTrainer, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    assert_same_run(losses(run(resumed)), rows)
+
+
+def test_diagnostics_are_logged_as_epoch_means(place: Place) -> None:
+    rows = losses(run(place.trainer(AveragingTrainer)))
+    assert [r["diagnostic/progress"] for r in rows] == [0.125, 0.625]  # t = 0, 1/4 | 1/2, 3/4
+    assert all(0.5 <= r["diagnostic/found"] <= 1 for r in rows)
+
+
+def test_phases_are_announced_in_the_log_when_they_begin(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 4}, ACTION={"embedding": 8, "candidates": 64})
+    trainer = run(place.trainer("nnUNetTrainerACTION"))
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert [log.count(f"phase {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
+    assert (
+        log.index("phase 1 of 3")
+        < log.index("Epoch 1")
+        < log.index("phase 2 of 3")
+        < log.index("Epoch 2")
+        < log.index("phase 3 of 3")
+    )
+    assert [r["weight/anatomical"] for r in losses(trainer)] == [0, 0.01, 0.01, 0.01]
+
+
+@pytest.mark.parametrize("deploy", ["student", "teacher"])
+def test_copies_are_made_from_pretrained_weights(place: Place, deploy: str) -> None:
+    source = place.trainer("nnUNetTrainerSupervised")
+    source.initialize()
+    path = os.path.join(source.output_folder, "checkpoint_final.pth")
+    source.save_checkpoint(path)
+    place.plan(**{**SHORT, "seed": 5, "deploy": deploy})
+    trainer = place.trainer(AveragingTrainer)
+    maybe_load_checkpoint(trainer, False, False, path)
+    trainer.on_train_start()
+    for part in (trainer.method.student, trainer.method.teacher):
+        assert torch.equal(
+            part.encoder.stages[0][0].convs[0].conv.weight,
+            source.network.encoder.stages[0][0].convs[0].conv.weight,
+        )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(trainer.method.student.parameters(), trainer.method.teacher.parameters(), strict=True)
+    )
+
+
+def test_every_trainer_file_defines_a_semi_trainer_of_its_name() -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(TRAINERS))
+        for file in TRAINERS.glob("nnUNetTrainer*.py"):
+            trainer = recursive_find_trainer_class_by_name(file.stem)
+            assert (
+                issubclass(trainer, SemiTrainer) and f"nnUNetTrainer{trainer.method_class.name}" == file.stem
+            )
