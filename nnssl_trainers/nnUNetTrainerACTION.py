@@ -3,7 +3,6 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerACTION(SemiTrainer):
-    """ACTION: contrastive distillation of encoder and decoder, then anatomical contrast (You et al., IPMI
-    2023)."""
+    """ACTION: contrastive distillation, then anatomical contrast of hard voxels (You et al., IPMI 2023)."""
 
     method_class = ACTION

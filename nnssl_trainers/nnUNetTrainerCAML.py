@@ -3,7 +3,6 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerCAML(SemiTrainer):
-    """CAML: two networks agree in their predictions and in their correlations with labeled voxels (Gao et
-    al., MICCAI 2023)."""
+    """CAML: two networks agree on predictions and on correlations with a bank (Gao et al., MICCAI 2023)."""
 
     method_class = CAML

@@ -3,7 +3,6 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerDiffCL(SemiTrainer):
-    """Diff-CL: diffusion and conv network teach each other, high-frequency Mamba, contrast (arXiv
-    2503.09408)."""
+    """Diff-CL: diffusion and convolution teach each other, with high-frequency Mamba (arXiv 2503.09408)."""
 
     method_class = DiffCL

@@ -3,7 +3,6 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerFixMatch(SemiTrainer):
-    """FixMatch: hard labels of the certain voxels of a weak view teach a strong one (Sohn et al., NeurIPS
-    2020; CutMix of UniMatch)."""
+    """FixMatch: hard labels of a weak view teach a strong one (Sohn et al., NeurIPS 2020; UniMatch's CutMix)."""
 
     method_class = FixMatch
