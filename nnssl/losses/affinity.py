@@ -17,8 +17,8 @@ def refine(features: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """(p_i + sum_j M_ij p_j) / 2 with M_ij = softmax_j(scale * cos(e_i, e_j)): (B, K, S), float32.
 
     The sum is scaled-dot-product attention with Q = K = unit features and V = p, padded to equal width and
-    contiguous, without which
-    the fused kernels are not chosen: the matrix M (N x N for N voxels) is never in memory.
+    contiguous, without which the fused kernels are not chosen: the matrix M (N x N for N voxels) is never in
+    memory.
 
     Args:
         features: e, (B, D, S).

@@ -8,11 +8,10 @@
 
 gate (C,) starts at zero: at step 0 the network is the planned network. The gate itself has a gradient there,
 opens with the first step, and from then on everything behind it learns. The 1x1 convolution that maps the
-mixed tokens back to features is the mixer's `out_proj`: another
-one would only be multiplied into it. One mixer serves all orders and directions: projections, gate and norm
-are computed once, not six
-times, convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual
-(not attention), Mamba-2 form.
+mixed tokens back to features is the mixer's `out_proj`: another one would only be multiplied into it. One
+mixer serves all orders and directions: projections, gate and norm are computed once, not six times,
+convolutions and scans are two calls. Where the paper leaves it open these are our choices: residual (not
+attention), Mamba-2 form.
 """
 
 from __future__ import annotations

@@ -107,10 +107,9 @@ class Mamba2Mixer(nn.Module):
     float64, bf16 or autocast.
 
     `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one
-    decay. `chunk_size` changes the
-    cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA only; "auto" the kernels where
-    they run, else "torch". Raises ValueError for sizes that do not divide and unknown back ends, RuntimeError
-    where a demanded back end cannot run.
+    decay. `chunk_size` changes the cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA
+    only; "auto" the kernels where they run, else "torch". Raises ValueError for sizes that do not divide and
+    unknown back ends, RuntimeError where a demanded back end cannot run.
     """
 
     def __init__(
