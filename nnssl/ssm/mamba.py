@@ -6,9 +6,8 @@
     out            = out_proj(RMSNorm(y * silu(z)))
 
 Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 7. Parameters are named, shaped and initialised
-    as in mamba-ssm's `Mamba2`
-(norm after the gate, no projection biases), so state_dicts pass both ways. mamba-ssm is imported inside
-functions only.
+as in mamba-ssm's `Mamba2` (norm after the gate, no projection biases), so state_dicts pass both ways.
+mamba-ssm is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,9 +105,11 @@ class Mamba2Mixer(nn.Module):
     float64, bf16 or autocast.
 
     `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one
-    decay. `chunk_size` changes the cost only. `backend`: "torch" everywhere; "mamba_ssm" its kernels, CUDA
-    only; "auto" the kernels where they run, else "torch". Raises ValueError for sizes that do not divide and
-    unknown back ends, RuntimeError where a demanded back end cannot run.
+    decay. `reach`: the heads' initial memories are spread log-uniformly from 1 to so many tokens, instead of
+    Mamba-2's few tokens; `norm_per_head`: heads of long memory, whose sums are small, then count as much as
+    those of short memory. `chunk_size` changes the cost only. `backend`: "torch" everywhere; "mamba_ssm" its
+    kernels, CUDA only; "auto" the kernels where they run, else "torch". Raises ValueError for sizes that do
+    not divide and unknown back ends, RuntimeError where a demanded back end cannot run.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class Mamba2Mixer(nn.Module):
         A_init_range: tuple[float, float] = (1.0, 16.0),
         dt_init_range: tuple[float, float] = (0.001, 0.1),
         dt_init_floor: float = 1e-4,
+        reach: float | None = None,
+        norm_per_head: bool = False,
     ) -> None:
         super().__init__()
         d_inner = expand * d_model
@@ -148,10 +150,13 @@ class Mamba2Mixer(nn.Module):
         self.conv1d = nn.Conv1d(conv_width, conv_width, d_conv, groups=conv_width, padding=d_conv - 1)
         low, high = (math.log(step) for step in dt_init_range)
         step = torch.empty(self.heads).uniform_(low, high).exp_().clamp_(min=dt_init_floor)
+        decay = torch.empty(self.heads).uniform_(*A_init_range)
+        if reach is not None:  # dt A = 1 / (tokens until a head has forgotten all but 1 / e)
+            step, decay = torch.logspace(0, -math.log10(reach), self.heads), torch.ones(self.heads)
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log_())
+        self.A_log = nn.Parameter(decay.log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(d_inner, ngroups)
+        self.norm = GatedRMSNorm(d_inner, self.heads if norm_per_head else ngroups)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
@@ -160,36 +165,10 @@ class Mamba2Mixer(nn.Module):
         z, xbcdt = self._project(x)
         return self.out_proj(self.norm(self._mix(xbcdt, reverse), z))
 
-    def forward_orders(
-        self, x: Tensor, orders: Sequence[Sequence[int]], bidirectional: bool = True
-    ) -> Tensor:
-        """x (B, *grid, d_model) -> same shape: voxels mixed along several orders, each forward and, if
-        `bidirectional`, backward.
-
-        An order is a permutation of the grid's axes, slowest first. What does not depend on the order
-        (projections, gate, norm) is done once, all orders go through convolution and scan as one batch, and
-        their y are summed before the norm; so for one order in one direction this is `forward` on the voxels
-        in that order.
-        """
-        batch, axes = len(x), [tuple(1 + axis for axis in order) for order in orders]
-        if any(sorted(a) != list(range(1, x.ndim - 1)) for a in axes):
-            raise ValueError(
-                f"orders are {list(orders)}, expected permutations of the {x.ndim - 2} axes of x "
-                f"{tuple(x.shape)}"
-            )
+    def bidirectional(self, x: Tensor) -> Tensor:
+        """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm."""
         z, xbcdt = self._project(x)
-        tokens = torch.cat([xbcdt.permute(0, *a, -1).flatten(1, -2) for a in axes])
-        y = self._mix(tokens, reverse=False)
-        if bidirectional:
-            y = y + self._mix(tokens, reverse=True)
-        on_grid = [
-            part.unflatten(1, [x.shape[i] for i in a]) for part, a in zip(y.split(batch), axes, strict=True)
-        ]
-        back = [
-            part.permute(0, *(1 + a.index(i) for i in range(1, x.ndim - 1)), -1)
-            for part, a in zip(on_grid, axes, strict=True)
-        ]
-        return self.out_proj(self.norm(functools.reduce(torch.add, back), z))
+        return self.out_proj(self.norm(self._mix(xbcdt, False) + self._mix(xbcdt, True), z))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_model) -> the gate z (..., d_inner), and x, B, C, dt side by side."""

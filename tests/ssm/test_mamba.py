@@ -93,32 +93,28 @@ def test_output_and_gradients_equal_the_formulas_token_by_token(
         )
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_orders_are_scanned_as_if_one_by_one_and_summed_before_the_norm(bidirectional: bool) -> None:
-    mixer, x = Mamba2Mixer(8, d_state=4, headdim=8), torch.randn(2, 3, 4, 5, 8)
-    orders = [(0, 1, 2), (2, 0, 1), (1, 2, 0)]
+def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the_norm() -> None:
+    mixer, x = Mamba2Mixer(8, d_state=4, headdim=8), torch.randn(2, 13, 8)
     parameters = {name: value.detach().double() for name, value in mixer.named_parameters()}
     zxbcdt = x.double() @ parameters["in_proj.weight"].T
-    places = torch.arange(3 * 4 * 5).view(3, 4, 5)
-    total = torch.zeros(2, 60, 16, dtype=torch.float64)
-    for order in orders:
-        forward = places.permute(order).flatten()
-        for sequence in (forward, forward.flip(0)) if bidirectional else (forward,):
-            total[:, sequence] += mamba2_mix(
-                parameters, zxbcdt.flatten(1, 3)[:, sequence, 16:], d_state=4, headdim=8
-            )
-    expected = mamba2_output(parameters, total, zxbcdt.flatten(1, 3)[..., :16]).view(2, 3, 4, 5, 8)
-    assert relative_error(mixer.forward_orders(x, orders, bidirectional).double(), expected) <= 1e-5
+    total = torch.zeros(2, 13, 16, dtype=torch.float64)
+    for sequence in (torch.arange(13), torch.arange(13).flip(0)):
+        total[:, sequence] += mamba2_mix(parameters, zxbcdt[:, sequence, 16:], d_state=4, headdim=8)
+    expected = mamba2_output(parameters, total, zxbcdt[..., :16])
+    assert relative_error(mixer.bidirectional(x).double(), expected) <= 1e-5
 
 
-def test_one_order_in_one_direction_is_the_plain_mixer() -> None:
-    mixer, x = Mamba2Mixer(8), torch.randn(2, 30, 8)
-    assert torch.equal(mixer.forward_orders(x, [(0,)], bidirectional=False), mixer(x))
+def test_initial_memories_are_spread_from_one_token_to_the_reach() -> None:
+    mixer = Mamba2Mixer(16, headdim=8, reach=27.0)
+    forget = torch.nn.functional.softplus(mixer.dt_bias) * mixer.A_log.exp()
+    torch.testing.assert_close(1 / forget, torch.tensor([1.0, 3.0, 9.0, 27.0]), rtol=1e-4, atol=0)
 
 
-def test_orders_that_are_no_permutations_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected permutations of the 2 axes"):
-        Mamba2Mixer(8).forward_orders(torch.randn(1, 3, 4, 8), [(0, 1), (0, 0)])
+def test_a_norm_per_head_gives_every_head_the_same_power() -> None:
+    mixer, x = Mamba2Mixer(16, headdim=8, reach=27.0, norm_per_head=True), torch.randn(2, 30, 16)
+    z, xbcdt = mixer._project(x)
+    power = mixer.norm(mixer._mix(xbcdt, False), z).unflatten(-1, (4, 8)).square().mean(-1)
+    assert (power - 1).abs().median() < 0.01 and (power - 1).abs().max() < 0.3  # eps of the norm
 
 
 @pytest.mark.parametrize("reverse", [False, True])
