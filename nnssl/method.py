@@ -58,6 +58,10 @@ class SemiMethod(nn.Module):
     num_strong_views   strong views per unlabeled patch
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
+
+    A step is `before_step`, `terms`, backward pass and optimizer, `after_step`. `terms` changes nothing that
+    is saved: called twice with the same random state, it gives the same losses. It may leave behind
+    `diagnostics`, which are only logged, and `pending`, the rows that `after_step` will write to a bank.
     """
 
     name: ClassVar[str]
@@ -90,6 +94,9 @@ class SemiMethod(nn.Module):
     def make_copies(self) -> None:
         """(Re)make what is a copy of the student; called once before the first step of a fresh run, after any
         pretrained weights."""
+
+    def before_step(self, t: float) -> None:
+        """Before the step at progress t: changes of phase. Default: nothing."""
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         """Unweighted scalar losses, with gradient. t: training progress in [0, 1]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -233,6 +234,7 @@ def step(
     method: SemiMethod, optimizer: torch.optim.Optimizer, task: Task, i: int, t: float = 0.5
 ) -> dict[str, float]:
     batch = task.batch(seed=i)
+    method.before_step(t)
     terms, weights = method(batch, t), method.weights(t)
     optimizer.zero_grad()
     sum(weights[k] * v for k, v in terms.items()).backward()
@@ -328,6 +330,24 @@ def test_frozen_networks_have_no_gradient_and_keep_their_weights_in_the_step(row
         assert all(
             torch.equal(a, b) for a, b in zip(old, method.get_submodule(name).parameters(), strict=True)
         )
+
+
+@rows
+def test_terms_change_nothing_that_is_saved(row: Row) -> None:
+    task = TASKS["2d"]
+    method = started(row, task, t=0.1)
+    state = copy.deepcopy(method.state_dict())
+    for t in (0.1, 0.3, 0.6):
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            losses.append({k: v.item() for k, v in method(task.batch(), t).items()})
+        assert losses[0] == losses[1]
+    after = method.state_dict()
+    assert after.keys() == state.keys()
+    for name, value in state.items():
+        same = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+        assert same, name
 
 
 @rows

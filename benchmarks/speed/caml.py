@@ -68,7 +68,7 @@ class Part:
         agreed = labels.classes(labels.harden(p_v)) & labels.classes(labels.harden(p_a))
         right = agreed[:, :n] & labels.classes(labels.encode(self.label[:, None])[0])
         f_v, f_a = self.features
-        method._bank_update = method.labeled_rows(f_v[:n], f_a[:n], right)
+        method.pending = method.labeled_rows(f_v[:n], f_a[:n], right)
         loss = method.correlation(f_v[n:], f_a[n:], p_v[n:], agreed[:, n:])
         torch.autograd.grad(
             loss,
@@ -128,6 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def method_alone(method: SemiMethod, batch: SemiBatch) -> None:
     """A step without the trainer's own look at whether the loss is finite."""
+    method.before_step(0.5)
     terms, weights = method(batch, 0.5), method.weights(0.5)
     sum(weights[k] * terms[k] for k in terms).backward()  # type: ignore[union-attr]
     method.after_step(batch, 0.5)

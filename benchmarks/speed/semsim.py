@@ -78,15 +78,16 @@ def step(repeats: int, device: torch.device) -> dict[str, Any]:
     method, optimization, batch = cast(SemSim, semsim[0]), *semsim[1:]
     images = torch.cat([batch.labeled, *batch.strong])
     n, u = len(batch.labeled), len(batch.weak)
-    skips = [s.detach() for s in forward_streams(method.student, images, decoded=n + u)[1]][-SCALES:]
+    skips = [s.detach() for s in forward_streams(method.student, images, decoded=n + u).skips][-SCALES:]
 
     def networks(decoded: int) -> None:
         """The strong features that are not decoded get their gradient from a sum."""
         with inference(method.student), optimization.autocast():
             forward_streams(method.student, batch.weak)
         with optimization.autocast():
-            outputs, features, _ = forward_streams(method.student, images, decoded=decoded)
-            total = sum(o.sum() for o in outputs) + sum(f[decoded:].sum() for f in features[-SCALES:])
+            walked = forward_streams(method.student, images, decoded=decoded)
+            total = sum(o.sum() for o in walked.outputs)
+            total = total + sum(s[decoded:].sum() for s in walked.skips[-SCALES:])
         method.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[union-attr]
 

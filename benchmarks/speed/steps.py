@@ -178,6 +178,7 @@ def forward_pass(network: nn.Module, context: Callable[[], Any], *inputs: torch.
 def full_step(method: SemiMethod, step: OptimizationStep, batch: SemiBatch, t: float = 0.5) -> None:
     """What the trainer does with a batch."""
     step.optimizer.zero_grad(set_to_none=True)
+    method.before_step(t)
     weights = method.weights(t)
     with step.autocast():
         terms = method(batch, t)

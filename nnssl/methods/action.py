@@ -134,7 +134,7 @@ class Distillation(nn.Module):
         self.predictor = VoxelProjector(embedding, embedding)
         self.teacher = frozen_copy(self.projector)
         self.bank = EmbeddingBank(rows, embedding)
-        self._bank_update: tuple[Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -149,16 +149,16 @@ class Distillation(nn.Module):
             s = self.predictor(self.projector(student.float()))
             with inference(self.teacher):
                 z = self.teacher(teacher.float())
-            self._bank_update = z, cases
+            self.pending = z, cases
             return bank_distillation(
                 s, z, self.bank.embeddings, self.bank.others(cases), temperature_student, temperature_teacher
             )
 
     def after_step(self, decay: float) -> None:
-        if self._bank_update is not None:  # only phases that use the distillation move it
+        if self.pending is not None:  # only phases that use the distillation move it
             ema_update(self.teacher, self.projector, decay)
-            self.bank.push(*self._bank_update)
-            self._bank_update = None
+            self.bank.push(*self.pending)
+            self.pending = None
 
 
 class ACTION(TeacherMethod):
@@ -199,14 +199,15 @@ class ACTION(TeacherMethod):
     def ends(self) -> list[float]:
         return list(accumulate(self.config.phase_fractions))
 
-    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+    def before_step(self, t: float) -> None:
         phase = self.phase_at(t)
         if phase == 3 and self.phase != 3:
             copy_weights(self.teacher, self.student)
         self.phase = phase
-        active = (self.global_distillation, self.local_distillation, self.anatomical_training)[phase - 1](
-            batch
-        )
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        phases = (self.global_distillation, self.local_distillation, self.anatomical_training)
+        active = phases[self.phase_at(t) - 1](batch)
         inactive = 0 * sum(
             p.sum() for p in self.parameters() if p.requires_grad
         )  # reaches every parameter, for several GPUs
@@ -238,8 +239,9 @@ class ACTION(TeacherMethod):
     def global_distillation(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Encoders only."""
         with inference(self.teacher):
-            teacher = self.encode(self.teacher, batch.weak)[-1]
-        return {"global": self.global_term(self.encode(self.student, batch.strong[0])[-1], teacher, batch)}
+            skips_teacher = self.encode(self.teacher, batch.weak)
+        skips = self.encode(self.student, batch.strong[0])
+        return {"global": self.global_term(skips[-1], skips_teacher[-1], batch)}
 
     def global_term(self, student: Tensor, teacher: Tensor, batch: SemiBatch) -> Tensor:
         """L_g from bottlenecks (U, F, S)."""
@@ -257,13 +259,13 @@ class ACTION(TeacherMethod):
         n = len(batch.labeled)
         with inference(self.teacher):
             skips_teacher = self.encode(self.teacher, torch.cat([batch.labeled, batch.weak]))
-            features_teacher = self.decode(self.teacher, skips_teacher)[1]
+            features_teacher = self.decode(self.teacher, skips_teacher).features
         skips = self.encode(self.student, torch.cat([batch.labeled, batch.strong[0]]))
-        outputs, features = self.decode(self.student, skips)
+        decoded = self.decode(self.student, skips)
         cases = case_numbers((*batch.labeled_cases, *batch.unlabeled_cases), batch.labeled.device)
-        crops = [pool_cells(f[-1], self.grid) for f in (features, features_teacher)]
+        crops = [pool_cells(f[-1], self.grid) for f in (decoded.features, features_teacher)]
         return {
-            "supervised": self.supervised_loss(split_batch(outputs, n)[0], batch.target),
+            "supervised": self.supervised_loss(split_batch(decoded.outputs, n)[0], batch.target),
             "global": self.global_term(skips[-1][n:], skips_teacher[-1][n:], batch),
             "local": self.distil(
                 self.distillation_local,
@@ -286,10 +288,9 @@ class ACTION(TeacherMethod):
         p_m, x_m = cutmix(p_w, pasted), cutmix(batch.strong[0], pasted)
         pseudo = self.labels.harden(p_m)
 
-        outputs, _, features = self.walk(
-            self.student, torch.cat([batch.labeled, x_m]), n, self.config.channel_dropout
-        )
-        labeled, unlabeled = split_batch(outputs, n)
+        images = torch.cat([batch.labeled, x_m])
+        walked = self.walk(self.student, images, n, self.config.channel_dropout)
+        labeled, unlabeled = split_batch(walked.outputs, n)
         share = confidence_mask(p_m, self.config.threshold_pseudo, self.labels).mean(
             tuple(range(1, p_m.ndim)), keepdim=True
         )
@@ -305,7 +306,7 @@ class ACTION(TeacherMethod):
             "pseudo": share.mean()
             * cross_entropy(full_resolution(unlabeled), pseudo, self.labels, weight),  # mean of w CE
             "anatomical": self.contrast(
-                features, full_resolution(outputs), torch.cat([onehot, pseudo]), counted
+                walked.features, full_resolution(walked.outputs), torch.cat([onehot, pseudo]), counted
             ),
         }
 

@@ -55,10 +55,10 @@ from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import omni_correlation
 from nnssl.losses.pseudo_label import soft_dice_loss
-from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
+from nnssl.method import SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
-from nnssl.networks.dropout import forward_streams
-from nnssl.networks.hf_mamba import stage_grids
+from nnssl.networks.dropout import Walk, forward_streams
+from nnssl.networks.features import stage_grids
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.sampling import gather_voxels, sample_members, top_members
 from nnssl.schedules import gaussian_ramp
@@ -126,7 +126,7 @@ class CAML(SemiMethod):
         self.bank = CaseBank(self.labels.num_classes, len(self.case_index), c.rows, c.embedding)
         self.walk = self.planned.compiled(forward_streams)
         self.walk_auxiliary = self.planned.compiled(_forward_auxiliary)
-        self._bank_update: tuple[Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
@@ -138,13 +138,11 @@ class CAML(SemiMethod):
             [batch.labeled, cutmix(batch.strong[0], box)]
         )  # one pass for both streams: CMA looks across them
         dropout = self.config.channel_dropout
-        outputs_v, _, features_v = self.walk(self.student, images, n, dropout)
-        outputs_a, _, features_a = self.walk_auxiliary(
-            self.auxiliary, images, self.attention, self.stage, n, dropout
-        )
+        walked_v = self.walk(self.student, images, n, dropout)
+        walked_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage, n, dropout)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
 
-        logits_v, logits_a = full_resolution(outputs_v), full_resolution(outputs_a)
+        logits_v, logits_a = full_resolution(walked_v.outputs), full_resolution(walked_a.outputs)
         p_v, p_a = self.probabilities(logits_v), self.probabilities(logits_a)
         with torch.no_grad():
             views = (
@@ -160,15 +158,14 @@ class CAML(SemiMethod):
                 right = right & labeled_mask[:, 0].bool()
                 mask = torch.cat([labeled_mask.float(), torch.ones_like(p_v[n:, :1])])
         dice = partial(soft_dice_loss, skip_first=not self.labels.has_regions)
-        self._bank_update = self.labeled_rows(features_v[-1][:n], features_a[-1][:n], right)
+        finest_v, finest_a = walked_v.features[-1], walked_a.features[-1]
+        self.pending = self.labeled_rows(finest_v[:n], finest_a[:n], right)
         return {
-            "supervised": self.supervised_loss(split_batch(outputs_v, n)[0], batch.target),
-            "supervised_aux": self.supervised_loss(split_batch(outputs_a, n)[0], batch.target),
+            "supervised": self.supervised_loss(split_batch(walked_v.outputs, n)[0], batch.target),
+            "supervised_aux": self.supervised_loss(split_batch(walked_a.outputs, n)[0], batch.target),
             "consistency": mse_consistency(p_v, sharp_a, mask) + mse_consistency(p_a, sharp_v, mask),
             "dice": dice(p_v[n:], sharp_a[n:]) + dice(p_a[n:], sharp_v[n:]),
-            "correlation": self.correlation(
-                features_v[-1][n:], features_a[-1][n:], p_v[n:].detach(), agreed[:, n:]
-            ),
+            "correlation": self.correlation(finest_v[n:], finest_a[n:], p_v[n:].detach(), agreed[:, n:]),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -183,20 +180,18 @@ class CAML(SemiMethod):
         }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
-        if self._bank_update is not None:
-            self.bank.push([self.case_index[case] for case in batch.labeled_cases], *self._bank_update)
-            self._bank_update = None
+        if self.pending is not None:
+            self.bank.push([self.case_index[case] for case in batch.labeled_cases], *self.pending)
+            self.pending = None
 
     @torch.no_grad()
     def weak_logits(self, batch: SemiBatch) -> tuple[Tensor, Tensor]:
         """Logits (U, K, S) of v and a on the weak views; a as in training, with CMA across labeled and
         unlabeled samples."""
-        outputs_a, *_ = self.walk_auxiliary(
-            self.auxiliary, torch.cat([batch.labeled, batch.weak]), self.attention, self.stage
-        )
-        return full_resolution(self.student(batch.weak)), full_resolution(
-            split_batch(outputs_a, len(batch.labeled))[1]
-        )
+        images = torch.cat([batch.labeled, batch.weak])
+        walked_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage)
+        unlabeled_a = split_batch(walked_a.outputs, len(batch.labeled))[1]
+        return full_resolution(self.student(batch.weak)), full_resolution(unlabeled_a)
 
     @torch.no_grad()
     def labeled_rows(self, features_v: Tensor, features_a: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +253,7 @@ def _mlp(inputs: int, width: int) -> nn.Sequential:
 
 def _forward_auxiliary(
     network: Any, x: Tensor, attention: nn.Module, stage: int, clean: int | None = None, dropout: float = 0.0
-) -> tuple[Outputs, list[Tensor], list[Tensor]]:
+) -> Walk:
     """As `forward_streams`, with attention behind an encoder stage."""
     return forward_streams(
         network,

@@ -143,7 +143,7 @@ class DiffCL(SemiMethod):
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_streams)
-        self._bank_update: tuple[Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
@@ -159,8 +159,8 @@ class DiffCL(SemiMethod):
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
-        outputs, _, features = self.walk(self.student, images, n, self.config.channel_dropout)
-        labeled_f, unlabeled_f = split_batch(outputs, n)
+        walked = self.walk(self.student, images, n, self.config.channel_dropout)
+        labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
         x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
         if labeled_mask is not None:
@@ -170,7 +170,7 @@ class DiffCL(SemiMethod):
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
         if self.config.weight_contrast > 0:
-            contrast = self.contrast(features[-1], n, onehot, labeled_mask, pseudo_f, certain)
+            contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain)
         else:
             contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
         return {
@@ -192,9 +192,9 @@ class DiffCL(SemiMethod):
         }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
-        if self._bank_update is not None:
-            self.bank.push(*self._bank_update)
-            self._bank_update = None
+        if self.pending is not None:
+            self.bank.push(*self.pending)
+            self.pending = None
 
     def describe(self) -> str:
         return describe_hfm(self.student, self.planned.patch_size)
@@ -250,7 +250,7 @@ class DiffCL(SemiMethod):
             member = member & labeled_mask[:, 0].bool()
         index, valid = sample_members(member.flatten(1), c.bank_per_step)
         with torch.no_grad():
-            self._bank_update = self.projector(gather_voxels(features[:n].detach(), index)), valid
+            self.pending = self.projector(gather_voxels(features[:n].detach(), index)), valid
 
         center, known = self.bank.mean()
         center = F.normalize(center, dim=-1)

@@ -94,4 +94,4 @@ class MCNet(SemiMethod):
 def two_decoders(network: Any, second: nn.Module, x: Tensor) -> tuple[Outputs, Outputs]:
     """Outputs of the planned network and of a second decoder on its encoder's features."""
     skips = encode(network, x)
-    return decode(network, skips)[0], second(skips)
+    return decode(network, skips).outputs, second(skips)

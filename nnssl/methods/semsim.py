@@ -66,8 +66,8 @@ from nnssl.losses.affinity import (
 from nnssl.losses.pseudo_label import confidence_mask
 from nnssl.method import SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
+from nnssl.networks.features import stage_grids
 from nnssl.networks.fusion import SpatialAwareFusion, cut_windows, windows_per_axis
-from nnssl.networks.hf_mamba import stage_grids
 from nnssl.schedules import gaussian_ramp
 
 SCALES = 3  # of the encoder that SFM fuses
@@ -143,18 +143,18 @@ class SemSim(SemiMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         c, n, u = self.config, len(batch.labeled), len(batch.weak)
         with inference(self.student, self.fusion):
-            outputs, skips, _ = self.walk(self.student, batch.weak)
-            p_w, e_w = self.probabilities(full_resolution(outputs)), self.fusion(skips[-SCALES:])
+            weak = self.walk(self.student, batch.weak)
+            p_w, e_w = self.probabilities(full_resolution(weak.outputs)), self.fusion(weak.skips[-SCALES:])
         box_1, box_2 = (
             cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2)
         )
         images = torch.cat([batch.labeled, cutmix(batch.strong[0], box_1), cutmix(batch.strong[1], box_2)])
 
         # x_s2 is not decoded: only its e is looked at
-        outputs, skips, _ = self.walk(self.student, images, n, c.channel_dropout, n + u)
-        labeled, strong = split_batch(outputs, n)
+        walked = self.walk(self.student, images, n, c.channel_dropout, n + u)
+        labeled, strong = split_batch(walked.outputs, n)
         p_s1 = self.probabilities(full_resolution(strong))
-        e_l, e_s1, e_s2 = self.fusion(skips[-SCALES:]).split([n, u, u])
+        e_l, e_s1, e_s2 = self.fusion(walked.skips[-SCALES:]).split([n, u, u])
 
         supervised = self.supervised_loss(labeled, batch.target)
         with torch.autocast(images.device.type, enabled=False):

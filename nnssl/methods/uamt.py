@@ -98,7 +98,8 @@ class UAMT(TeacherMethod):
 
 def disturbed_logits(network: Any, x: Tensor, dropout: float) -> Tensor:
     """Logits (B, K, S) of a planned network whose skips lose channels."""
-    return full_resolution(decode(network, feature_dropout(encode(network, x), dropout))[0])
+    skips = feature_dropout(encode(network, x), dropout)
+    return full_resolution(decode(network, skips).outputs)
 
 
 def normalized_entropy(p: Tensor, labels: LabelSpace) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,19 @@ def feature_dropout(skips: Sequence[Tensor], p: float) -> list[Tensor]:
     return [(F.dropout3d if x.ndim == 5 else F.dropout2d)(x, p) for x in skips]
 
 
+class Walk(NamedTuple):
+    """What a network computed for a batch.
+
+    outputs     as the network's own forward gives them
+    skips       of every encoder stage and all images, finest first: (B, F_s, S_s)
+    features    of every decoder stage, coarsest first: (B, F_s, S_s)
+    """
+
+    outputs: Tensor | list[Tensor]
+    skips: list[Tensor]
+    features: list[Tensor]
+
+
 def forward_streams(
     network: Any,
     images: Tensor,
@@ -32,7 +45,7 @@ def forward_streams(
     dropout: float = 0.0,
     decoded: int | None = None,
     modulate: Callable[[int, Tensor], Tensor] | None = None,
-) -> tuple[Tensor | list[Tensor], list[Tensor], list[Tensor]]:
+) -> Walk:
     """One pass for a clean and a perturbed stream: channel dropout acts on all encoder features behind the
     first `clean` images.
 
@@ -43,10 +56,6 @@ def forward_streams(
         dropout: p of `feature_dropout`.
         decoded: how many images, from the first, go through the decoder; None: all.
         modulate: as in `encode`; dropout acts after it.
-
-    Returns:
-        Outputs as the network's own forward gives them, encoder features of all images (finest first),
-        features of the decoder stages (coarsest first).
     """
     skips = encode(network, images, modulate)
     if dropout > 0 and clean is not None:  # one product per map, no copies of its parts
@@ -54,4 +63,4 @@ def forward_streams(
         factors = feature_dropout([o[clean:] for o in ones], dropout)
         skips = [s * torch.cat([o[:clean], f]) for s, o, f in zip(skips, ones, factors, strict=True)]
     outputs, features = decode(network, [s[:decoded] for s in skips])
-    return outputs, skips, features
+    return Walk(outputs, skips, features)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,33 @@ def encode(network: Any, x: Tensor, modulate: Callable[[int, Tensor], Tensor] | 
     return skips
 
 
-def decode(network: Any, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
-    """Outputs as the network's own forward gives them, and the features of every decoder stage, coarsest
-    first: (B, F_s, S_s)."""
+class Decoded(NamedTuple):
+    """What a decoder computed.
+
+    outputs     as the network's own forward gives them
+    features    of every decoder stage, coarsest first: (B, F_s, S_s)
+    """
+
+    outputs: Tensor | list[Tensor]
+    features: list[Tensor]
+
+
+def decode(network: Any, skips: list[Tensor]) -> Decoded:
+    """The planned decoder on the encoder's skips, finest first."""
     decoder = network.decoder
     x, features = skips[-1], []
     for s in range(len(decoder.stages)):
         x = decoder.stages[s](torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1))
         features.append(x)
     if not decoder.deep_supervision:
-        return decoder.seg_layers[-1](x), features
-    return [layer(f) for layer, f in zip(decoder.seg_layers, features, strict=True)][::-1], features
+        return Decoded(decoder.seg_layers[-1](x), features)
+    outputs = [layer(f) for layer, f in zip(decoder.seg_layers, features, strict=True)]
+    return Decoded(outputs[::-1], features)
+
+
+def stage_grids(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Size of every encoder stage's features for a patch."""
+    grid = tuple(patch_size)
+    for stride in strides:
+        grid = tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))
+        yield grid

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnssl.networks.features import stage_grids
 from nnssl.ssm import Mamba2Mixer
 
 HEAD = 8  # channels that share one memory, at most
@@ -166,14 +167,6 @@ class HighFrequencyMamba(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spacing={self.spacing}, cutoff={self.cutoff}"
-
-
-def stage_grids(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
-    """Size of every encoder stage's features for a patch."""
-    grid = tuple(patch_size)
-    for stride in strides:
-        grid = tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))
-        yield grid
 
 
 def hfm_stage(patch_size: Sequence[int], strides: Sequence[Sequence[int]], max_tokens: int) -> int:

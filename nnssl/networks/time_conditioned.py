@@ -55,4 +55,5 @@ class TimeConditionedUNet(nn.Module):
             )
             return features * (1 + scale) + shift
 
-        return decode(self.network, encode(self.network, torch.cat([image, x_tau], dim=1), modulate))[0]
+        skips = encode(self.network, torch.cat([image, x_tau], dim=1), modulate)
+        return decode(self.network, skips).outputs

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnssl.networks.hf_mamba import stage_grids
+from nnssl.networks.features import stage_grids
 from nnssl.training.memory_format import channels_last
 
 # voxels along the shortest axis up to which a grid is tried; small ones are where it goes wrong, and cost

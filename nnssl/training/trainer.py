@@ -285,6 +285,7 @@ class SemiTrainer(nnUNetTrainer):
         data = SemiBatch.from_loader(batch, self.device)
         weights = self.method.weights(t)
         self.optimizer.zero_grad(set_to_none=True)
+        self.method.before_step(t)
         with self.step.autocast():
             terms = self._forward(data, t)
             if terms.keys() != weights.keys():

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from nnssl.losses.anatomical import dense_anatomical_contrast
 from nnssl.losses.pseudo_label import cross_entropy
+from nnssl.method import full_resolution
 from nnssl.methods.action import ACTION, ACTIONConfig, pool, pool_cells
+from nnssl.networks.dropout import Walk
 from tests.building import Task
 
 SMALL = ACTIONConfig(
@@ -112,19 +114,19 @@ def test_teacher_and_its_projectors_are_moving_averages() -> None:
 
 
 def test_the_teacher_is_reset_once_when_the_third_phase_starts_also_in_a_continued_run() -> None:
-    m, batch = method(), TASK_2D.batch()
+    m = method()
     move_student(m, 0.01)
-    m(batch, 0.3)
+    m.before_step(0.3)
     assert not equal(m.teacher, m.student)
-    m(batch, 0.5)
+    m.before_step(0.5)
     assert equal(m.teacher, m.student)
     move_student(m, 0.01)
-    m(batch, 0.6)
+    m.before_step(0.6)
     assert not equal(m.teacher, m.student)
 
     continued = method()
     continued.load_state_dict(m.state_dict())
-    continued(batch, 0.6)
+    continued.before_step(0.6)
     assert equal(continued.teacher, m.teacher) and not equal(continued.teacher, continued.student)
 
 
@@ -135,12 +137,12 @@ def test_the_pseudo_term_is_the_cross_entropy_of_each_sample_times_its_share_of_
     p = torch.where(certain, 0.99, 0.6)
     p_w = torch.stack([p, 1 - p], 1)
     m.labels = _Fixed(m.labels, p_w)  # type: ignore[assignment]
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Walk] = {}
     walk = m.walk
     m.walk = lambda *a: seen.setdefault("out", walk(*a))  # type: ignore[assignment, arg-type, return-value]
     torch.manual_seed(0)
     value = m(batch, 0.6)["pseudo"]
-    logits = seen["out"][0][0][2:]
+    logits = full_resolution(seen["out"].outputs)[2:]
     # every voxel is class 0, the one class present, so that ClassMix shows the neighbour whole
     share, target = (
         certain.float().mean((1, 2)).roll(1),

@@ -10,6 +10,7 @@ from nnssl.batch import SemiBatch
 from nnssl.losses.consistency import mse_consistency
 from nnssl.losses.pseudo_label import soft_dice_loss
 from nnssl.methods.caml import CAML, CAMLConfig
+from nnssl.networks.dropout import Walk
 from tests.building import Task
 from tests.host_reads import HostReads
 from tests.reference import caml as reference
@@ -39,8 +40,8 @@ def say(
 ) -> None:
     """Let the two networks answer this for all images; weak: on the weak views, where it differs."""
     f = features or tuple(torch.randn(len(z), 4, *z.shape[2:]) for z in (logits_v, logits_a))
-    m.walk = lambda *_: (outputs(logits_v), [], [f[0]])  # type: ignore[method-assign, assignment, misc]
-    m.walk_auxiliary = lambda *_: (outputs(logits_a), [], [f[1]])  # type: ignore[method-assign, assignment, misc]
+    m.walk = lambda *_: Walk(outputs(logits_v), [], [f[0]])  # type: ignore[method-assign, assignment, misc]
+    m.walk_auxiliary = lambda *_: Walk(outputs(logits_a), [], [f[1]])  # type: ignore[method-assign, assignment, misc]
     m.weak_logits = lambda _: weak or (logits_v[2:].detach(), logits_a[2:].detach())  # type: ignore[method-assign]
 
 

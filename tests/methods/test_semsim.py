@@ -151,28 +151,25 @@ def test_where_no_labeled_image_knows_the_expected_class_cross_says_nothing() ->
 def test_only_labeled_and_first_strong_view_are_decoded() -> None:
     task = Task()
     network, images = task.network(), torch.randn(6, 1, *task.patch_size)
-    outputs, skips, features = forward_streams(network, images, decoded=4)
-    assert (
-        [len(o) for o in outputs] == [4, 4]
-        and [len(s) for s in skips] == [6, 6, 6]
-        and [len(f) for f in features] == [4, 4]
-    )
-    torch.testing.assert_close(full_resolution(outputs), network(images)[0][:4])
+    walked = forward_streams(network, images, decoded=4)
+    assert [len(o) for o in walked.outputs] == [4, 4]
+    assert [len(s) for s in walked.skips] == [6, 6, 6]
+    assert [len(f) for f in walked.features] == [4, 4]
+    torch.testing.assert_close(full_resolution(walked.outputs), network(images)[0][:4])
 
 
 def test_channel_dropout_spares_the_labeled_images() -> None:
     task = Task()
     network, images = task.network(), torch.randn(6, 1, *task.patch_size)
     torch.manual_seed(0)
-    (outputs, skips, _), (clean_outputs, clean, _) = (
+    dropped_out, clean = (
         forward_streams(network, images, 2, 0.5, 4),
         forward_streams(network, images, decoded=4),
     )
-    assert torch.equal(outputs[0][:2], clean_outputs[0][:2]) and not torch.equal(
-        outputs[0][2:], clean_outputs[0][2:]
-    )
+    found, wanted = full_resolution(dropped_out.outputs), full_resolution(clean.outputs)
+    assert torch.equal(found[:2], wanted[:2]) and not torch.equal(found[2:], wanted[2:])
     dropped = 0
-    for s, c in zip(skips, clean, strict=True):
+    for s, c in zip(dropped_out.skips, clean.skips, strict=True):
         assert torch.equal(s[:2], c[:2])
         for channel, full in zip(s[2:].flatten(0, 1), c[2:].flatten(0, 1), strict=True):
             dropped += int(not channel.any())

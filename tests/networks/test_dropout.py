@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from nnssl.networks.dropout import feature_dropout
+from nnssl.networks.dropout import Walk, feature_dropout, forward_streams
+from tests.building import Task
 
 
 @pytest.mark.parametrize("size", [(4, 6), (2, 4, 6)])
@@ -38,3 +41,16 @@ def test_gradient_reaches_the_kept_channels_only() -> None:
 def test_an_impossible_probability_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match=r"p must be in \[0, 1\]"):
         feature_dropout([torch.zeros(1, 1, 2, 2)], p)
+
+
+@pytest.mark.parametrize("modulate", [None, lambda s, features: features])
+def test_a_walk_compiles_as_one_graph_and_keeps_its_names(modulate: Any) -> None:
+    task = Task(dim=2)
+    network, images = task.network(), torch.randn(4, 1, *task.patch_size)
+    compiled = torch.compile(forward_streams, backend="eager", fullgraph=True)
+    found = compiled(network, images, 2, 0.0, 3, modulate)
+    wanted = forward_streams(network, images, 2, 0.0, 3, modulate)
+    assert isinstance(found, Walk)
+    for name in Walk._fields:
+        for a, b in zip(getattr(found, name), getattr(wanted, name), strict=True):
+            assert torch.equal(a, b)

@@ -27,6 +27,7 @@ def _worker(rank: int, folder: str, name: str) -> None:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
     for i in range(3):
         batch = task.batch(seed=10 * i + rank)  # each rank its own data
+        method.before_step(0.5)
         terms, weights = wrapped(batch, 0.5), method.weights(0.5)
         optimizer.zero_grad()
         sum(weights[k] * terms[k] for k in terms).backward()
