@@ -3,6 +3,6 @@ from nnssl.trainer import SemiTrainer
 
 
 class nnUNetTrainerFixMatch(SemiTrainer):
-    """FixMatch: hard labels of a weak view teach a strong one (Sohn et al., NeurIPS 2020; UniMatch's CutMix)."""
+    """FixMatch: hard labels of a weak view teach a strong one (Sohn et al., NeurIPS 2020)."""
 
     method_class = FixMatch

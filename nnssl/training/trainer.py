@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from typing import Any, ClassVar
@@ -28,15 +29,25 @@ from nnssl.data.streams import (
 )
 from nnssl.data.unlabeled import unlabeled_folder
 from nnssl.ema import copy_weights
-from nnssl.method import SemiMethod
+from nnssl.labels import LabelSpace
+from nnssl.method import Planned, SemiMethod
 from nnssl.methods import known_methods
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
-from nnssl.training.checkpoint import atomic_save, full_checkpoint, load_training_state
+from nnssl.training.checkpoint import (
+    atomic_save,
+    from_all_ranks,
+    highest,
+    load_method,
+    method_state,
+    own_buffers,
+    restore_buffers,
+    versions,
+)
 from nnssl.training.history import History
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.optimizer_step import OptimizationStep
-from nnssl.training.randomness import restore_rng, seed_everything
-from nnssl.training.task import Trainable, geometry, planned, preprocessed_cases
+from nnssl.training.randomness import restore_rng, rng_state, seed_everything
+from nnssl.training.task import Trainable, geometry, preprocessed_cases
 
 CUDA = torch.device("cuda")
 
@@ -127,7 +138,7 @@ class SemiTrainer(nnUNetTrainer):
                 self.network, self.configuration_manager.patch_size, self.general.channels_last
             )
         self.loss = self._build_loss()
-        self.method = self.method_class(self.network, self.method_config, planned(self)).to(self.device)
+        self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
         if self.general.channels_last:
             use_channels_last(self.method, len(self.configuration_manager.patch_size))
         self.network = self.method.deployed(self.general.deploy)
@@ -152,6 +163,32 @@ class SemiTrainer(nnUNetTrainer):
             self.print_to_log_file(line)
         self.logger.update_config(
             {"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}}
+        )
+
+    def _planned(self) -> Planned:
+        """Everything of the plan that a method may need."""
+        labels = self.label_manager
+        patch_size, spacing = geometry(self.configuration_manager)
+        labeled_cases = self.do_split()[0] if self.method_class.needs_unlabeled else []
+
+        def build(input_channels: int, output_channels: int) -> nn.Module:
+            return nnUNetTrainer.build_network_architecture(
+                self.plans_manager,
+                self.configuration_manager,
+                input_channels,
+                output_channels,
+                self.enable_deep_supervision,
+            )
+
+        return Planned(
+            build_network=build,
+            input_channels=self.num_input_channels,
+            labels=LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label),
+            patch_size=patch_size,
+            spacing=spacing,
+            supervised_loss=self.loss,
+            labeled_cases=tuple(sorted(labeled_cases)),
+            compile=self._do_i_compile(),
         )
 
     def _refuse_unsupported(self) -> None:
@@ -351,7 +388,7 @@ class SemiTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a
         temporary file, then moved."""
-        checkpoint = full_checkpoint(self)  # on every rank: random states are gathered
+        checkpoint = self._checkpoint()  # on every rank: random states are gathered
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -359,12 +396,70 @@ class SemiTrainer(nnUNetTrainer):
         else:
             atomic_save(checkpoint, filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def _checkpoint(self) -> dict[str, Any]:
+        """nnU-Net's keys, and under `nnssl` everything beside them that an exact continuation needs.
+        Collective under DDP."""
+        # nnU-Net saves the latest checkpoint before it compares its epoch with the best
+        best = highest([*self.logger.get_value("ema_fg_dice", None), self._best_ema])
+        return {
+            "network_weights": self.network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": best,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "nnssl": {
+                "method": method_state(self.method, self.network),
+                "rng": from_all_ranks(rng_state()),
+                # under DDP each rank has its own banks
+                "buffers": from_all_ranks({k: v.cpu() for k, v in own_buffers(self.method)})
+                if self.is_ddp
+                else [],
+                "history": self.history.rows,
+                "config": {
+                    "general": dataclasses.asdict(self.general),
+                    "method": dataclasses.asdict(self.method_config),
+                },
+                "versions": versions(),
+            },
+        }
+
+    def load_checkpoint(self, source: dict | str, /) -> None:
+        """Put a checkpoint back, initializing first where needed; random states are restored once the loaders
+        have started. Positional: nnU-Net's own name of the parameter differs between its releases."""
         if not self.was_initialized:
             self.initialize()
-        checkpoint, source = filename_or_checkpoint, "the checkpoint"
-        if isinstance(checkpoint, str):
-            source = checkpoint
-            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
-        load_training_state(self, checkpoint, source)
-        self._resumed = checkpoint["nnssl"]
+        checkpoint: dict = (
+            torch.load(source, map_location=self.device, weights_only=False)
+            if isinstance(source, str)
+            else source
+        )
+        if "nnssl" not in checkpoint:
+            name = source if isinstance(source, str) else "the checkpoint"
+            raise RuntimeError(
+                f"{name} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and "
+                f"banks could not be continued. Start from its weights with -pretrained_weights instead"
+            )
+        state = checkpoint["nnssl"]
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        self.network.load_state_dict(checkpoint["network_weights"])
+        missing, unexpected = load_method(self.method, self.network, state["method"])
+        if missing or unexpected:
+            raise RuntimeError(
+                f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) does "
+                f"not fit this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. Continue "
+                f"with the plans file that the run was started with"
+            )
+        restore_buffers(self.method, state.get("buffers", []))
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.history.rows = list(state["history"])
+        self._resumed = state

@@ -259,7 +259,7 @@ def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path
         "PYTHONPATH": str(blocker),
         "nnUNet_def_n_proc": "1",
     }
-    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     assert (
         b"ModuleNotFoundError"
         in subprocess.run([sys.executable, "-c", "import nnssl"], env=plain, capture_output=True).stderr

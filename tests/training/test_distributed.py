@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from nnssl.training.checkpoint import _own_buffers, from_all_ranks, restore_buffers
+from nnssl.training.checkpoint import from_all_ranks, own_buffers, restore_buffers
 from tests.building import Task
 from tests.test_method_contract import ROWS, Row
 
@@ -33,11 +33,11 @@ def _worker(rank: int, folder: str, name: str) -> None:
         sum(weights[k] * terms[k] for k in terms).backward()
         optimizer.step()
         method.after_step(batch, 0.5)
-    kept = copy.deepcopy(dict(_own_buffers(method)))
+    kept = copy.deepcopy(dict(own_buffers(method)))
     gathered = from_all_ranks(kept)
     method.load_state_dict(gathered[0], strict=False)  # as every rank finds it in rank 0's checkpoint
     restore_buffers(method, gathered)
-    assert all(torch.equal(v, kept[k]) for k, v in _own_buffers(method))
+    assert all(torch.equal(v, kept[k]) for k, v in own_buffers(method))
     torch.save(
         {
             "parameters": [p.detach() for p in method.parameters()],

@@ -26,7 +26,7 @@ from nnssl.training.trainer import SemiTrainer
 from tests.raw_dataset import write_dataset
 from tests.teacher_method import AveragingTrainer
 
-TRAINERS = Path(__file__).resolve().parents[1] / "nnssl_trainers"
+TRAINERS = Path(__file__).resolve().parents[2] / "nnssl_trainers"
 SHORT = {
     "num_epochs": 2,
     "num_iterations_per_epoch": 2,
