@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.batch import SemiBatch, Target
+from nnssl.config import Config
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.labels import LabelSpace
 
@@ -65,7 +66,7 @@ class SemiMethod(nn.Module):
     """
 
     name: ClassVar[str]
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[Config]]
     needs_unlabeled: ClassVar[bool] = True
     num_strong_views: ClassVar[int] = 1
 

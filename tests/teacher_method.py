@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, Share
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.method import SemiMethod, full_resolution, inference
 from nnssl.training.trainer import SemiTrainer
 
 
 @dataclass(frozen=True)
-class AveragingConfig:
-    decay: float = 0.9
+class AveragingConfig(Config):
+    decay: Share = 0.9
 
 
 class Averaging(SemiMethod):

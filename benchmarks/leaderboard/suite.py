@@ -207,7 +207,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     _check_types(suite.plan, PLAN_KEYS, "[plan]")
     for key in ("features_divisor", "batch_size"):
         _check_numbers([suite.plan.get(key, 1)], 1, f"[plan] {key}")
-    build(GeneralConfig, suite.schedule, "schedule")
+    build(GeneralConfig, suite.schedule, "[schedule]")
     _check_types(
         suite.schedule,
         dict.fromkeys(suite.schedule, object),
@@ -234,7 +234,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
             )
         if isinstance(seeds, dict) and method == "supervised_all":
             raise SuiteError("[method.supervised_all] seeds: expected a list, this row has no budget")
-        build(GeneralConfig, own.get("schedule", {}), f"method.{method}.schedule")
+        build(GeneralConfig, own.get("schedule", {}), f"[method.{method}] schedule")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(
                 f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and "

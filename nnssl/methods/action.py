@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 from nnssl.banks import EmbeddingBank, case_numbers
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, Count, Few, NonNegative, Share, Temperature, Width
 from nnssl.data.mixing import classmix_mask, cutmix
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
@@ -62,66 +63,38 @@ from nnssl.sampling import gather_interpolated
 
 
 @dataclass(frozen=True)
-class ACTIONConfig:
-    phase_fractions: tuple[float, ...] = (
-        0.25,
-        0.25,
-        0.5,
-    )  # of the training (100, 100 and 200 epochs); 0 leaves a phase out
-    weight_global: float = 1.0  # of L_g
-    weight_local: float = 1.0  # of L_l
-    weight_pseudo: float = 1.0  # of L_u
-    weight_anatomical: float = 0.01  # lambda_a
-    ema_decay: float = 0.99  # of the teacher and its projectors
-    temperature_student: float = 0.1  # T_s
-    temperature_teacher: float = 0.01  # T_t
-    bank_images: int = 36  # images per bank
-    crops_per_axis: int = 2  # of the grid of L_l (ours)
-    embedding: int = 128  # width of s, z and of the representation
-    classmix_probability: float = 0.5  # of ClassMix in x_m (ours; published: always)
-    channel_dropout: float = 0.5  # of f's encoder features of x_m in phase 3 (ours)
-    threshold_pseudo: float = 0.97  # voxels above it make the weight w of L_u
-    threshold_contrast: float = 0.7  # unlabeled voxels above it have a class in L_a
-    threshold_hard: float = 0.97  # voxels whose class f gives less are hard
-    num_queries: int = 256  # hard voxels per class, drawn with replacement
-    num_negatives: int = 512  # per query
-    candidates: int = 4096  # voxels per class that negatives and class means come from (ours)
-    temperature: float = 0.5  # of L_a and of the choice of negative classes
+class ACTIONConfig(Config):
+    # shares of the training that the phases take, with sum 1; 0 leaves a phase out (100, 100 and 200 epochs)
+    phase_fractions: tuple[Share, Share, Share] = (0.25, 0.25, 0.5)
+    weight_global: NonNegative = 1.0  # weight of L_g (ACTION)
+    weight_local: NonNegative = 1.0  # weight of L_l (ACTION)
+    weight_pseudo: NonNegative = 1.0  # weight of L_u (ACTION)
+    weight_anatomical: NonNegative = 0.01  # lambda_a: weight of L_a (ACTION)
+    ema_decay: Share = 0.99  # decay of the teacher and its projectors (ACTION)
+    temperature_student: Temperature = 0.1  # T_s: temperature of the student's similarities (ACTION)
+    temperature_teacher: Temperature = 0.01  # T_t: temperature of the teacher's similarities (ACTION)
+    bank_images: Count = 36  # images whose embeddings a bank holds (ACTION)
+    crops_per_axis: Few = 2  # cells per axis of the grid of L_l (ours)
+    embedding: Width = 128  # width of s, z and of the representation of L_a (ACTION)
+    classmix_probability: Share = 0.5  # probability of ClassMix in a sample of x_m (ours; published: always)
+    channel_dropout: Share = 0.5  # share of channels that f's encoder features of x_m lose in phase 3 (ours)
+    threshold_pseudo: Share = 0.97  # confidence above which a voxel counts towards w of L_u (ACTION)
+    threshold_contrast: Share = 0.7  # confidence above which an unlabeled voxel has a class in L_a (ACTION)
+    threshold_hard: Share = 0.97  # probability of its own class below which a voxel is hard (ACTION)
+    num_queries: Count = 256  # hard voxels per class, drawn with replacement (ACTION)
+    num_negatives: Count = 512  # negatives per hard voxel (ACTION)
+    candidates: Count = 4096  # voxels per class that class means and negatives come from (ours)
+    temperature: Temperature = 0.5  # temperature of L_a and of the choice of negative classes (ACTION)
 
-    def __post_init__(self) -> None:
-        fractions = self.phase_fractions
-        if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-            raise ValueError(
-                f"phase_fractions must be three numbers of at least 0 with sum 1, found {list(fractions)}"
-            )
+    def check(self) -> None:
+        fractions = list(self.phase_fractions)
+        if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+            raise ValueError(f"phase_fractions must be shares with sum 1, found {fractions}")
         if self.weight_global == 0 and fractions[0] > 0:
             raise ValueError(
                 f"weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions "
-                f"{list(fractions)} to 0 too"
+                f"{fractions} to 0, too"
             )
-        for name in (
-            "bank_images",
-            "crops_per_axis",
-            "embedding",
-            "num_queries",
-            "num_negatives",
-            "candidates",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("temperature_student", "temperature_teacher", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in (
-            "ema_decay",
-            "classmix_probability",
-            "channel_dropout",
-            "threshold_pseudo",
-            "threshold_contrast",
-            "threshold_hard",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
 class Distillation(nn.Module):

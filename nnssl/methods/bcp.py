@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.ema import ema_update
 from nnssl.losses.pseudo_label import cross_entropy_dice
@@ -35,18 +36,12 @@ from nnssl.method import TeacherMethod, full_resolution
 
 
 @dataclass(frozen=True)
-class BCPConfig:
-    weight_pseudo: float = 0.5  # alpha
-    box_edge: float = 2 / 3  # beta: edge of M, as a share of the patch's
-    pretrain_fraction: float = (
-        2 / 17
-    )  # t_pre: share of training on labeled patches alone (2k of 17k steps on the left atrium)
-    ema_decay: float = 0.99  # of the teacher
-
-    def __post_init__(self) -> None:
-        for name in ("box_edge", "pretrain_fraction", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+class BCPConfig(Config):
+    weight_pseudo: NonNegative = 0.5  # alpha: weight of the voxels from unlabeled patches (BCP)
+    box_edge: Share = 2 / 3  # beta: edge of the box M, as a share of the patch's edge (BCP)
+    # t_pre: share of the training on labeled patches alone (BCP: 2k of 17k steps on the left atrium)
+    pretrain_fraction: Share = 2 / 17
+    ema_decay: Share = 0.99  # decay of the teacher (BCP)
 
 
 class BCP(TeacherMethod):

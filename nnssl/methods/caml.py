@@ -51,6 +51,18 @@ from torch import Tensor, nn
 
 from nnssl.banks import CaseBank
 from nnssl.batch import SemiBatch
+from nnssl.config import (
+    Config,
+    Count,
+    Few,
+    NonNegative,
+    PositiveShare,
+    Ratio,
+    Share,
+    Temperature,
+    Voxels,
+    Width,
+)
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import omni_correlation
@@ -65,44 +77,29 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class CAMLConfig:
-    weight_supervised: float = (
-        1.0  # of each network's L_sup; this, lambda_c and lambda_o: twice the published (ours)
-    )
-    weight_consistency: float = 2.0  # lambda_c
-    weight_dice: float = 0.5  # lambda_d (ours)
-    weight_correlation: float = 0.1  # lambda_o
-    ramp_fraction: float = (
-        0.4  # share of training over which r rises; theirs with 4 labeled cases (0.2 with 8, 0.15 with 16)
-    )
-    channel_dropout: float = (
-        0.5  # of both networks' encoder features of x_s (the papers' V-Nets drop channels too)
-    )
-    cutmix_probability: float = 0.5  # of a box from the neighbouring sample in x_s (ours)
-    sharpening: float = 0.1  # T
-    temperature: float = 0.1  # T_o
-    embedding: int = 64  # width of projections and q
-    rows: int = 256  # per class, drawn from the bank in a step; as many are kept per case and class (ours)
-    queries: int = 12_800  # voxels i per class, at most
-    # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of theirs)
-    query_share: float = 0.05
-    attention_heads: int = 4  # of CMA; where the stage's width is no multiple, their greatest common divisor
-    mlp_ratio: float = 4.0  # of CMA
-    # voxels of the second-deepest stage above which CMA stands behind the deepest (ours: shallow plans)
-    attention_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        for name in ("embedding", "rows", "queries", "attention_heads", "attention_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("channel_dropout", "cutmix_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
-        for name in ("sharpening", "temperature", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        if not 0 < self.query_share <= 1:
-            raise ValueError(f"query_share must be in (0, 1], found {self.query_share}")
+class CAMLConfig(Config):
+    weight_supervised: NonNegative = 1.0  # weight of each network's L_sup (ours: twice the published)
+    weight_consistency: NonNegative = 2.0  # lambda_c: weight of L_c (ours: twice the published)
+    weight_dice: NonNegative = 0.5  # lambda_d: weight of L_d (ours)
+    weight_correlation: NonNegative = 0.1  # lambda_o: weight of L_o (ours: twice the published)
+    # share of the training over which r rises (CAML with 4 labeled cases; 0.2 with 8, 0.15 with 16)
+    ramp_fraction: Share = 0.4
+    # share of channels that both encoders' features of x_s lose (ours; the papers' V-Nets drop channels, too)
+    channel_dropout: Share = 0.5
+    cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
+    sharpening: Temperature = 0.1  # T: temperature of the sharpening (CAML)
+    temperature: Temperature = 0.1  # T_o: temperature of L_o (CAML)
+    embedding: Width = 64  # width of the projections and of q (CAML)
+    # rows per class drawn from the bank in a step, and kept per case and class (ours)
+    rows: Count = 256
+    queries: Count = 12_800  # voxels i per class, at most (CAML)
+    # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of CAML's)
+    query_share: PositiveShare = 0.05
+    # heads of CMA (CAML); where its stage's width is no multiple, their greatest common divisor
+    attention_heads: Few = 4
+    mlp_ratio: Ratio = 4.0  # hidden width of CMA's MLP over its width (CAML)
+    # voxels of the second-deepest stage above which CMA stands behind the deepest (ours, for shallow plans)
+    attention_tokens: Voxels = 2048
 
 
 class CAML(SemiMethod):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import cross_entropy_dice
 from nnssl.method import SemiMethod, full_resolution, inference, split_batch
@@ -31,17 +32,11 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class CPSConfig:
-    weight_pseudo: float = (
-        0.5  # lambda_max (ours; 1.5 on VOC and 6 on Cityscapes, 0.1 with a ramp in medical code)
-    )
-    cutmix_probability: float = 0.5  # of a box per sample (ours)
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours)
-
-    def __post_init__(self) -> None:
-        for name in ("cutmix_probability", "ramp_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+class CPSConfig(Config):
+    # lambda_max: largest weight of L_p, L_p' (ours; CPS: 1.5 on VOC, 6 on Cityscapes; medical code: 0.1)
+    weight_pseudo: NonNegative = 0.5
+    cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample (ours)
+    ramp_fraction: Share = 0.4  # share of the training over which lambda rises (ours)
 
 
 class CPS(SemiMethod):

@@ -36,7 +36,7 @@ are marked ours below.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,18 @@ from torch import Tensor, nn
 
 from nnssl.banks import ClassBank
 from nnssl.batch import SemiBatch
+from nnssl.config import (
+    Config,
+    Count,
+    NonNegative,
+    OpenShare,
+    PositiveShare,
+    Range,
+    Share,
+    Temperature,
+    Voxels,
+    Width,
+)
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.losses.contrastive import info_nce
@@ -58,60 +70,46 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class DiffCLConfig:
-    weight_pseudo: float = 1.0  # maximum of mu1 = mu2 (ours)
-    weight_contrast: float = 0.01  # eta (ours; at 0.1 the contrast moves f as much as L_sup does)
-    threshold: float = 0.95  # pseudo-labels count where their source is so certain (ours)
-    channel_dropout: float = 0.5  # of f's encoder features in the strong view (UniMatch)
-    cutmix_probability: float = 0.5  # of a box from the neighbouring sample in the strong view (ours)
-    ramp_fraction: float = 0.4  # t_ramp: share of training over which mu rises (ours; CAML's share)
-    diffusion_steps: int = 1000  # T
-    ddim_steps: int = (
-        2  # S (ours: 1, 2, 4 and 10 give labels of 83.9, 83.8, 83.6 and 83.4 Dice, benchmarks/quality)
-    )
-    # (tau_0 + 1) / T: sampling starts from p_f with so much noise; 1: from pure noise, as published (ours)
-    sampling_start: float = 0.25
-    embedding: int = 64  # E, width of q (ours)
-    bank_size: int = 1024  # labeled embeddings per class (ours)
-    bank_per_step: int = 64  # of which so many are renewed in a step (ours)
-    candidates: int = 4096  # unlabeled voxels per class that similarities are looked at (ours)
-    positive_fraction: float = 0.05  # most similar share of a class's voxels (ours)
-    num_positives: int = 256  # per class, at most (ours)
-    num_negatives: int = 512  # per class, at most (ours)
-    temperature: float = 0.1  # of InfoNCE
-    hfm_stages: int = 1  # encoder stages with an HFM; 0: none
-    hfm_max_tokens: int = 32_768  # the first stage with at most so many voxels in a patch gets it
-    hfm_cutoff: float = 0.25  # of Nyquist along the finest axis: lower frequencies are removed (ours)
-    hfm_state: int = 16  # Mamba's state per channel
+class DiffCLConfig(Config):
+    weight_pseudo: NonNegative = 1.0  # largest mu, of both networks (ours)
+    # eta: weight of L_cl beside L_p (ours; at 0.1 the contrast moves f as much as L_sup does)
+    weight_contrast: NonNegative = 0.01
+    threshold: Share = 0.95  # confidence of p_f above which a pseudo-label counts (ours)
+    # share of channels that f's encoder features of x_s lose (UniMatch)
+    channel_dropout: Share = 0.5
+    cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
+    ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
+    diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
+    # S: sampling steps (ours; 1, 2, 4, 10 give labels of 83.9, 83.8, 83.6, 83.4 Dice: benchmarks/quality)
+    ddim_steps: Count = 2
+    # (tau_0 + 1) / T: noise on p_f that sampling starts from (ours; 1: pure noise, as published)
+    sampling_start: PositiveShare = 0.25
+    embedding: Width = 64  # E: width of q (ours)
+    bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
+    bank_per_step: Count = 64  # of these, as many are renewed in a step (ours)
+    candidates: Count = 4096  # unlabeled voxels per class whose similarities are computed (ours)
+    # share of a class's voxels, the most similar ones, that positives are drawn from (ours)
+    positive_fraction: PositiveShare = 0.05
+    num_positives: Count = 256  # positives per class, at most (ours)
+    num_negatives: Count = 512  # negatives per class, at most (ours)
+    temperature: Temperature = 0.1  # temperature of L_cl (Diff-CL)
+    hfm_stages: Annotated[int, Range(0, 64)] = 1  # encoder stages with an HFM; 0: none (Diff-CL)
+    # the first stage with at most this many voxels in a patch gets an HFM (ours)
+    hfm_max_tokens: Voxels = 32_768
+    # share of Nyquist along the finest axis below which frequencies are removed (ours)
+    hfm_cutoff: OpenShare = 0.25
+    hfm_state: Width = 16  # state per channel of Mamba (Mamba)
 
-    def __post_init__(self) -> None:
-        for name in (
-            "diffusion_steps",
-            "ddim_steps",
-            "embedding",
-            "bank_size",
-            "bank_per_step",
-            "candidates",
-            "num_positives",
-            "num_negatives",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not self.ddim_steps <= self.sampling_start * self.diffusion_steps <= self.diffusion_steps:
+    def check(self) -> None:
+        if self.ddim_steps > self.sampling_start * self.diffusion_steps:
             raise ValueError(
-                f"ddim_steps must be at most sampling_start * diffusion_steps, and sampling_start at most "
-                f"1; found {self.ddim_steps}, "
+                f"ddim_steps must be at most sampling_start * diffusion_steps, found {self.ddim_steps}, "
                 f"{self.sampling_start} and {self.diffusion_steps}"
             )
         if self.bank_per_step > self.bank_size:
             raise ValueError(
                 f"bank_per_step must not exceed bank_size {self.bank_size}, found {self.bank_per_step}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
-        for name in ("threshold", "channel_dropout", "cutmix_probability", "positive_fraction", "hfm_cutoff"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
 class DiffCL(SemiMethod):

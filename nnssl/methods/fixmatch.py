@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.method import TeacherMethod, full_resolution, split_batch
@@ -32,19 +33,13 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class FixMatchConfig:
-    weight_pseudo: float = 0.5  # lambda_max (UniMatch's share of the unlabeled loss)
-    threshold: float = 0.9  # T (ours; 0.95 in both papers)
-    cutmix_probability: float = 0.5  # of a box per sample (UniMatch)
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours; CAML's share)
-    ema_decay: float = (
-        0.0  # of the teacher; 0: the student itself gives the labels, as published; 0.99: Mean Teacher's
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("threshold", "cutmix_probability", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+class FixMatchConfig(Config):
+    weight_pseudo: NonNegative = 0.5  # lambda_max: largest weight of L_u (UniMatch)
+    threshold: Share = 0.9  # T: confidence above which a pseudo-label counts (ours; both papers: 0.95)
+    cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample (UniMatch)
+    ramp_fraction: Share = 0.4  # share of the training over which lambda rises (ours, as in CAML)
+    # decay of the teacher (0, as published: the student labels for itself; Mean Teacher: 0.99)
+    ema_decay: Share = 0.0
 
 
 class FixMatch(TeacherMethod):

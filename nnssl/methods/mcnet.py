@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share, Temperature
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
 from nnssl.networks.features import decode, encode
@@ -34,19 +35,12 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class MCNetConfig:
-    weight_supervised: float = (
-        1.0  # beta, of each decoder's L_sup; this and the next: twice the public code's (ours)
-    )
-    weight_consistency: float = 2.0  # lambda_max
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (the public code: 6k of 15k steps)
-    temperature: float = 0.1  # T of the sharpening
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
-        if not 0 <= self.ramp_fraction <= 1:
-            raise ValueError(f"ramp_fraction must be in [0, 1], found {self.ramp_fraction}")
+class MCNetConfig(Config):
+    weight_supervised: NonNegative = 1.0  # beta: weight of each decoder's L_sup (ours; the public code: 0.5)
+    weight_consistency: NonNegative = 2.0  # lambda_max: largest weight of L_mc (ours; the public code: 1)
+    # share of the training over which lambda rises (the public code: 6k of 15k steps)
+    ramp_fraction: Share = 0.4
+    temperature: Temperature = 0.1  # T: temperature of the sharpening (MC-Net)
 
 
 class MCNet(SemiMethod):

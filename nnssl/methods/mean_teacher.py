@@ -22,23 +22,19 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share
 from nnssl.losses.consistency import mse_consistency
 from nnssl.method import TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class MeanTeacherConfig:
-    weight_consistency: float = 0.1  # lambda_max (as UA-MT compares with; 100 for the paper's image classes)
-    ramp_fraction: float = (
-        0.4  # share of training over which lambda rises (ours; the paper: 40k of 150k steps)
-    )
-    ema_decay: float = 0.99  # alpha of the teacher (the paper's in the ramp)
-
-    def __post_init__(self) -> None:
-        for name in ("ramp_fraction", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+class MeanTeacherConfig(Config):
+    # lambda_max: largest weight of L_con (from UA-MT's comparison; the paper: 100, for image classes)
+    weight_consistency: NonNegative = 0.1
+    # share of the training over which lambda rises (ours; the paper: 40k of 150k steps)
+    ramp_fraction: Share = 0.4
+    ema_decay: Share = 0.99  # alpha: decay of the teacher (the paper's during its ramp)
 
 
 class MeanTeacher(TeacherMethod):

@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, Few, NonNegative, Ratio, Share, Temperature, Voxels, Width
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.affinity import (
     agreement,
@@ -74,41 +75,32 @@ SCALES = 3  # of the encoder that SFM fuses
 
 
 @dataclass(frozen=True)
-class SemSimConfig:
-    weight_supervised: float = 1.0  # this and the next three: twice the published (ours)
-    weight_pseudo: float = 0.5  # of L_u
-    weight_intra: float = 0.25
-    weight_cross: float = 0.25
-    ramp_fraction: float = 0.4  # share of training over which lambda rises (ours); 0: no ramp, as published
-    threshold: float = 0.95  # T
-    cutmix_probability: float = 0.5  # of a box per sample and view (UniMatch)
-    channel_dropout: float = 0.5  # of the strong views' encoder features
-    width: int = 128  # D
-    windows: int = 4  # of SFM per axis (ours)
-    heads: int = 4  # of SFM's attention (ours)
-    mlp_ratio: float = 2.0  # hidden width of SFM's MLP / D (ours)
-    max_tokens: int = 4096  # voxels of a scale of SFM and of e, at most (ours)
-    scale: float = 20.0  # s, of the cosines within an image (1 in the paper: dead)
-    regions_2d: int = 4  # N, sub-regions per axis
-    regions_3d: int = 2  # the same in 3D (ours: random patches have fewer places in common than slices)
-    temperature: float = 0.1  # of the cosines across images (1 in the paper: dead)
-    r: float = 10.0  # of the uncertainty weight (1000 in the paper, without temperature)
+class SemSimConfig(Config):
+    weight_supervised: NonNegative = 1.0  # weight of L_sup (ours: twice the published)
+    weight_pseudo: NonNegative = 0.5  # weight of L_u (ours: twice the published)
+    weight_intra: NonNegative = 0.25  # weight of L_intra (ours: twice the published)
+    weight_cross: NonNegative = 0.25  # weight of L_cross (ours: twice the published)
+    # share of the training over which lambda rises (ours; 0: no ramp, as published)
+    ramp_fraction: Share = 0.4
+    threshold: Share = 0.95  # T: confidence above which a voxel is certain (SemSim)
+    cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of a strong view (UniMatch)
+    channel_dropout: Share = 0.5  # share of channels that the strong views' encoder features lose (SemSim)
+    width: Width = 128  # D: width of SFM and of e (SemSim)
+    windows: Few = 4  # windows of SFM per axis (ours)
+    heads: Few = 4  # heads of SFM's attention; width is a multiple of them (ours)
+    mlp_ratio: Ratio = 2.0  # hidden width of SFM's MLP over D (ours)
+    max_tokens: Voxels = 4096  # voxels of a scale of SFM and of e, at most (ours)
+    scale: NonNegative = 20.0  # s: factor of the cosines within an image (ours; the paper's 1 has no effect)
+    regions_2d: Few = 4  # N: sub-regions per axis in 2D (SemSim)
+    # N: sub-regions per axis in 3D (ours: random patches share fewer places than slices)
+    regions_3d: Few = 2
+    # temperature of the cosines across images (ours; the paper's 1 has no effect)
+    temperature: Temperature = 0.1
+    r: NonNegative = 10.0  # r: strength of the uncertainty weight (ours; the paper: 1000)
 
-    def __post_init__(self) -> None:
-        for name in ("width", "windows", "heads", "max_tokens", "regions_2d", "regions_3d"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+    def check(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}, found {self.width}")
-        for name in ("temperature", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("weight_supervised", "weight_pseudo", "weight_intra", "weight_cross", "scale", "r"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        for name in ("threshold", "cutmix_probability", "channel_dropout", "ramp_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
 
 
 class SemSim(SemiMethod):

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config
 from nnssl.method import SemiMethod
 
 
 @dataclass(frozen=True)
-class SupervisedConfig:
-    """Nothing to set: the general keys are all."""
+class SupervisedConfig(Config):
+    """No keys of its own."""
 
 
 class Supervised(SemiMethod):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
+from nnssl.config import Config, Few, NonNegative, Share
 from nnssl.labels import LabelSpace
 from nnssl.losses.consistency import mse_consistency
 from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
@@ -36,23 +37,16 @@ from nnssl.schedules import gaussian_ramp
 
 
 @dataclass(frozen=True)
-class UAMTConfig:
-    weight_consistency: float = 0.1  # lambda_max
-    ramp_fraction: float = 1.0  # share of training over which lambda rises (all of it, as published)
-    passes: int = 8  # T
-    noise: float = 0.1  # standard deviation of the noise on x_w, cut off at twice that (the public code's)
-    dropout: float = 0.2  # of the skips' channels (ours; the paper: 0.5 in two stages, student too)
-    threshold: float = 0.75  # H(0)
-    ema_decay: float = 0.99  # alpha of the teacher
-
-    def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, found {self.passes}")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, found {self.noise}")
-        for name in ("ramp_fraction", "dropout", "threshold", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {getattr(self, name)}")
+class UAMTConfig(Config):
+    weight_consistency: NonNegative = 0.1  # lambda_max: largest weight of L_con (UA-MT)
+    ramp_fraction: Share = 1.0  # share of the training over which lambda rises (UA-MT: all of it)
+    passes: Few = 8  # T: passes of the teacher that the uncertainty is estimated from (UA-MT)
+    # standard deviation of the noise on x_w, which is cut off at twice that (the public code)
+    noise: NonNegative = 0.1
+    # share of the skips' channels that a pass drops (ours; the paper: 0.5 in two stages, and the student's)
+    dropout: Share = 0.2
+    threshold: Share = 0.75  # H(0): share of the largest entropy below which a voxel is certain (UA-MT)
+    ema_decay: Share = 0.99  # alpha: decay of the teacher (UA-MT)
 
 
 class UAMT(TeacherMethod):

@@ -88,9 +88,9 @@ class SemiTrainer(nnUNetTrainer):
 
     @classmethod
     def _configs(cls, plans: dict) -> tuple[Any, Any]:
-        return resolve(
-            plans.get("nnssl", {}), cls.method_class.name, cls.method_class.config_class, known_methods()
-        )
+        method = cls.method_class
+        source = f"the plans file {plans['plans_name']} of {plans['dataset_name']}"
+        return resolve(plans.get("nnssl", {}), method.name, method.config_class, known_methods(), source)
 
     @classmethod
     def build_network_architecture(  # type: ignore[override]

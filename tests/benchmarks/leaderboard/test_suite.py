@@ -123,7 +123,7 @@ def test_options_of_one_method_leave_the_fingerprints_of_the_others(tmp_path: Pa
         ("Dataset900_Phantoms", "Phantoms", "dataset must be named like"),
         ("validation = 2", 'validation = 2\ndevice = "tpu"', "device must be cpu or cuda"),
         ("num_epochs = 4", "epochs = 4", 'unknown key "epochs"'),
-        ("num_epochs = 4", 'num_epochs = "4"', 'num_epochs" .* must be int'),
+        ("num_epochs = 4", 'num_epochs = "4"', r"\[schedule\]: num_epochs must be a whole number"),
         ("num_epochs = 4\n", "", "num_epochs missing"),
         ("num_epochs = 4", "num_epochs = 1", "self-training halves it"),
         (
