@@ -32,9 +32,8 @@ def anatomical_contrast(
         -log( exp(cos(q_ki, c_k) / T) / ( exp(cos(q_ki, c_k) / T) + sum_{n=1}^M exp(cos(q_ki, e_n) / T) ) )
 
     c_k: class mean. Queries are drawn with replacement, and so are the M negatives e_n of every query: a
-        class j != k with probability
-    softmax_j(cos(c_k, c_j) / T), then a voxel of j. Keys carry no gradient. A present class without hard
-    voxels adds 0; fewer than two present classes give a differentiable 0.
+    class j != k with probability softmax_j(cos(c_k, c_j) / T), then a voxel of j. Keys carry no gradient. A
+    present class without hard voxels adds 0; fewer than two present classes give a differentiable 0.
 
     Args:
         embed: voxel indices (...) -> embeddings (..., E), differentiable.

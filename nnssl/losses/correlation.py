@@ -30,12 +30,11 @@ def omni_correlation(
 ) -> Tensor:
     """Cross-entropy between the correlations of two networks' voxel embeddings with the rows of a bank.
 
-        c_v = softmax_j(q_v . r_j / T),  c_a = softmax_j(q_a . r_j / T)          raw dot products, over all
-        rows of all classes
+        c_v = softmax_j(q_v . r_j / T),  c_a = softmax_j(q_a . r_j / T)
         L   = - mean_i sum_j c_a,ij log c_v,ij
 
-    Gradient into both queries, none into the rows. Without a valid query or row the result is a
-    differentiable 0.
+    Raw dot products, softmax over all rows of all classes. Gradient into both queries, none into the rows.
+    Without a valid query or row the result is a differentiable 0.
 
     Args:
         query_v, query_a: (N, E), the same voxels in both networks. query_valid: (N,) bool.

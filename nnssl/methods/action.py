@@ -1,40 +1,34 @@
 """ACTION: anatomical-aware contrastive distillation in three phases (You et al., IPMI 2023).
 
-    phase 1, encoder, unlabeled only   L = L_g
-    phase 2, encoder and decoder       L = L_sup + L_g + L_l
-    phase 3                            L = L_sup + L_u + lambda_a L_a
+    phase 1, encoder, unlabeled patches alone   L = L_g
+    phase 2, encoder and decoder                L = L_sup + L_g + L_l
+    phase 3                                     L = L_sup + L_u + lambda_a L_a
+
     L_sup = nnU-Net's loss of f(x_l) against y_l
-    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ), s of x_s and z of x_w, over the rows
-          m_j of a bank
+    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ) over the rows m_j of a bank
     L_l   = the same on crops of the decoder's features, labeled and unlabeled
-    L_u   = w CE of f(x_m) against harden p_m;  w = share of the voxels of p_m above 0.97
-    L_a   = hard voxels of f against class means and class-aware negatives (`anatomical_contrast`)
+    L_u   = w CE of f(x_m) against harden p_m
+    L_a   = hard voxels of f against class means, with class-aware negatives (`anatomical_contrast`)
 
 f          student, the planned network; deployed
-f_ema      teacher: exponential moving average of f; set to f at the start of phase 3; may be deployed
-    ("deploy": "teacher")
+f_ema      teacher: exponential moving average of f, set to f at the start of phase 3; no gradient; may be
+           deployed instead ("deploy": "teacher")
 x_w, x_s   weak and strong view of the same unlabeled patch, voxels in correspondence
 x_m, p_m   x_s and probabilities f_ema(x_w), both with the same ClassMix in half of the samples
+w          share of the voxels of p_m above 0.97
 s, z       unit embeddings of pooled features: predictor(projector(f)) and projector_ema(f_ema)
 m_j        z of earlier patches of other cases; the 36 images seen last
 
-Adaptations to nnU-Net (ours): the planned 2D or 3D network; one learning rate schedule over the whole run.
-nnU-Net's instance norm nearly fixes the mean of a feature map, so bottlenecks are pooled by mean and maximum.
-In short runs L_g collapses (all embeddings the same within two epochs) and then does nothing; cosines around
-the bank's mean keep it alive (the bottleneck then tells 92 instead of 74 % of 50 left-atrium patches from the
-others, across views, after 200 steps), but cost 1.4 Dice there after 2,000, and 2.4 where they acted in phase
-1 with full and in phase 2 with a tenth of their weight, so similarities are as published. ClassMix, published
-for every sample, is left out
-of half of them: with few classes its objects end where they were cut, and no sample would look like a scan
-    (left atrium: Dice 85.0 with it
-everywhere, 85.6 in half, one seed); the encoder features of x_m lose channels, as the planned networks have
-no dropout layers. Crops are the cells of a regular grid on the last decoder stage. Of a labeled image there
-is one view, nnU-Net's augmented patch: student and teacher see the same. The representation behind L_a is one
-linear map of all decoder stages, up-sampled (published: a 3x3 and a 1x1 convolution without nonlinearity
-between them); being linear it is evaluated at the sampled voxels alone: class means are those of random
-candidates of
-the class, and the negatives of all queries come from these candidates. Regions: a voxel counts for the last
-region that contains it. Ignored voxels are in no class and carry no loss.
+Differs from the paper:
+- One learning rate schedule over the whole run: nnU-Net has one.
+- Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
+- ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
+- The encoder features of x_m lose channels: planned networks have no dropout layers.
+- Crops are the cells of a regular grid on the last decoder stage: as many in any plan, from one pooling.
+- One view of a labeled patch, the same for student and teacher: nnU-Net's augmentation gives one.
+- The representation behind L_a is one linear map of all up-sampled decoder stages, so that it is evaluated at
+  sampled voxels alone. Class means and negatives come from random candidates of each class.
+- A voxel of several regions counts for the last. Ignored voxels are in no class and carry no loss.
 """
 
 from __future__ import annotations

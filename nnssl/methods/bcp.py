@@ -1,22 +1,24 @@
 """BCP: bidirectional copy-paste (Bai et al., CVPR 2023).
 
-    x_in  = M x_u + (1 - M) x_l,     x_out = M x_l' + (1 - M) x_u'            box M: 2/3 of every edge,
-          anywhere in the patch
+    x_in  = M x_u + (1 - M) x_l,     x_out = M x_l' + (1 - M) x_u'
     L     = l(f(x_in, x_out); y_l) over what came from labeled patches
-          + alpha l(f(x_in, x_out); y_u) over what came from unlabeled patches,        y_u = harden f_ema(x_w)
+          + alpha l(f(x_in, x_out); y_u) over what came from unlabeled patches,     y_u = harden f_ema(x_w)
     l     = CE + Dice over the stated voxels, full resolution
     before t = t_pre:  L = L_sup(f(x), y),  x and y copy-pasted within the labeled batch
 
 f         student, the planned network; deployed
 f_ema     teacher: exponential moving average of f, a copy of f until t_pre; no gradient; may be deployed
-    instead ("deploy": "teacher")
-x_w, x_u  weak and strong view of the same unlabeled patch, voxels in correspondence; x_l', x_u': another
-          pairing of the same batches
+          instead ("deploy": "teacher")
+x_w, x_u  weak and strong view of the same unlabeled patch, voxels in correspondence
+x_l', x_u'  another pairing of the same batches
+M         box with 2/3 of every edge, anywhere in the patch
 
-Differs from the paper (ours): the pasted image is the strong view, as labeled patches carry nnU-Net's
-intensity transforms too; a box per sample; Dice and CE of both directions in one sum; one run and one
-schedule, without a return to the best pretrained checkpoint; all components of pseudo-labels stay, not the
-largest only. nnU-Net's own loss knows no mask: coarse outputs are trained until t_pre, then rest.
+Differs from the paper:
+- The strong view is pasted: labeled patches carry nnU-Net's intensity transforms, too.
+- A box per sample, and both directions in one sum: more boxes per step at the same cost.
+- One run and one schedule, without a return to the best pretrained checkpoint: nnU-Net has one.
+- All components of pseudo-labels stay, not only the largest: structures may have several.
+- Coarse outputs are trained until t_pre, then rest: nnU-Net's own loss knows no mask.
 """
 
 from __future__ import annotations

@@ -1,42 +1,38 @@
 """CAML: correlation-aware mutual learning of two networks (Gao et al., MICCAI 2023).
 
     L   = L_sup(v) + L_sup(a) + r(t) (lambda_c L_c + lambda_d L_d + lambda_o L_o)
-    L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)               on x_l and x_s; sharpen p = p^(1/T) /
-    sum_c p_c^(1/T) L_d = dice(p_v, sharpen p'_a) + dice(p_a, sharpen p'_v)             on x_s; soft Dice loss
-    over the batch L_o = - mean_i sum_j c_a,ij log c_v,ij                              over voxels i of x_s,
-    rows j of the bank
-    c   = softmax_j(q_i . m_j / T_o),  q = predictor(projector(features of the last decoder stage))
+    L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)          on x_l and x_s
+    L_d = dice(p_v, sharpen p'_a) + dice(p_a, sharpen p'_v)        on x_s; soft Dice loss over the batch
+    L_o = - mean_i sum_j c_a,ij log c_v,ij                         over voxels i of x_s, rows j of the bank
+    sharpen p = p^(1/T) / sum_c p_c^(1/T),        c = softmax_j(q_i . m_j / T_o)
 
 v         student, the planned network; deployed
 a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with
-          cross-sample mutual attention (CMA) behind its second-deepest encoder stage (the deepest, where that
-          has more than 2,048 voxels): over the voxels of each sample, then across the samples of the batch
-i         voxels that v and a call the same class, per class those of which v is most certain
+          cross-sample mutual attention (CMA) behind its second-deepest encoder stage: over the voxels of each
+          sample, then across the samples of the batch
+q         predictor(projector(features of the last decoder stage))
+i         voxels that v and a call the same class; per class those of which v is most certain
 m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case
-          and class; per class so many are drawn over all cases, a class with fewer is left out
+          and class; drawn over all cases, a class with too few is left out
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
           the same for both networks
 p'        p without gradient; where p is of x_s, p' is of x_w and cut alike
 r(t)      Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): its compound loss with deep supervision as L_sup; the whole objective is twice
-the published one, so that each network learns from L_sup at nnU-Net's learning rate; targets of unlabeled
-patches come from another view than their predictions, for on the same view two such networks soon agree and
-L_c teaches nothing (0.01; no gain in Dice over L_sup alone on the left atrium); L_d stands beside L_c as Dice
-stands beside cross-entropy in nnU-Net's loss (left atrium: Dice 86.0 and 86.0 with it, 85.3 and 84.3 without,
-4 labels, two seeds; 78.0, 71.4, and 75.4 with twice lambda_c and half the ramp instead, 2 labels, smaller
-network, one seed); x_s also loses encoder channels, as the planned networks have no dropout layers (V-Net
-has); sharpened probabilities are targets without gradient (the public code differentiates them too); a's
-interpolation follows a 1x1 convolution and costs about what it replaces; CMA is pre-norm, without dropout and
-the identity at the start; the heads have no batch norm, so that they can be evaluated at the chosen voxels
-alone with the same result (the public ones normalise over all voxels that agree). In short runs L_o falls to
-about 0.1 within four epochs of the left atrium and then hardly has a gradient (0.002 beside 0.1-0.5 of
-L_sup), but for epochs whose mean jumps to 1-3; neither batch norm as in the public heads (0.6 after two
-epochs, gradient at most 0.01) nor unit vectors (5.4, gradient 0; Dice 84.5 instead of 84.3, without L_d, one
-seed) keep it acting. The bank keeps the last rows of every case and class rather than all voxels of its last
-patch, and is written after the step; queries are a share of small patches. For regions, the complement of all
-of them is a class too; v's certainty there is min_k(1 - p_k), sharpening is per region against 1 - p. Ignored
-voxels carry no loss and never enter the bank.
+Differs from the paper:
+- The objective is twice the published one: each network then learns from L_sup at nnU-Net's learning rate.
+- Targets of unlabeled patches come from another view: on the same view, two planned networks soon agree.
+- L_d beside L_c, as Dice beside cross-entropy in nnU-Net's loss: small structures weigh as much as large.
+- The encoder features of x_s lose channels: planned networks have no dropout layers, V-Net has.
+- Sharpened probabilities are targets without gradient: a target should not follow its prediction.
+- The auxiliary interpolates behind a 1x1 convolution: the same function, at the cost of what it replaces.
+- CMA is pre-norm, without dropout, the identity at the start, and behind the deepest stage where the
+  second-deepest has many voxels: its cost is quadratic in them.
+- The heads have no batch norm: they are evaluated at the chosen voxels alone.
+- The bank keeps the last rows of every case and class and is written after the step: a fixed size on the
+  device. Queries are a share of small patches.
+- The complement of all regions is a class, too; there v's certainty is min_k(1 - p_k), and sharpening is per
+  region against 1 - p. Ignored voxels carry no loss and never enter the bank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CPS: cross pseudo supervision of two networks (Chen et al., CVPR 2021), in its CutMix form.
+"""CPS: cross pseudo-supervision of two networks (Chen et al., CVPR 2021), in its CutMix form.
 
     L    = L_sup(f(x_l), y_l) + L_sup(h(x_l), y_l) + lambda(t) (L_p + L_p')
     L_p  = CE + Dice of f(x_s) against y_h = harden h(x_w)
@@ -10,10 +10,10 @@ x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspond
           y_f and y_h cut alike
 lambda(t) Gaussian ramp over the first 40 % of training
 
-As in the paper's CutMix form, pseudo-labels come from the unmixed image, both networks learn on the same
-mixed one, no threshold filters them, and labeled patches carry no cross term. Differs from the paper (ours):
-the mixed image is the strong view, where the paper's has no other intensities; Dice beside CE, as nnU-Net
-trains; a ramp, because networks trained from nothing start with wrong labels; the weight.
+Differs from the paper:
+- The mixed image is the strong view: CutMix alone changes no intensities.
+- Dice beside CE, as nnU-Net trains.
+- A ramp, because networks trained from nothing start with wrong labels.
 """
 
 from __future__ import annotations

@@ -2,35 +2,33 @@
 
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
-    L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,      x_tau from x_0 = 2 onehot(y_l) - 1
-    L_p(f)   = Dice of f(x_s) against y_g = harden DDIM_S(g, x_w), started at tau_0 from x_0 = 2 p_f - 1
-    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f,  x_tau from x_0 = 2 y_f - 1
-    p_f      = probabilities(f(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
-    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k (by f, in x_w) that are most
-               similar to c_k, negatives from those called otherwise
+    L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,    x_tau from x_0 = 2 onehot(y_l) - 1
+    L_p(f)   = Dice of f(x_s) against y_g = harden DDIM_S(g, x_w),  started at tau_0 from x_0 = 2 p_f - 1
+    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f, x_tau from x_0 = 2 y_f - 1
+    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k that are most similar to c_k,
+               negatives from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion
             step tau; never ships
-x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence
+p_f         probabilities(f(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
+x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
+            pseudo-labels cut alike
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of
             class k, detached
 mu(t)       Gaussian ramp over the first 40 % of training
 
-Adaptations to nnU-Net (ours): f and g are the planned 2D or 3D network; Mamba in its state-space-duality
-form; views (the strong ones with CutMix boxes, pseudo-labels cut alike) instead of independent augmentation,
-and channel dropout on f's encoder features of the strong view (Yang et al., CVPR 2023). Pseudo-labels are
-made in eval mode, carry no gradient, and teach by Dice alone over certain voxels: few
-foreground voxels in a scan unlike the labeled ones then weigh as much as its background. No moving averages:
-with a decay of 0.99, f_ema is 100 steps behind f, which cost half of what unlabeled scans gain in 1,500 steps
-(left atrium, L_sup + L_p alone: 84.5 instead of 86.6). Sampling starts at tau_0 from the noised estimate of
-f, so g corrects that estimate by what it knows of label maps, instead of segmenting from pure noise, at which
-a denoiser stays behind f in short schedules (labels of 78.9 instead of 83.8 Dice, S = 2, left atrium;
-"sampling_start": 1 is the published form). Regions are independent +-1 channels; ignored voxels are 0 in x_0
-and carry no loss; similarities are looked at on a random subset of the certain voxels per class; the least
-similar voxels of a patch, the negatives of the paper, are told apart within an epoch and then teach nothing
-(the term fell to 2e-4), so negatives are all voxels called otherwise; widths, temperature, shares and weights
-are marked ours below.
+Differs from the paper:
+- Strong views with CutMix and channel dropout (Yang et al., CVPR 2023) instead of independent augmentation:
+  planned networks have no dropout layers.
+- Pseudo-labels teach by Dice alone over certain voxels: the few foreground voxels of a scan unlike the
+  labeled ones then weigh as much as its background.
+- No moving averages: in short schedules they lag behind f.
+- Sampling starts from the noised estimate of f, which g then corrects: a denoiser that starts from pure noise
+  stays behind f in short schedules ("sampling_start": 1 is the published form).
+- Negatives are all voxels called otherwise: the least similar ones, the paper's, soon teach nothing.
+- Similarities are computed on a random subset of the certain voxels of each class: for the cost.
+- Regions are independent +-1 channels. Ignored voxels are 0 in x_0 and carry no loss.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ class DiffCLConfig(Config):
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
-    # S: sampling steps (ours; 1, 2, 4, 10 give labels of 83.9, 83.8, 83.6, 83.4 Dice: benchmarks/quality)
-    ddim_steps: Count = 2
+    ddim_steps: Count = 2  # S: sampling steps (ours)
     # (tau_0 + 1) / T: noise on p_f that sampling starts from (ours; 1: pure noise, as published)
     sampling_start: PositiveShare = 0.25
     embedding: Width = 64  # E: width of q (ours)

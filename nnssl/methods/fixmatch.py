@@ -1,5 +1,4 @@
-"""FixMatch (Sohn et al., NeurIPS 2020) for segmentation, with the CutMix views of UniMatch (Yang et al., CVPR
-2023).
+"""FixMatch (Sohn et al., NeurIPS 2020) on voxels, with UniMatch's CutMix views (Yang et al., CVPR 2023).
 
     L   = L_sup(f(x_l), y_l) + lambda(t) L_u
     L_u = CE + Dice of f(x_s) against y = harden p_w, over voxels where max_k p_w >= T
@@ -12,9 +11,10 @@ x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspond
           p_w cut alike
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the papers (ours): Dice beside CE, as nnU-Net trains; a ramp; one strong view and no feature
-perturbation, which are UniMatch's additions to FixMatch. In short runs an average lags: left atrium, 1,500
-steps, Dice 85.5 at decay 0.99, 86.2 at 0.
+Differs from the papers:
+- Dice beside CE, as nnU-Net trains.
+- A ramp, because networks trained from nothing are soon certain of wrong labels.
+- One strong view and no feature perturbation: those are UniMatch's additions to FixMatch.
 """
 
 from __future__ import annotations

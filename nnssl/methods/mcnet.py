@@ -1,8 +1,8 @@
 """MC-Net: mutual consistency of two decoders (Wu et al., MICCAI 2021).
 
     L    = L_sup(f) + L_sup(h) + lambda(t) L_mc
-    L_mc = mse(p_f, sharpen p_h) + mse(p_h, sharpen p_f)            on x_l and x_u; sharpen p = p^(1/T) /
-    sum_c p_c^(1/T)
+    L_mc = mse(p_f, sharpen p_h) + mse(p_h, sharpen p_f)                            on x_l and x_u
+    sharpen p = p^(1/T) / sum_c p_c^(1/T)
 
 f         student, the planned network: encoder and decoder; deployed
 h         the same encoder with a second decoder, which interpolates where the planned one has transposed
@@ -10,11 +10,13 @@ h         the same encoder with a second decoder, which interpolates where the p
 x_u       strong view of an unlabeled patch, the same for both decoders
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the paper (ours): nnU-Net's compound loss with deep supervision as L_sup, where theirs is Dice;
-the whole objective is twice the published one, so that each decoder learns from L_sup at nnU-Net's learning
-rate; x_u has stronger intensity changes than the labeled patches, which theirs share an augmentation with;
-sharpened probabilities are targets without gradient (the public code differentiates them too); interpolation
-follows a 1x1 convolution; regions are sharpened one by one against 1 - p. Ignored voxels carry no loss.
+Differs from the paper:
+- nnU-Net's compound loss with deep supervision as L_sup; theirs is Dice.
+- The objective is twice the published one: each decoder then learns from L_sup at nnU-Net's learning rate.
+- x_u has stronger intensity changes than the labeled patches, as unlabeled patches have in every method here.
+- Sharpened probabilities are targets without gradient: a target should not follow its prediction.
+- The second decoder interpolates behind a 1x1 convolution: the same function at a fraction of the cost.
+- Regions are sharpened one by one against 1 - p. Ignored voxels carry no loss.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), on voxels.
 
     L     = L_sup(f(x_l), y_l) + lambda(t) L_con
-    L_con = mean over voxels and channels of (p_s - p_w)^2,    p_s = probabilities(f(x_s)),  p_w =
-    probabilities(f_ema(x_w))
+    L_con = mean over voxels and channels of (p_s - p_w)^2
+    p_s   = probabilities(f(x_s)),  p_w = probabilities(f_ema(x_w))
 
 f         student, the planned network; deployed
 f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence
 lambda(t) Gaussian ramp over the first 40 % of training
 
-Differs from the paper (ours): a weak and a strong view instead of two like ones with dropout and noise; the
-consistency of unlabeled patches only; one decay throughout, where the paper changes from 0.99 to 0.999 after
-the ramp.
+Differs from the paper:
+- A weak and a strong view instead of two like ones with dropout and noise: planned networks have no dropout.
+- Consistency of unlabeled patches only: labeled ones have their labels.
+- One decay throughout, where the paper changes it after the ramp: one setting less.
 """
 
 from __future__ import annotations

@@ -3,44 +3,38 @@
     L = L_sup + lambda(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
     L_sup   = nnU-Net's loss of f(x_l) against y_l
     L_u     = dice(p_w -> p_s1)
-    L_intra = dice(p1_w -> p_in),             p1_w, p_in = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2
-    of x_w and x_s1 L_cross = 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j),
-    mean over voxels
-              p2_w, p_cr(c) = sum_j exp m(j, c) / sum_c' sum_j exp m(j, c')                     of x_w and
-              x_s2 m(j, c) = cos(e, G_j^c of its sub-region) / temperature,    U_j = KL(m_j || mean_j m_j),
-              softmaxed over classes
+    L_intra = dice(p1_w -> p_in)
+    L_cross = mean over voxels of 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j)
 
-f           student, the planned network; deployed. Its weak predictions are made in eval mode and carry no
-            gradient
+    p1_w, p_in        = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2                   of x_w and x_s1
+    p2_w(c), p_cr(c)  = sum_j exp m(j, c) / sum_c' sum_j exp m(j, c')                      of x_w and x_s2
+    m(j, c)           = cos(e, G_j^c of its sub-region) / temperature
+    U_j               = KL(m_j || mean_j m_j), softmaxed over classes
+
+f           student, the planned network; deployed. Weak predictions are made in eval mode, without gradient
 x_w         weak view; x_s1, x_s2 strong views of the same patch with CutMix boxes of their own; weak
-            predictions p_w, p1_w, p2_w are cut with the box of the view they are compared with
+            predictions are cut with the box of the view they are compared with
 lambda(t)   Gaussian ramp over the first 40 % of training
 dice(a->b)  soft Dice of b against harden a over the voxels where a is certain, max a >= T
 e           spatial-aware fusion (SFM) of three encoder scales, at the finest grid with at most `max_tokens`
             voxels; never ships
-G_j^c       mean feature of class c in a sub-region of labeled image j; in the whole image where the
+G_j^c       mean feature of class c in a sub-region of labeled image j; of the whole image where the
             sub-region lacks c
 
-Adaptations to nnU-Net (ours): f is the planned 2D or 3D network; the whole objective is twice the published
-one, so that f learns from L_sup at nnU-Net's learning rate; a ramp, because networks trained from nothing are
-soon certain of wrong labels; SFM takes its three deepest encoder stages; windows and sub-regions are at least
-2 voxels wide, so fewer on small grids; labels and predictions are averaged onto the grid of e, and prototypes
-are made of the voxels that hold a class most purely; channel dropout acts on all encoder features of the
-strong views, before decoding and fusion; a class that a labeled image lacks takes part in no mean over
-images; L_cross counts where p_w calls the same class as p2_w, for patches lie anywhere, and prototypes of a
-wrong place or of too few classes are certain all the same; its weights carry no gradient; regions are
-two-class problems, each with its complement.
-
-Deviations, because published constants do not act: without temperature no p_cr exceeds 0.88 (two classes),
-    short of T; and with s = 1 M
-averages the whole image, so that p1_w is never certain of a structure that fills less than 90 % of it. Hence
-temperature and s below; r
-follows, U being quadratic in small differences: 10 at temperature 0.1 weighs as 1000 does without. On small
-    structures L_intra stays idle
-all the same: on the hippocampus p1_w was certain of 1.5 % of the voxels it called foreground (5 labels, 900
-    steps, last epoch).
-`diagnostics` log the share of the voxels, and of those called foreground, that each term acts on, and the
-mean weight.
+Differs from the paper:
+- A temperature and a scale s for the cosines, and an r to fit: with the published constants L_intra and
+  L_cross act on hardly any voxel. `diagnostics` log the share that each term acts on.
+- The objective is twice the published one: f then learns from L_sup at nnU-Net's learning rate.
+- A ramp, because networks trained from nothing are soon certain of wrong labels.
+- SFM takes the three deepest encoder stages, on planned 2D and 3D grids; windows and sub-regions are at least
+  2 voxels wide, so fewer on small grids.
+- Labels and predictions are averaged onto the grid of e; prototypes are made of the voxels that hold a class
+  most purely.
+- Channel dropout acts on all encoder features of the strong views: the paper does not name the place.
+- A class that a labeled image lacks takes part in no mean over images.
+- L_cross counts where p_w calls the same class as p2_w: patches lie anywhere, and prototypes of a wrong place
+  are certain all the same. Its weights carry no gradient.
+- Regions are two-class problems, each with its complement.
 """
 
 from __future__ import annotations

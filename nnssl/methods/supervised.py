@@ -1,12 +1,11 @@
-"""Supervised training (Isensee et al., Nature Methods 2021): nnU-Net itself, and the lower bound of every
-comparison.
+"""nnU-Net itself, the lower bound of every comparison (Isensee et al., Nature Methods 2021).
 
     L = L_sup(f(x_l), y_l)
 
 f       student, the planned network; deployed
 L_sup   nnU-Net's compound loss with deep supervision
 
-Differs from stock nnU-Net in nothing but the schedule, seed and logging keys; unlabeled scans are never read.
+Differs from stock nnU-Net only in the keys for schedule, seed and logging. Unlabeled scans are never read.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 """UA-MT: uncertainty-aware mean teacher (Yu et al., MICCAI 2019).
 
-    L     = L_sup(f(x_l), y_l) + lambda(t) L_con
-    L_con = mean over the certain voxels and channels of (p_s - p_w)^2,   p_s = probabilities(f(x_s)),  p_w =
-    probabilities(f_ema(x_w))
-    certain: -sum_k mu_k ln mu_k < H(t) ln K,       mu = mean of T passes of f_ema over x_w + noise, with
-        dropout of feature channels
-    H(t)  = 3/4 + 1/4 ramp(t)
+    L       = L_sup(f(x_l), y_l) + lambda(t) L_con
+    L_con   = mean over the certain voxels and all channels of (p_s - p_w)^2
+    p_s     = probabilities(f(x_s)),  p_w = probabilities(f_ema(x_w))
+    certain = -sum_k mu_k ln mu_k < H(t) ln K,       H(t) = 3/4 + 1/4 ramp(t)
+    mu      = mean of T passes of f_ema over x_w + noise, with dropout of feature channels
 
 f         student, the planned network; deployed
 f_ema     teacher: exponential moving average of f; no gradient; may be deployed instead ("deploy": "teacher")
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence
 lambda(t) lambda_max ramp(t), Gaussian over the whole training
 
-Differs from the paper (ours): planned networks have no dropout, so the T passes drop channels of all skips,
-and the student learns without; the target is the undisturbed teacher, of the weak view, and the student sees
-the strong one; regions: certain where each of them is, -p ln p - (1-p) ln(1-p) < H(t) ln 2.
+Differs from the paper:
+- The T passes drop channels of all skips, and the student learns without: planned networks have no dropout.
+- The target is the undisturbed teacher on the weak view, and the student sees the strong one: noise serves
+  the uncertainty alone.
+- Regions: certain where each of them is, -p ln p - (1 - p) ln(1 - p) < H(t) ln 2.
 """
 
 from __future__ import annotations
