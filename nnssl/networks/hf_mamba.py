@@ -6,8 +6,8 @@
     out = x (1 + tanh(10 gate u))
 
 After the last axis every voxel has seen the whole grid through short scans of linear cost: the gradient at 16
-voxels along an axis is at least 0.03 of a neighbour's, because memories of the heads start spread from one
-voxel to the longest axis. gate (C,) starts at zero: at step 0 the network is the planned network. The gate
+voxels along an axis is at least 0.03 of a neighbour's, because memories of the heads start spread from two
+voxels to the longest axis. gate (C,) starts at zero: at step 0 the network is the planned network. The gate
 has a gradient there, opens with the first step, and then everything behind it learns; the factor 10 lets it
 learn 100 times as fast as a convolution would. Where the paper leaves it open these are our choices:
 attention by multiplication, Mamba-2 form, scans along lines, no convolution inside the mixer (the planned
@@ -151,7 +151,9 @@ class HighFrequencyMamba(nn.Module):
             inner, min(HEAD, max(1, inner // 4))
         )  # at least four memories where there are channels
         self.mixers = nn.ModuleList(
-            Mamba2Mixer(channels, d_state, 1, expand, head, backend=backend, reach=reach, norm_per_head=True)
+            Mamba2Mixer(
+                channels, d_state, 1, expand, head, backend=backend, memory=(2.0, reach), norm_per_head=True
+            )
             for _ in self.spacing
         )
         self.gate = nn.Parameter(torch.zeros(channels))

@@ -105,7 +105,7 @@ class Mamba2Mixer(nn.Module):
     float64, bf16 or autocast.
 
     `headdim` P (default: the largest divisor of expand * d_model that divides 64): channels that share one
-    decay. `reach`: the heads' initial memories are spread log-uniformly from 1 to so many tokens, instead of
+    decay. `memory`: the heads' initial memories are spread log-uniformly between so many tokens, instead of
     Mamba-2's few tokens; `norm_per_head`: heads of long memory, whose sums are small, then count as much as
     those of short memory. `chunk_size` changes the cost only. `backend`: "torch" everywhere; "mamba_ssm" its
     kernels, CUDA only; "auto" the kernels where they run, else "torch". Raises ValueError for sizes that do
@@ -126,7 +126,7 @@ class Mamba2Mixer(nn.Module):
         A_init_range: tuple[float, float] = (1.0, 16.0),
         dt_init_range: tuple[float, float] = (0.001, 0.1),
         dt_init_floor: float = 1e-4,
-        reach: float | None = None,
+        memory: tuple[float, float] | None = None,
         norm_per_head: bool = False,
     ) -> None:
         super().__init__()
@@ -151,8 +151,9 @@ class Mamba2Mixer(nn.Module):
         low, high = (math.log(step) for step in dt_init_range)
         step = torch.empty(self.heads).uniform_(low, high).exp_().clamp_(min=dt_init_floor)
         decay = torch.empty(self.heads).uniform_(*A_init_range)
-        if reach is not None:  # dt A = 1 / (tokens until a head has forgotten all but 1 / e)
-            step, decay = torch.logspace(0, -math.log10(reach), self.heads), torch.ones(self.heads)
+        if memory is not None:  # dt A = 1 / (tokens until a head has forgotten all but 1 / e)
+            short, long = (-math.log10(tokens) for tokens in memory)
+            step, decay = torch.logspace(short, long, self.heads), torch.ones(self.heads)
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.A_log = nn.Parameter(decay.log())
         self.D = nn.Parameter(torch.ones(self.heads))

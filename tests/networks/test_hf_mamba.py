@@ -149,9 +149,9 @@ def test_the_attention_depends_on_high_frequencies_only_and_not_on_their_scale()
 
 
 def test_a_voxel_reaches_far_along_every_axis_and_the_whole_grid() -> None:
-    """Root mean square of the gradient over 8 initialisations, relative to the neighbours'."""
+    """Root mean square of the gradient over 24 initialisations, relative to the neighbours'."""
     grid, squares = (12, 20, 24), []
-    for seed in range(8):
+    for seed in range(24):
         torch.manual_seed(seed)
         hfm, x = HighFrequencyMamba(16, (1, 1, 1), reach=24, cutoff=0.01), torch.randn(1, 16, *grid)
         x.requires_grad_()
@@ -161,7 +161,7 @@ def test_a_voxel_reaches_far_along_every_axis_and_the_whole_grid() -> None:
     gradient = torch.stack(squares).mean(0).sqrt()
     near = (gradient[1, 0, 0] + gradient[0, 1, 0] + gradient[0, 0, 1]) / 3
     assert gradient[0, 16, 0] / near > 0.03 and gradient[0, 0, 16] / near > 0.03
-    assert gradient[6, 10, 12] / near > 0.005
+    assert gradient[6, 10, 12] / near > 0.01
 
 
 def test_turning_the_features_over_turns_over_what_the_block_adds() -> None:

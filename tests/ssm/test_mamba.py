@@ -104,14 +104,14 @@ def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the
     assert relative_error(mixer.bidirectional(x).double(), expected) <= 1e-5
 
 
-def test_initial_memories_are_spread_from_one_token_to_the_reach() -> None:
-    mixer = Mamba2Mixer(16, headdim=8, reach=27.0)
+def test_initial_memories_are_spread_between_the_shortest_and_the_longest() -> None:
+    mixer = Mamba2Mixer(16, headdim=8, memory=(1.0, 27.0))
     forget = torch.nn.functional.softplus(mixer.dt_bias) * mixer.A_log.exp()
     torch.testing.assert_close(1 / forget, torch.tensor([1.0, 3.0, 9.0, 27.0]), rtol=1e-4, atol=0)
 
 
 def test_a_norm_per_head_gives_every_head_the_same_power() -> None:
-    mixer, x = Mamba2Mixer(16, headdim=8, reach=27.0, norm_per_head=True), torch.randn(2, 30, 16)
+    mixer, x = Mamba2Mixer(16, headdim=8, memory=(1.0, 27.0), norm_per_head=True), torch.randn(2, 30, 16)
     z, xbcdt = mixer._project(x)
     power = mixer.norm(mixer._mix(xbcdt, False), z).unflatten(-1, (4, 8)).square().mean(-1)
     assert (power - 1).abs().median() < 0.01 and (power - 1).abs().max() < 0.3  # eps of the norm
