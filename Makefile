@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BIN := .venv/bin
-SOURCES := nnssl nnssl_trainers tests benchmarks
+SOURCES := nnssl nnssl_trainers tests benchmarks docs
 
 # nothing of the caller's nnU-Net is read or written; one thread per process
 ISOLATED := env $(patsubst %,-u %,$(filter nnUNet_%,$(.VARIABLES))) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

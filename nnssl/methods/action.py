@@ -81,6 +81,7 @@ class ACTIONConfig(Config):
     temperature: Temperature = 0.5  # temperature of L_a and of the choice of negative classes (ACTION)
 
     def check(self) -> None:
+        """`phase_fractions` have sum 1; with `weight_global` 0 the first of them is 0, too."""
         fractions = list(self.phase_fractions)
         if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
             raise ValueError(f"phase_fractions must be shares with sum 1, found {fractions}")

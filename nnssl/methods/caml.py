@@ -89,7 +89,7 @@ class CAMLConfig(Config):
     # rows per class drawn from the bank in a step, and kept per case and class (ours)
     rows: Count = 256
     queries: Count = 12_800  # voxels i per class, at most (CAML)
-    # and at most this share of the unlabeled voxels (ours, for small patches; 12,800 are 0.6 % of CAML's)
+    # largest share of the unlabeled voxels that are queries (ours: small patches; in CAML 12,800 are 0.6 %)
     query_share: PositiveShare = 0.05
     # heads of CMA (CAML); where its stage's width is no multiple, their greatest common divisor
     attention_heads: Few = 4

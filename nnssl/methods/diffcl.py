@@ -69,7 +69,7 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig(Config):
-    weight_pseudo: NonNegative = 1.0  # largest mu, of both networks (ours)
+    weight_pseudo: NonNegative = 1.0  # mu: largest weight of L_p, of both networks (ours)
     # eta: weight of L_cl beside L_p (ours; at 0.1 the contrast moves f as much as L_sup does)
     weight_contrast: NonNegative = 0.01
     threshold: Share = 0.95  # confidence of p_f above which a pseudo-label counts (ours)
@@ -79,11 +79,11 @@ class DiffCLConfig(Config):
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
     ddim_steps: Count = 2  # S: sampling steps (ours)
-    # (tau_0 + 1) / T: noise on p_f that sampling starts from (ours; 1: pure noise, as published)
+    # tau_0: step that sampling starts at from p_f, as (tau_0 + 1) / T (ours; 1: pure noise, as published)
     sampling_start: PositiveShare = 0.25
     embedding: Width = 64  # E: width of q (ours)
     bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
-    bank_per_step: Count = 64  # of these, as many are renewed in a step (ours)
+    bank_per_step: Count = 64  # embeddings per class that a step renews (ours)
     candidates: Count = 4096  # unlabeled voxels per class whose similarities are computed (ours)
     # share of a class's voxels, the most similar ones, that positives are drawn from (ours)
     positive_fraction: PositiveShare = 0.05
@@ -98,6 +98,7 @@ class DiffCLConfig(Config):
     hfm_state: Width = 16  # state per channel of Mamba (Mamba)
 
     def check(self) -> None:
+        """`ddim_steps` <= `sampling_start` * `diffusion_steps`; `bank_per_step` <= `bank_size`."""
         if self.ddim_steps > self.sampling_start * self.diffusion_steps:
             raise ValueError(
                 f"ddim_steps must be at most sampling_start * diffusion_steps, found {self.ddim_steps}, "

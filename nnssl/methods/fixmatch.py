@@ -38,7 +38,7 @@ class FixMatchConfig(Config):
     threshold: Share = 0.9  # T: confidence above which a pseudo-label counts (ours; both papers: 0.95)
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample (UniMatch)
     ramp_fraction: Share = 0.4  # share of the training over which lambda rises (ours, as in CAML)
-    # decay of the teacher (0, as published: the student labels for itself; Mean Teacher: 0.99)
+    # decay of the teacher; 0: the student labels for itself (both papers; Mean Teacher: 0.99)
     ema_decay: Share = 0.0
 
 

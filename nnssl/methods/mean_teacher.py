@@ -35,7 +35,7 @@ class MeanTeacherConfig(Config):
     weight_consistency: NonNegative = 0.1
     # share of the training over which lambda rises (ours; the paper: 40k of 150k steps)
     ramp_fraction: Share = 0.4
-    ema_decay: Share = 0.99  # alpha: decay of the teacher (the paper's during its ramp)
+    ema_decay: Share = 0.99  # alpha: decay of the teacher (the paper during its ramp)
 
 
 class MeanTeacher(TeacherMethod):

@@ -81,7 +81,7 @@ class SemSimConfig(Config):
     channel_dropout: Share = 0.5  # share of channels that the strong views' encoder features lose (SemSim)
     width: Width = 128  # D: width of SFM and of e (SemSim)
     windows: Few = 4  # windows of SFM per axis (ours)
-    heads: Few = 4  # heads of SFM's attention; width is a multiple of them (ours)
+    heads: Few = 4  # heads of SFM's attention (ours)
     mlp_ratio: Ratio = 2.0  # hidden width of SFM's MLP over D (ours)
     max_tokens: Voxels = 4096  # voxels of a scale of SFM and of e, at most (ours)
     scale: NonNegative = 20.0  # s: factor of the cosines within an image (ours; the paper's 1 has no effect)
@@ -93,6 +93,7 @@ class SemSimConfig(Config):
     r: NonNegative = 10.0  # r: strength of the uncertainty weight (ours; the paper: 1000)
 
     def check(self) -> None:
+        """`width` is a multiple of `heads`."""
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}, found {self.width}")
 
