@@ -31,6 +31,9 @@ class Planned:
     spacing          mm per axis of the preprocessed volumes, same length as patch_size
     supervised_loss  nnU-Net's own compound loss: (network outputs, target) -> scalar
     labeled_cases    names of all labeled training cases, sorted
+    unlabeled_cases  names of all unlabeled ones, sorted
+    mirror_axes      axes of a patch that may be mirrored
+    steps            training steps of the whole run
     compile          whether to torch.compile networks and network walks
     """
 
@@ -41,7 +44,15 @@ class Planned:
     spacing: tuple[float, ...]
     supervised_loss: Callable[[Any, Target], Tensor]
     labeled_cases: tuple[str, ...] = ()
+    unlabeled_cases: tuple[str, ...] = ()
+    mirror_axes: tuple[int, ...] = ()
+    steps: int = 250_000
     compile: bool = False
+
+    @property
+    def scale_weights(self) -> tuple[float, ...]:
+        """Weights of the deep supervision scales in `supervised_loss`, finest first."""
+        return tuple(float(w) for w in getattr(self.supervised_loss, "weight_factors", (1.0,)))
 
     def compiled(self, function: F) -> F:
         """`torch.compile(function)` where compilation is on, else the function itself."""

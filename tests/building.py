@@ -86,6 +86,8 @@ class Task:
             spacing=(1.0,) * self.dim,
             supervised_loss=self.loss(),
             labeled_cases=("case_0", "case_1"),
+            unlabeled_cases=("u_0", "u_1"),
+            mirror_axes=tuple(range(self.dim)),
             **kwargs,
         )
 

@@ -19,9 +19,11 @@ from nnssl.methods.bcp import BCP, BCPConfig
 from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.methods.cps import CPS, CPSConfig
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
+from nnssl.methods.filtermatch import FilterMatch, FilterMatchConfig
 from nnssl.methods.fixmatch import FixMatch, FixMatchConfig
 from nnssl.methods.mcnet import MCNet, MCNetConfig
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
+from nnssl.methods.semi import Semi, SemiConfig
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from nnssl.methods.uamt import UAMT, UAMTConfig
@@ -202,6 +204,14 @@ ROWS = {
             "consistency": {"student", "second"},
         },
         lambda t: {"supervised": 1.0, "supervised_second": 1.0, "consistency": 2.0 * _ramp(t)},
+    ),
+    "FilterMatch": Row(FilterMatch, FilterMatchConfig(), {"joint": {"student"}}, lambda t: {"joint": 1.0}),
+    "Semi": Row(
+        Semi,
+        SemiConfig(),
+        {"supervised": {"student"}, "pseudo": {"student"}},
+        lambda t: {"supervised": 1.0, "pseudo": _ramp(t)},
+        frozen={"teacher"},
     ),
 }
 

@@ -85,6 +85,8 @@ class Setting:
             spacing=(self.spacing,) * 3,
             supervised_loss=DeepSupervisionWrapper(loss, weights / weights.sum()),
             labeled_cases=("a", "b"),
+            unlabeled_cases=("u", "v"),
+            mirror_axes=(0, 1, 2),
         )
 
     def semi_batch(self, views: int) -> SemiBatch:
@@ -131,6 +133,8 @@ def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
         "SemSim": Row("semsim", {"train 3B": 1, "infer B": 1}),
         "ACTION, phase 3": Row("action", one_teacher, t=0.9),
         "FixMatch": Row("fixmatch", one_teacher),
+        "FilterMatch": Row("filtermatch", one_teacher),
+        "Semi": Row("semi", {"train 2B": 1, "infer B": 2}),
         "MeanTeacher": Row("mean_teacher", one_teacher),
         "UAMT": Row("uamt", {"train 2B": 1, "infer B": 9}),
         "CPS": Row("cps", {"train 2B": 2, "infer B": 2}),

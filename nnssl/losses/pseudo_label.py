@@ -38,22 +38,24 @@ def soft_dice_loss(
     smooth: float = 1e-5,
     skip_first: bool = True,
 ) -> Tensor:
-    """1 - mean over channels of 2 <p, y> / (|p| + |y|), sums over the batch and all unmasked voxels
-    (nnU-Net's "batch dice").
+    """1 - mean over channels of 2 <p, m y> / (|m p| + |m y|), sums over the batch and all voxels, weighted by
+    the mask m (nnU-Net's "batch dice").
 
     Args:
         probabilities: (B, K, S).
         target: (B, K, S) zeros and ones, no gradient.
-        mask: (B, 1, S) or None. An empty mask gives a differentiable 0.
+        mask: (B, 1, S), weights of at least 0, or None. An empty mask gives a differentiable 0.
         smooth: added to numerator and denominator: a channel empty in both costs nothing.
         skip_first: leave out channel 0 (background), as nnU-Net does for classes.
     """
     if skip_first:
         probabilities, target = probabilities[:, 1:], target[:, 1:]
     if mask is not None:
-        probabilities, target = probabilities * mask, target * mask
+        target = target * mask
     axes = (0, *range(2, probabilities.ndim))
     overlap = (probabilities * target).sum(axes)
+    if mask is not None:
+        probabilities = probabilities * mask
     dice = (2 * overlap + smooth) / (probabilities.sum(axes) + target.sum(axes) + smooth)
     return 1 - dice.mean()
 

@@ -27,7 +27,7 @@ from nnssl.data.streams import (
     share_of_batch,
     unlabeled_stream,
 )
-from nnssl.data.unlabeled import unlabeled_folder
+from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
@@ -169,7 +169,13 @@ class SemiTrainer(nnUNetTrainer):
         """Everything of the plan that a method may need."""
         labels = self.label_manager
         patch_size, spacing = geometry(self.configuration_manager)
-        labeled_cases = self.do_split()[0] if self.method_class.needs_unlabeled else []
+        labeled, unlabeled = [], []
+        if self.method_class.needs_unlabeled:
+            labeled = self.do_split()[0]
+            cases = unlabeled_cases(
+                self.plans_manager, self.configuration_name, self.dataset_json, self._hidden()
+            )[1]
+            unlabeled = [case.name for case in cases]
 
         def build(input_channels: int, output_channels: int) -> nn.Module:
             return nnUNetTrainer.build_network_architecture(
@@ -187,7 +193,10 @@ class SemiTrainer(nnUNetTrainer):
             patch_size=patch_size,
             spacing=spacing,
             supervised_loss=self.loss,
-            labeled_cases=tuple(sorted(labeled_cases)),
+            labeled_cases=tuple(sorted(labeled)),
+            unlabeled_cases=tuple(unlabeled),
+            mirror_axes=self.mirror_axes(),
+            steps=self.num_epochs * self.num_iterations_per_epoch,
             compile=self._do_i_compile(),
         )
 
@@ -221,14 +230,21 @@ class SemiTrainer(nnUNetTrainer):
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
         if self.general.mirror_axes is not None:
-            axes, dimensions = self.general.mirror_axes, len(self.configuration_manager.patch_size)
-            if max(axes, default=0) >= dimensions:
-                raise ValueError(
-                    f'"nnssl.mirror_axes" of the plans file: {list(axes)}, but patches of '
-                    f"{self.configuration_name} have {dimensions} axes"
-                )
+            axes = self.mirror_axes()
             self.inference_allowed_mirroring_axes = axes or None
         return rotation, dummy_2d, initial_patch_size, axes
+
+    def mirror_axes(self) -> tuple[int, ...]:
+        """Axes of a patch that may be mirrored."""
+        axes, dimensions = self.general.mirror_axes, len(self.configuration_manager.patch_size)
+        if axes is None:
+            return tuple(range(dimensions))  # nnU-Net
+        if max(axes, default=0) >= dimensions:
+            raise ValueError(
+                f'"nnssl.mirror_axes" of the plans file: {list(axes)}, but patches of '
+                f"{self.configuration_name} have {dimensions} axes"
+            )
+        return axes
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, refused where it would train on hidden labels."""

@@ -1,0 +1,241 @@
+"""Semi: the trainer to start with (ours). An averaged teacher labels what it is sure of, whichever way it
+looks; the student learns it at every scale, in another orientation, mixed with other patches.
+
+    L    = L_sup + lambda(t) L_u
+    p    = (p_1 + p_2) / 2,  p_1 = probabilities(f_ema(x_w)),  p_2 = F^-1 probabilities(f_ema(F x_w))
+    w    = c (1 - d) [c >= T_k],  c = max p,  d = total variation of p_1 and p_2,  k = argmax p
+    T_k  = min(T, running mean of c over the voxels of class k)
+    L_u  = sum_s a_s (CE + Dice)(f_s(x); y, w) over the voxels that come from unlabeled patches, y = harden p
+
+f        student, the planned network; deployed
+f_ema    teacher: average of f over the last 1 % of all steps, bias-corrected; eval mode, no gradient; may be
+         deployed instead ("deploy": "teacher")
+x_w, x_s weak and strong view of the same unlabeled patch; F: a random mirroring among `mirror_axes`
+R        a draw per unlabeled sample: quarter turns in planes of equal spacing and size, and mirrorings, both
+         of allowed axes only; x_s, y and w are moved alike
+s, a_s   deep supervision scales and nnU-Net's weights of them
+x        in half of the steps x_l beside R x_s with CutMix boxes between its samples; in the others x_l with a
+         box of R x_s, and R x_s with a box of x_l. L_sup is nnU-Net's own loss, or in pasted patches the same
+         weighted form over the voxels that come from x_l
+f drops channels of its encoder features in the unlabeled stream.
+
+Every ingredient is a key and can be switched off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnssl.batch import SemiBatch
+from nnssl.config import Config, NonNegative, Share
+from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.ema import ema_update
+from nnssl.losses.deep_supervision import deep_supervision_loss
+from nnssl.method import Outputs, TeacherMethod, full_resolution, split_batch
+from nnssl.networks.dropout import forward_streams
+from nnssl.orientations import Orientation, apply_each, random_orientation, square_planes
+from nnssl.schedules import gaussian_ramp
+
+
+@dataclass(frozen=True)
+class SemiConfig(Config):
+    weight_pseudo: NonNegative = 1.0  # lambda_max: weight of L_u after the ramp (ours)
+    ramp_fraction: Share = 0.4  # share of the training over which lambda rises; 0: no ramp (CAML's share)
+    # share of all steps that the teacher and the classes' confidence average over; 0: the student itself (ours)
+    teacher_share: Share = 0.01
+    max_decay: Share = 0.999  # decay of the teacher in long runs (ours)
+    mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
+    # whether a voxel weighs its confidence times the passes' agreement; else 1 above the threshold (ours)
+    soft_weights: bool = True
+    threshold: Share = 0.95  # T: confidence that suffices for every class; 0: every voxel teaches (FixMatch)
+    # whether a class's own mean confidence, where lower, is its threshold (after FreeMatch)
+    adaptive_thresholds: bool = True
+    deep_supervision: bool = True  # whether L_u acts at every scale; else at the finest alone (nnFilterMatch)
+    turns: bool = True  # whether strong views are turned by quarters (nnFilterMatch)
+    mirrorings: bool = True  # whether strong views are mirrored (nnFilterMatch)
+    cutmix_probability: Share = (
+        0.5  # probability of a CutMix box per sample, in steps without pasting (UniMatch)
+    )
+    paste_share: Share = 0.5  # share of the steps that paste between labeled and unlabeled patches (ours)
+    box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
+    channel_dropout: Share = 0.5  # dropout of encoder channels in the unlabeled stream (UniMatch)
+
+
+class PseudoLabels(NamedTuple):
+    """Zeros and ones (U, K, S) and voxel weights (U, 1, S)."""
+
+    labels: Tensor
+    weight: Tensor
+
+
+class Semi(TeacherMethod):
+    name = "Semi"
+    config_class = SemiConfig
+    config: SemiConfig
+
+    confidence: Tensor
+    observed: Tensor
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer(
+            "confidence", torch.zeros(self.labels.num_classes)
+        )  # running mean of c per class
+        self.register_buffer(
+            "observed", torch.zeros(self.labels.num_classes)
+        )  # steps in which the class was seen
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.walk = self.planned.compiled(forward_streams)
+        c, axes = self.config, self.planned.mirror_axes
+        self.planes = square_planes(self.planned.patch_size, self.planned.spacing, axes) if c.turns else []
+        self.scale_weights = self.planned.scale_weights if c.deep_supervision else (1.0,)
+
+    def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        pseudo = self.pseudo_labels(batch.weak)
+        x_u, pseudo = self.move(batch.strong[0], pseudo)
+        if float(torch.rand(())) < self.config.paste_share:
+            return self.pasted(batch, x_u, pseudo)
+        return self.side_by_side(batch, x_u, pseudo)
+
+    def weights(self, t: float) -> dict[str, float]:
+        ramp = gaussian_ramp(t, self.config.ramp_fraction)
+        return {"supervised": 1.0, "pseudo": self.config.weight_pseudo * ramp}
+
+    # pseudo-labels
+
+    def pseudo_labels(self, weak: Tensor) -> PseudoLabels:
+        """y and w of the weak view; leaves the classes' confidence for `after_step`."""
+        mirroring = self.random_mirroring(weak.ndim - 2)
+        if mirroring is None:
+            p = self.teach(weak)
+            disagreement = torch.zeros_like(p[:, :1])
+        else:
+            p_1, p_2 = self.teach(torch.cat([weak, mirroring.apply(weak)])).chunk(2)
+            p_2 = mirroring.undo(p_2)
+            p, gap = (p_1 + p_2) / 2, (p_1 - p_2).abs()
+            disagreement = (
+                gap.amax(1, keepdim=True) if self.labels.has_regions else gap.sum(1, keepdim=True) / 2
+            )
+        certain = (
+            torch.maximum(p, 1 - p).amin(1, keepdim=True)
+            if self.labels.has_regions
+            else p.amax(1, keepdim=True)
+        )
+        labels = self.labels.harden(p)
+        member = self.labels.classes(labels)
+        self.pending = self.class_confidence(certain, member)
+        weight = (certain >= self.thresholds(member)).float()
+        if self.config.soft_weights:
+            weight = weight * certain * (1 - disagreement)
+        self.diagnostics = {
+            "weight": weight.mean(),
+            "disagreement": disagreement.mean(),
+            "threshold_lowest": self.class_thresholds().amin(),
+        }
+        return PseudoLabels(labels, weight)
+
+    def random_mirroring(self, dim: int) -> Orientation | None:
+        """F: one of the allowed mirrorings that change something, or None where there is none."""
+        axes = self.planned.mirror_axes
+        if not (self.config.mirrored_pass and axes):
+            return None
+        subset = 1 + int(torch.randint(2 ** len(axes) - 1, ()))
+        return Orientation(mirrored=tuple(a - dim for i, a in enumerate(axes) if subset >> i & 1))
+
+    def class_thresholds(self) -> Tensor:
+        """T_k (K')."""
+        limit = torch.full_like(self.confidence, self.config.threshold)
+        return torch.minimum(limit, self.confidence) if self.config.adaptive_thresholds else limit
+
+    def thresholds(self, member: Tensor) -> Tensor:
+        """T_k of every voxel's class, of overlapping regions the lowest: (K', U, S) bool -> (U, 1, S)."""
+        thresholds = self.class_thresholds().view(-1, *[1] * (member.ndim - 1))
+        return torch.where(member, thresholds, 1.0).amin(0).unsqueeze(1)
+
+    @staticmethod
+    def class_confidence(certain: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of c over every class's voxels, and whether there are any: (K'), (K')."""
+        member = member.flatten(1).float()
+        count = member.sum(1)
+        return member @ certain.flatten() / count.clamp_min(1), count > 0
+
+    def after_step(self, batch: SemiBatch, t: float) -> None:
+        ema_update(self.teacher, self.student, self.decay(t))
+        if self.pending is not None:
+            mean, present = self.pending
+            decay = (1 - 1 / (self.observed + 1)).clamp_max(self.limit)
+            self.confidence.copy_(
+                torch.where(present, decay * self.confidence + (1 - decay) * mean, self.confidence)
+            )
+            self.observed += present
+            self.pending = None
+
+    @property
+    def limit(self) -> float:
+        """Decay far from the start: an average over `teacher_share` of all steps."""
+        steps = self.config.teacher_share * self.planned.steps
+        return min(self.config.max_decay, 1 - 1 / steps) if steps > 1 else 0.0
+
+    def decay(self, t: float) -> float:
+        """min(d, 1 - 1 / (step + 1)): the plain mean at first, without the weights of the start."""
+        return min(self.limit, 1 - 1 / (round(t * self.planned.steps) + 1))
+
+    # the strong view
+
+    def move(self, images: Tensor, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels]:
+        """R of every sample, alike for image, labels and weights."""
+        axes = self.planned.mirror_axes if self.config.mirrorings else ()
+        if not (self.planes or axes):
+            return images, pseudo
+        orientations = [random_orientation(images.ndim - 2, self.planes, axes) for _ in images]
+        images, labels, weight = (apply_each(x, orientations) for x in (images, *pseudo))
+        return images, PseudoLabels(labels, weight)
+
+    def side_by_side(self, batch: SemiBatch, x_u: Tensor, pseudo: PseudoLabels) -> dict[str, Tensor]:
+        """x_l beside x_u, the latter with CutMix."""
+        n = len(batch.labeled)
+        box = cutmix_mask(len(x_u), x_u.shape[2:], x_u.device, self.config.cutmix_probability)
+        x_u, y, w = (cutmix(x, box) for x in (x_u, *pseudo))
+        labeled, unlabeled = split_batch(self.student_outputs(torch.cat([batch.labeled, x_u]), n), n)
+        return {
+            "supervised": self.supervised_loss(labeled, batch.target),
+            "pseudo": self.unlabeled_loss(unlabeled, y, w),
+        }
+
+    def pasted(self, batch: SemiBatch, x_u: Tensor, pseudo: PseudoLabels) -> dict[str, Tensor]:
+        """Boxes both ways; batches of different sizes are cycled through."""
+        onehot, known = self.labels.encode(batch.full_target())
+        known = torch.ones_like(onehot[:, :1]) if known is None else known.float()
+        x_l = batch.labeled
+        i, j = torch.arange(len(x_l), device=x_l.device), torch.arange(len(x_u), device=x_l.device)
+        l, u = torch.cat([i, (j + 1) % len(x_l)]), torch.cat([i % len(x_u), j])  # x_l with boxes, then x_u
+        from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
+        outputs = self.student_outputs(torch.where(from_unlabeled, x_u[u], x_l[l]), len(x_l))
+        y = torch.where(from_unlabeled, pseudo.labels[u], onehot[l])
+        return {
+            "supervised": deep_supervision_loss(
+                outputs, y, self.labels, known[l] * ~from_unlabeled, self.planned.scale_weights
+            ),
+            "pseudo": self.unlabeled_loss(outputs, y, pseudo.weight[u] * from_unlabeled),
+        }
+
+    def boxes(self, x: Tensor) -> Tensor:
+        """(B, 1, S) bool for patches (B, C, S)."""
+        volume = self.config.box_edge ** (x.ndim - 2)
+        return cutmix_mask(
+            len(x), x.shape[2:], x.device, probability=1.0, volume=(volume, volume), stretch=0.0
+        )
+
+    def student_outputs(self, images: Tensor, clean: int) -> Outputs:
+        """f at every scale; channels are dropped behind the first `clean` images."""
+        return self.walk(self.student, images, clean, self.config.channel_dropout).outputs
+
+    def unlabeled_loss(self, outputs: Outputs, y: Tensor, w: Tensor) -> Tensor:
+        """L_u."""
+        if not self.config.deep_supervision:
+            outputs = full_resolution(outputs)
+        return deep_supervision_loss(outputs, y, self.labels, w, self.scale_weights)
