@@ -45,7 +45,7 @@ from nnssl.schedules import gaussian_ramp
 class SemiConfig(Config):
     weight_pseudo: NonNegative = 1.0  # lambda_max: weight of L_u after the ramp (ours)
     ramp_fraction: Share = 0.4  # share of the training over which lambda rises; 0: no ramp (CAML's share)
-    # share of all steps that the teacher and the classes' confidence average over; 0: the student itself (ours)
+    # share of all steps that teacher and class confidences average over; 0: the student itself (ours)
     teacher_share: Share = 0.01
     max_decay: Share = 0.999  # decay of the teacher in long runs (ours)
     mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
@@ -57,10 +57,8 @@ class SemiConfig(Config):
     deep_supervision: bool = True  # whether L_u acts at every scale; else at the finest alone (nnFilterMatch)
     turns: bool = True  # whether strong views are turned by quarters (nnFilterMatch)
     mirrorings: bool = True  # whether strong views are mirrored (nnFilterMatch)
-    cutmix_probability: Share = (
-        0.5  # probability of a CutMix box per sample, in steps without pasting (UniMatch)
-    )
     paste_share: Share = 0.5  # share of the steps that paste between labeled and unlabeled patches (ours)
+    cutmix_probability: Share = 0.5  # of a CutMix box per sample, in the other steps (UniMatch)
     box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
     channel_dropout: Share = 0.5  # dropout of encoder channels in the unlabeled stream (UniMatch)
 

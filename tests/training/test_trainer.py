@@ -393,9 +393,8 @@ def test_mirror_axes_hold_in_both_streams_and_in_prediction(
 def test_mirror_axes_that_a_patch_does_not_have_are_refused(place: Place) -> None:
     place.plan(**SHORT, DiffCL=SMALL, mirror_axes=[1, 2])
     trainer = place.trainer(config="2d")
-    trainer.initialize()
     with pytest.raises(ValueError, match=r"mirror_axes.*\[1, 2\].*patches of 2d have 2 axes"):
-        trainer.get_dataloaders()
+        trainer.initialize()
 
 
 def test_labels_of_unlabeled_cases_are_never_opened(place: Place) -> None:
