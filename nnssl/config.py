@@ -162,6 +162,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] |
                 f"Valid keys are {', '.join(valid) or 'none'}"
                 + (f"; sections of methods: {', '.join(also)}" if also else "")
             )
+    if missing := [name for name in _required(cls) if name not in values]:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
     try:
         config = cls(**values)
         if not isinstance(config, Config):
@@ -187,6 +189,12 @@ def constraints(cls: type) -> dict[str, Any]:
     """Annotations of the fields of a dataclass, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _required(cls: type) -> list[str]:
+    """Fields without a default."""
+    absent = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is absent and f.default_factory is absent]
 
 
 def describe(hint: Any) -> str:

@@ -65,7 +65,7 @@ class SemiMethod(nn.Module):
     `terms` and `weights`; everything else is optional.
 
     name               key of the method's section in the plans file
-    config_class       its frozen dataclass
+    config_class       its keys: a frozen dataclass with the base `Config`
     needs_unlabeled    whether there is an unlabeled stream at all
     num_strong_views   strong views per unlabeled patch
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the

@@ -68,7 +68,7 @@ class Example(Config):
 class Plain:
     """As a user may write it, without the base."""
 
-    steps: Count = 3
+    steps: Count
     fractions: tuple[float, ...] = ()
 
 
@@ -163,9 +163,14 @@ def test_open_bounds_are_excluded_and_closed_ones_are_not(bounds: tuple[bool, bo
 
 
 def test_a_plain_dataclass_of_the_users_own_is_checked_as_well() -> None:
-    assert build(Plain, {"fractions": [1]}, "here") == Plain(fractions=(1.0,))
+    assert build(Plain, {"steps": 1, "fractions": [1]}, "here") == Plain(steps=1, fractions=(1.0,))
     with pytest.raises(ValueError, match=r"here: steps must be a whole number from 1 .*, found 0"):
         build(Plain, {"steps": 0}, "here")
+
+
+def test_keys_without_a_default_must_be_there() -> None:
+    with pytest.raises(ValueError, match="here: steps missing"):
+        build(Plain, {"fractions": [1]}, "here")
 
 
 def test_sections_must_be_objects() -> None:

@@ -36,27 +36,43 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+from nnssl.config import Config, Count, Few, GeneralConfig, NonNegative, Positive, Range, build
+
 FOLDER = Path(__file__).parent
 SPECIAL = ("supervised", "supervised_all", "self_training")
-PLAN_KEYS = {"spacing": list, "features_divisor": int, "batch_size": int, "patch_size": list}
+Percent = Annotated[float, Range(0, 100)]
 METHOD_KEYS = {"trainer": str, "seeds": (list, dict), "budgets": list, "options": dict, "schedule": dict}
-PUBLISHED_KEYS = {
-    "method": str,
-    "labeled": int,
-    "source": str,
-    "dice": float,
-    "jaccard": float,
-    "hd95": float,
-    "asd": float,
-    "note": str,
-}
+
+
+@dataclass(frozen=True)
+class PlanEdits(Config):
+    """[plan]: edits of nnU-Net's plan."""
+
+    spacing: tuple[Positive, ...] | None = None  # mm
+    features_divisor: Few | None = None  # of the features of every stage
+    batch_size: Count | None = None
+    patch_size: tuple[Count, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Published(Config):
+    """[[published]]: a row of a paper's table."""
+
+    method: str
+    labeled: Count
+    source: str
+    dice: Percent | None = None
+    jaccard: Percent | None = None
+    hd95: NonNegative | None = None  # voxels, as asd
+    asd: NonNegative | None = None
+    note: str = ""
 
 
 class SuiteError(ValueError):
@@ -168,7 +184,7 @@ def load_suite(name: str) -> Suite:
 
 
 def _checked(name: str, content: dict[str, Any]) -> Suite:
-    from nnssl.config import GeneralConfig, build
+    from nnssl.methods import method_classes  # imports torch
 
     types = {
         "title": str,
@@ -204,9 +220,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         or not all(isinstance(m, str) for m in suite.methods)
     ):
         raise SuiteError(f"methods must be a list of different names, found {suite.methods}")
-    _check_types(suite.plan, PLAN_KEYS, "[plan]")
-    for key in ("features_divisor", "batch_size"):
-        _check_numbers([suite.plan.get(key, 1)], 1, f"[plan] {key}")
+    build(PlanEdits, suite.plan, "[plan]")
     build(GeneralConfig, suite.schedule, "[schedule]")
     _check_types(
         suite.schedule,
@@ -235,6 +249,9 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         if isinstance(seeds, dict) and method == "supervised_all":
             raise SuiteError("[method.supervised_all] seeds: expected a list, this row has no budget")
         build(GeneralConfig, own.get("schedule", {}), f"[method.{method}] schedule")
+        trained = method_classes().get(own.get("trainer", method).removeprefix("nnUNetTrainer"))
+        if trained is not None:
+            build(trained.config_class, own.get("options", {}), f"[method.{method}] options")
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(
                 f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and "
@@ -247,7 +264,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SuiteError(f"methods: two of them would write the same row {twice[0]}; rename one")
     for entry in suite.published:
-        _check_types(entry, PUBLISHED_KEYS, "[[published]]", required=("method", "labeled", "source"))
+        build(Published, entry, "[[published]]")
     return suite
 
 
@@ -257,7 +274,7 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str
     for key, value in values.items():
         if key not in types:
             raise SuiteError(f"{where}: unknown key {key!r}; valid keys are {', '.join(types)}")
-        expected = (int, float) if types[key] is float else types[key]
+        expected = types[key]
         if not isinstance(value, expected) or (isinstance(value, bool) and expected is not object):
             names = " or ".join(
                 t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))
