@@ -58,7 +58,7 @@ class SemiConfig(Config):
     turns: bool = True  # whether strong views are turned by quarters (nnFilterMatch)
     mirrorings: bool = True  # whether strong views are mirrored (nnFilterMatch)
     paste_share: Share = 0.5  # share of the steps that paste between labeled and unlabeled patches (ours)
-    cutmix_probability: Share = 0.5  # of a CutMix box per sample, in the other steps (UniMatch)
+    cutmix_probability: Share = 0.5  # probability of a CutMix box, in the other steps (UniMatch)
     box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
     channel_dropout: Share = 0.5  # dropout of encoder channels in the unlabeled stream (UniMatch)
 
