@@ -1,6 +1,7 @@
-# make demo | test | lint | clean. Each makes the environment it needs in .venv, once per change of pyproject.toml.
+# make demo | test | test-fast | test-nightly | lint | clean. Each makes the environment it needs in .venv, once per change of pyproject.toml.
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+WORKERS ?= 2
 DEMO_FLAGS ?=
 BIN := .venv/bin
 SOURCES := nnssl nnssl_trainers tests benchmarks docs
@@ -8,13 +9,24 @@ SOURCES := nnssl nnssl_trainers tests benchmarks docs
 # nothing of the caller's nnU-Net is read or written; one thread per process
 ISOLATED := env $(patsubst %,-u %,$(filter nnUNet_%,$(.VARIABLES))) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint clean
+PYTEST = $(ISOLATED) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+.PHONY: demo test test-fast test-nightly lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m nnssl.demo $(DEMO_FLAGS)
 
+# everything but what takes minutes, with the coverage of nnssl
 test: lint
-	$(ISOLATED) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) -m "not nightly" $(COVERAGE) $(PYTEST_FLAGS)
+
+# without what starts commands or trains
+test-fast: .venv/.installed-dev
+	$(PYTEST) -m "not slow and not nightly" $(PYTEST_FLAGS)
+
+test-nightly: .venv/.installed-dev
+	$(PYTEST) $(COVERAGE) $(PYTEST_FLAGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -35,4 +47,4 @@ lint: .venv/.installed-dev
 	touch $@ .venv/.installed
 
 clean:
-	rm -rf .venv build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -1,11 +1,12 @@
-"""The bank that keeps its rows per labeled case."""
-
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from nnssl.banks import CaseBank
+from nnssl.banks import CaseBank, ClassBank
+
+# rows per labeled case
 
 
 def rows(*numbers: float) -> torch.Tensor:
@@ -66,3 +67,37 @@ def test_draws_are_filled_rows_over_all_cases_without_repetition() -> None:
 def test_too_many_rows_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 4 embeddings"):
         CaseBank(2, 1, 4, 2).push([0], rows(1, 2, 3, 4, 5), yes(rows(1, 2, 3, 4, 5)))
+
+
+# rows per class
+
+
+def test_bank_keeps_the_last_rows_per_class() -> None:
+    bank = ClassBank(2, 4, 1)
+    rng, kept = np.random.default_rng(0), ([], [])
+    for _ in range(20):
+        rows = torch.from_numpy(rng.normal(size=(2, 3, 1))).float()
+        valid = torch.from_numpy(rng.random((2, 3)) < 0.5)
+        bank.push(rows, valid)
+        for k in range(2):
+            kept[k].extend(r.item() for r, v in zip(rows[k], valid[k], strict=True) if v)
+    for k in range(2):
+        assert sorted(bank.rows[k].flatten().tolist()) == pytest.approx(sorted(kept[k][-4:]))
+    mean, known = bank.mean()
+    assert known.all() and mean[0].item() == pytest.approx(np.mean(kept[0][-4:]), abs=1e-6)
+
+
+def test_bank_mean_counts_filled_rows_only() -> None:
+    bank = ClassBank(2, 8, 2)
+    bank.push(torch.ones(2, 3, 2), torch.tensor([[True, True, False], [False, False, False]]))
+    mean, known = bank.mean()
+    assert (
+        mean[0].tolist() == [1, 1]
+        and known.tolist() == [True, False]
+        and bank.filled().sum(1).tolist() == [2, 0]
+    )
+
+
+def test_bank_refuses_more_rows_than_it_holds() -> None:
+    with pytest.raises(ValueError, match="at most 2 embeddings"):
+        ClassBank(1, 2, 1).push(torch.ones(1, 3, 1), torch.ones(1, 3, dtype=torch.bool))

@@ -13,12 +13,7 @@ import pytest
 import nnssl
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
-from tests.raw_dataset import Tiny, planned_dataset, write_case, write_dataset
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    return planned_dataset(tmp_path, monkeypatch)
+from tests.raw_dataset import Tiny, write_case, write_dataset
 
 
 def preprocess(*options: str) -> int:

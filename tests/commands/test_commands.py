@@ -1,5 +1,5 @@
-"""The real commands on real scans: plan, preprocess, train, kill -9, --c, predict, export and import of the
-model."""
+"""The real commands: plan, preprocess, train, kill -9, --c, predict, export and import of the model. On
+phantoms in every run, on real scans in the nightly one."""
 
 from __future__ import annotations
 
@@ -19,23 +19,34 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnssl.demo.phantoms import write_dataset
+
 ROOT = Path(__file__).resolve().parents[2]
 SCANS = Path(os.environ.get("NNSSL_TEST_DATA", ROOT.parent / "shared" / "data"))
-DATASET, HIPPOCAMPUS = "Dataset501_LeftAtrium", "Dataset504_Hippocampus"
+PHANTOMS, LEFT_ATRIUM, HIPPOCAMPUS = "Dataset900_Phantoms", "Dataset501_LeftAtrium", "Dataset504_Hippocampus"
+SPACING = {PHANTOMS: "3", LEFT_ATRIUM: "3.5", HIPPOCAMPUS: "1.5"}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (SCANS / DATASET).is_dir(), reason=f"no {DATASET} below {SCANS} (set NNSSL_TEST_DATA)"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+
+
+def on(dataset: str) -> pytest.ParameterSet:
+    """The `shell` of a dataset; all tests of one dataset run in the same process, which prepares it once."""
+    marks = [pytest.mark.xdist_group(dataset)]
+    if dataset != PHANTOMS:
+        absent = not (SCANS / dataset).is_dir()
+        reason = f"no {dataset} below {SCANS} (set NNSSL_TEST_DATA)"
+        marks += [pytest.mark.nightly, pytest.mark.skipif(absent, reason=reason)]
+    return pytest.param(dataset, marks=marks, id=dataset)
 
 
 class Shell:
     """Runs commands of this environment with nnU-Net's variables pointing below one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.folder, self.dataset, self.id = folder, dataset, dataset[7:10]
+        self.raw = folder / "raw" / dataset
+        self.preprocessed = folder / "preprocessed" / dataset
+        self.results = folder / "results" / dataset
         for name in ("raw", "preprocessed", "results"):
             (folder / name).mkdir()
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")} | {
@@ -64,11 +75,13 @@ class Shell:
         return done.stdout
 
 
-def plan(shell: Shell, dataset: str, spacing: str) -> None:
+def plan(shell: Shell) -> None:
     """Plans and preprocesses coarsely, then makes the plan small and the schedule short."""
-    options = ("-overwrite_target_spacing", spacing, spacing, spacing, "-np", "2", "-npfp", "2")
-    shell("nnssl", "plan-and-preprocess", "-d", dataset[7:10], "-c", "3d_fullres", *options)
-    plans = shell.folder / "preprocessed" / dataset / "nnUNetPlans.json"
+    coarse = ("-overwrite_target_spacing", *[SPACING[shell.dataset]] * 3)
+    shell(
+        "nnssl", "plan-and-preprocess", "-d", shell.id, "-c", "3d_fullres", *coarse, "-np", "2", "-npfp", "2"
+    )
+    plans = shell.preprocessed / "nnUNetPlans.json"
     edited = json.loads(plans.read_text(encoding="utf-8"))
     configuration = edited["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
@@ -85,44 +98,43 @@ def plan(shell: Shell, dataset: str, spacing: str) -> None:
     plans.write_text(json.dumps(edited))
 
 
-def copy_cases(shell: Shell, dataset: str, labeled: list[str], unlabeled: list[str], test: list[str]) -> None:
-    source, raw = SCANS / dataset, shell.folder / "raw" / dataset
+def copy_cases(raw: Path) -> None:
+    """Seven labeled scans, two in imagesUn, one in imagesTs, out of a dataset whose scans all have labels."""
+    source = SCANS / raw.name
+    ending = json.loads((source / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+    cases = sorted(p.name.removesuffix(ending) for p in (source / "labelsTr").glob(f"*{ending}"))[:10]
     for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs"):
         (raw / name).mkdir(parents=True)
-    for folder, cases in (("imagesTr", labeled), ("imagesUn", unlabeled), ("imagesTs", test)):
-        for case in cases:
-            shutil.copy(source / "imagesTr" / f"{case}_0000.nii.gz", raw / folder)
-    for case in labeled:
-        shutil.copy(source / "labelsTr" / f"{case}.nii.gz", raw / "labelsTr")
+    for folder, chosen in (("imagesTr", cases[:7]), ("imagesUn", cases[7:9]), ("imagesTs", cases[9:])):
+        for case in chosen:
+            shutil.copy(source / "imagesTr" / f"{case}_0000{ending}", raw / folder)
+    for case in cases[:7]:
+        shutil.copy(source / "labelsTr" / f"{case}{ending}", raw / "labelsTr")
     content = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
-    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": len(labeled)}))
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 7}))
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Seven labeled scans (one of them to be hidden), two in imagesUn, planned and preprocessed coarsely,
-    small networks."""
-    shell = Shell(tmp_path_factory.mktemp("commands"))
-    cases = [f"LA_{i:03d}" for i in range(1, 11)]
-    copy_cases(shell, DATASET, cases[:7], cases[7:9], cases[9:])
-    plan(shell, DATASET, "3.5")
-    shell("nnssl", "split", "-d", "501", "--labeled", "4", "--val", "LA_006", "LA_007", "--first")
+def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Seven labeled scans (four to train, one hidden, two to validate), two in imagesUn, planned and
+    preprocessed coarsely, small networks."""
+    shell = Shell(tmp_path_factory.mktemp("commands"), request.param)
+    if shell.dataset == PHANTOMS:
+        write_dataset(shell.raw, labeled=7, unlabeled=2, test=1)
+    else:
+        copy_cases(shell.raw)
+    plan(shell)
+    cases = labeled_cases(shell)
+    shell("nnssl", "split", "-d", shell.id, "--labeled", "4", "--val", *cases[5:], "--first")
     return shell
 
 
-@pytest.fixture(scope="module")
-def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """Two classes; seven labeled scans, one of them hidden, two in imagesUn."""
-    if not (SCANS / HIPPOCAMPUS).is_dir():
-        pytest.skip(f"no {HIPPOCAMPUS} below {SCANS} (set NNSSL_TEST_DATA)")
-    shell = Shell(tmp_path_factory.mktemp("hippocampus"))
-    cases = sorted(
-        p.name.removesuffix(".nii.gz") for p in (SCANS / HIPPOCAMPUS / "labelsTr").glob("*.nii.gz")
-    )
-    copy_cases(shell, HIPPOCAMPUS, cases[:7], cases[7:9], cases[9:10])
-    plan(shell, HIPPOCAMPUS, "1.5")
-    shell("nnssl", "split", "-d", "504", "--labeled", "4", "--val", *cases[5:7], "--first")
-    return shell
+def labeled_cases(shell: Shell) -> list[str]:
+    return sorted(p.name.removesuffix(".nii.gz") for p in (shell.raw / "labelsTr").glob("*.nii.gz"))
+
+
+def scan_to_predict(shell: Shell) -> Path:
+    return next((shell.raw / "imagesTs").glob("*_0000.nii.gz"))
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -130,27 +142,22 @@ def rows(folder: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
 
+@pytest.mark.parametrize("shell", [on(PHANTOMS), on(LEFT_ATRIUM)], indirect=True)
 def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     """The journey of the README; a run killed with SIGKILL and continued gives the losses of an uninterrupted
     one to 1e-6."""
-    assert "Going on with the existing plan" in shell(
-        "nnssl", "plan-and-preprocess", "-d", "501", "-c", "3d_fullres"
-    )
-    folds = json.loads(
-        (shell.folder / "preprocessed" / DATASET / "splits_final.json").read_text(encoding="utf-8")
-    )
-    assert folds == [
-        {
-            "train": ["LA_001", "LA_002", "LA_003", "LA_004"],
-            "val": ["LA_006", "LA_007"],
-            "unlabeled": ["LA_005"],
-        }
-    ]
+    before = (shell.preprocessed / "nnUNetPlans.json").read_bytes()
+    shell("nnssl", "plan-and-preprocess", "-d", shell.id, "-c", "3d_fullres")
+    assert (shell.preprocessed / "nnUNetPlans.json").read_bytes() == before
+    folds = json.loads((shell.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
+    cases = labeled_cases(shell)
+    assert folds == [{"train": cases[:4], "val": cases[5:], "unlabeled": [cases[4]]}]
     assert "nnUNetTrainerDiffCL" in shell("nnssl", "trainers")
-    assert "FAIL" not in shell("nnssl", "check", "-d", "501", "-c", "3d_fullres")
+    assert "FAIL" not in shell("nnssl", "check", "-d", shell.id, "-c", "3d_fullres")
 
-    train = ("nnUNetv2_train", "501", "3d_fullres", "0", "-tr", "nnUNetTrainerDiffCL", "-device", "cpu")
-    fold = shell.folder / "results" / DATASET / "nnUNetTrainerDiffCL__nnUNetPlans__3d_fullres" / "fold_0"
+    train = ("nnUNetv2_train", shell.id, "3d_fullres", "0", "-tr", "nnUNetTrainerDiffCL", "-device", "cpu")
+    model = shell.results / "nnUNetTrainerDiffCL__nnUNetPlans__3d_fullres"
+    fold = model / "fold_0"
     with subprocess.Popen(
         shell.command(*train),
         env={**shell.environment, "nnUNet_n_proc_DA": "0"},
@@ -161,7 +168,7 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
         while not (fold / "losses.csv").exists() or len(rows(fold)) < 2:
             assert process.poll() is None, "the training ended before it could be killed"
             assert time.monotonic() < deadline, "no second epoch within 400 s"
-            time.sleep(0.2)
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert len(rows(fold)) < 4
     shell(*train, "--c", nnUNet_n_proc_DA="0")
@@ -170,48 +177,23 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     summary = json.loads((fold / "validation" / "summary.json").read_text(encoding="utf-8"))
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
-    images = shell.folder / "raw" / DATASET / "imagesTs"
-    common = (
-        "-d",
-        "501",
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-tr",
-        "nnUNetTrainerDiffCL",
-        "-device",
-        "cpu",
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-    )
-    shell("nnUNetv2_predict", "-i", str(images), "-o", str(shell.folder / "out"), *common)
-    predicted = sitk.ReadImage(str(shell.folder / "out" / "LA_010.nii.gz"))
-    assert predicted.GetSize() == sitk.ReadImage(str(images / "LA_010_0000.nii.gz")).GetSize()
+    scan = scan_to_predict(shell)
+    which = ("-d", shell.id, "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDiffCL")
+    predict = ("nnUNetv2_predict", "-i", str(scan.parent), *which, "-device", "cpu", "-npp", "1", "-nps", "1")
+    shell(*predict, "-o", str(shell.folder / "out"))
+    prediction = scan.name.replace("_0000", "")
+    predicted = sitk.ReadImage(str(shell.folder / "out" / prediction))
+    assert predicted.GetSize() == sitk.ReadImage(str(scan)).GetSize()
 
     archive = str(shell.folder / "model.zip")
-    shell(
-        "nnUNetv2_export_model_to_zip",
-        "-d",
-        "501",
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-tr",
-        "nnUNetTrainerDiffCL",
-        "-o",
-        archive,
-    )
-    shutil.move(fold.parents[1], shell.folder / "uninstalled")
+    shell("nnUNetv2_export_model_to_zip", *which, "-o", archive)
+    shutil.move(model, shell.folder / "uninstalled")
     shell("nnUNetv2_install_pretrained_model_from_zip", archive)
-    shell("nnUNetv2_predict", "-i", str(images), "-o", str(shell.folder / "again"), *common)
-    again = sitk.ReadImage(str(shell.folder / "again" / "LA_010.nii.gz"))
+    shell(*predict, "-o", str(shell.folder / "again"))
+    again = sitk.ReadImage(str(shell.folder / "again" / prediction))
     assert (sitk.GetArrayFromImage(again) == sitk.GetArrayFromImage(predicted)).all()
 
-    shutil.rmtree(shell.folder / "results" / DATASET)
+    shutil.rmtree(shell.results)
     shell(*train, nnUNet_n_proc_DA="0")
     whole = rows(fold)
     for one, other in zip(continued, whole, strict=True):
@@ -219,54 +201,29 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     shell(*train, "--val")
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("shell", [on(LEFT_ATRIUM), on(HIPPOCAMPUS)], indirect=True)
 @pytest.mark.parametrize("method", ["CAML", "SemSim", "ACTION"])
-@pytest.mark.parametrize("dataset", [DATASET, HIPPOCAMPUS])
-def test_every_system_trains_and_predicts_both_datasets(
-    method: str, dataset: str, request: pytest.FixtureRequest
-) -> None:
-    shell = request.getfixturevalue("shell" if dataset == DATASET else "hippocampus")
-    common = (
-        "-d",
-        dataset[7:10],
-        "-c",
-        "3d_fullres",
-        "-f",
-        "0",
-        "-tr",
-        f"nnUNetTrainer{method}",
-        "-device",
-        "cpu",
-    )
-    log = shell("nnUNetv2_train", dataset[7:10], "3d_fullres", "0", *common[6:], nnUNet_n_proc_DA="0")
-    fold = shell.folder / "results" / dataset / f"nnUNetTrainer{method}__nnUNetPlans__3d_fullres" / "fold_0"
-    trained = rows(fold)
+def test_every_system_trains_and_predicts_real_scans(method: str, shell: Shell) -> None:
+    which = ("-tr", f"nnUNetTrainer{method}", "-device", "cpu")
+    log = shell("nnUNetv2_train", shell.id, "3d_fullres", "0", *which, nnUNet_n_proc_DA="0")
+    trained = rows(shell.results / f"nnUNetTrainer{method}__nnUNetPlans__3d_fullres" / "fold_0")
     assert len(trained) == 4 and all(math.isfinite(value) for row in trained for value in row.values())
     if method == "ACTION":
         assert all(f"phase {i} of 3" in log for i in (1, 2, 3))
-    images, out = shell.folder / "raw" / dataset / "imagesTs", shell.folder / f"out_{method}_{dataset}"
-    shell("nnUNetv2_predict", "-i", str(images), "-o", str(out), *common, "-npp", "1", "-nps", "1")
-    image = next(images.glob("*.nii.gz"))
-    predicted = sitk.ReadImage(str(out / image.name.replace("_0000", "")))
-    assert predicted.GetSize() == sitk.ReadImage(str(image)).GetSize()
+    scan, out = scan_to_predict(shell), shell.folder / f"out_{method}"
+    where = ("-i", str(scan.parent), "-o", str(out), "-d", shell.id, "-c", "3d_fullres", "-f", "0")
+    shell("nnUNetv2_predict", *where, *which, "-npp", "1", "-nps", "1")
+    predicted = sitk.ReadImage(str(out / scan.name.replace("_0000", "")))
+    assert predicted.GetSize() == sitk.ReadImage(str(scan)).GetSize()
     assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1, 2}
 
 
+@pytest.mark.parametrize("shell", [on(PHANTOMS)], indirect=True)
 def test_find_best_configuration_accepts_our_trainers(shell: Shell) -> None:
-    (shell.folder / "preprocessed" / DATASET / "splits_final.json").unlink(missing_ok=True)
-    name = "nnUNetTrainerSupervised"
-    shell(
-        "nnUNetv2_train",
-        "501",
-        "3d_fullres",
-        "0",
-        "-tr",
-        name,
-        "-device",
-        "cpu",
-        "--npz",
-        nnUNet_n_proc_DA="0",
-    )
-    said = shell(
-        "nnUNetv2_find_best_configuration", "501", "-c", "3d_fullres", "-f", "0", "-tr", name, "-np", "1"
-    )
-    assert "3d_fullres" in said
+    (shell.preprocessed / "splits_final.json").unlink(missing_ok=True)
+    which = ("-tr", "nnUNetTrainerSupervised")
+    train = ("nnUNetv2_train", shell.id, "3d_fullres", "0", *which, "-device", "cpu", "--npz")
+    shell(*train, nnUNet_n_proc_DA="0")
+    find = ("nnUNetv2_find_best_configuration", shell.id, "-c", "3d_fullres", "-f", "0", *which, "-np", "1")
+    assert "3d_fullres" in shell(*find)

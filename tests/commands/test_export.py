@@ -20,9 +20,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
 from nnssl.commands.cli import main
-from tests.raw_dataset import planned_dataset, plans, write_case
-from tests.test_trainer import SHORT, SMALL, TRAINERS, Place, place, planned, run  # noqa: F401  # fixtures
+from nnssl.commands.trainers import trainers_folder
+from tests.place import SHORT, SMALL, Place, run
+from tests.raw_dataset import Tiny, plans, write_case
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 
@@ -50,10 +52,9 @@ ARCHITECTURE = {
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def drawn(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A dataset with a plan and the names of preprocessed cases: what a trainer needs to be initialized."""
-    tiny = planned_dataset(tmp_path, monkeypatch)
-    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
     configuration = {**plans()["configurations"]["3d_fullres"], "architecture": ARCHITECTURE}
     tiny.edit_plan(configurations={"3d_fullres": configuration})
     tiny.labeled.mkdir()
@@ -239,7 +240,7 @@ def test_what_was_not_trained_is_refused_with_what_there_is(
 
 
 @pytest.mark.slow
-def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path) -> None:  # noqa: F811
+def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path) -> None:
     trainer = run(place.trainer(MEAN_TEACHER))
     assert export(tmp_path / "out") == 0
     images = tmp_path / "imagesTs"
@@ -259,7 +260,7 @@ def test_without_nnssl_the_predictions_are_the_same(place: Place, tmp_path: Path
         "PYTHONPATH": str(blocker),
         "nnUNet_def_n_proc": "1",
     }
-    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ours = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert (
         b"ModuleNotFoundError"
         in subprocess.run([sys.executable, "-c", "import nnssl"], env=plain, capture_output=True).stderr

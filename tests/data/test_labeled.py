@@ -12,14 +12,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
-from tests.raw_dataset import Tiny, planned_dataset, stored, write_image
+from tests.raw_dataset import Tiny, stored, write_image
 
 CASES = [f"lab_{index:02d}" for index in range(6)]
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    return planned_dataset(tmp_path, monkeypatch)
 
 
 def ensure(tiny: Tiny, **options: Any) -> None:

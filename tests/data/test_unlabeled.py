@@ -18,14 +18,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.data import preprocess
 from nnssl.data.preprocess import preprocessing_fingerprint
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images, unlabeled_folder
-from tests.raw_dataset import Tiny, content, planned_dataset, stored, write_case, write_image
+from tests.raw_dataset import Tiny, content, stored, write_case, write_image
 
 SCANS = ["scan_00", "scan_01", "scan_02"]
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    return planned_dataset(tmp_path, monkeypatch)
 
 
 def ensure(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnssl.commands.trainers import trainers_folder
-from nnssl.demo.__main__ import __main__ as demo
+from nnssl.demo import __main__ as demo
 
 SETTINGS = {"seed": 0, "trainer": "nnUNetTrainerDiffCL", "epochs": 1}
 

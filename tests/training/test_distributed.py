@@ -16,11 +16,18 @@ from nnssl.training.checkpoint import from_all_ranks, own_buffers, restore_buffe
 from tests.building import Task
 from tests.test_method_contract import ROWS, Row
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # one start of two processes serves all
 
-def _worker(rank: int, folder: str, name: str) -> None:
+
+def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=2)
-    row: Row = ROWS[name]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    for name, row in ROWS.items():
+        _train(rank, row, f"{folder}/{name}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _train(rank: int, row: Row, file: str) -> None:
     task = Task()
     method = task.method(row.method, row.config, seed=rank)  # ranks start apart: DDP brings them together
     wrapped = DistributedDataParallel(method, broadcast_buffers=False)
@@ -43,15 +50,21 @@ def _worker(rank: int, folder: str, name: str) -> None:
             "parameters": [p.detach() for p in method.parameters()],
             "buffers": copy.deepcopy(dict(method.named_buffers())),
         },
-        f"{folder}/{rank}.pt",
+        file,
     )
-    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have after three steps of every method: <method>_<rank>.pt."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, args=(str(folder),), nprocs=2, join=True)
+    return folder
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_ranks_keep_equal_weights_and_their_own_banks(tmp_path: Path, name: str) -> None:
-    mp.spawn(_worker, args=(str(tmp_path), name), nprocs=2, join=True)
-    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_ranks_keep_equal_weights_and_their_own_banks(trained: Path, name: str) -> None:
+    a, b = (torch.load(trained / f"{name}_{rank}.pt") for rank in (0, 1))
     for p, q in zip(a["parameters"], b["parameters"], strict=True):
         torch.testing.assert_close(p, q)
     for key in (k for k in a["buffers"] if k.endswith("rows")):

@@ -3,7 +3,6 @@ cannot do."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -15,132 +14,18 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnssl.commands.cli import main
+from nnssl.commands.trainers import trainers_folder
 from nnssl.methods.diffcl import DiffCL
 from nnssl.training.memory_format import channels_last
 from nnssl.training.randomness import seed_everything
 from nnssl.training.trainer import SemiTrainer
-from tests.raw_dataset import write_dataset
+from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses, run
 from tests.teacher_method import AveragingTrainer
 
-TRAINERS = Path(__file__).resolve().parents[2] / "nnssl_trainers"
-SHORT = {
-    "num_epochs": 2,
-    "num_iterations_per_epoch": 2,
-    "num_val_iterations_per_epoch": 1,
-    "save_every": 1,
-    "seed": 0,
-}
-SMALL = {
-    "ddim_steps": 2,
-    "embedding": 8,
-    "bank_size": 64,
-    "bank_per_step": 16,
-    "candidates": 128,
-    "num_positives": 16,
-    "num_negatives": 32,
-}
-
-
-class Place:
-    """One dataset below a folder of its own; nnU-Net's variables point at it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.raw = folder / "raw" / "Dataset777_Tiny"
-        self.preprocessed = folder / "preprocessed" / "Dataset777_Tiny"
-        self.results = folder / "results" / "Dataset777_Tiny"
-
-    def plan(self, name: str = "nnUNetPlans", **nnssl: Any) -> None:
-        """Write a small-network copy of the plan under `name`, with the given `nnssl` section."""
-        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
-        plans["plans_name"] = name
-        plans["nnssl"] = nnssl
-        for configuration in plans["configurations"].values():
-            if "architecture" in configuration:
-                kwargs = configuration["architecture"]["arch_kwargs"]
-                kwargs["features_per_stage"] = [4, 8, 8, 8, 8, 8, 8][: kwargs["n_stages"]]
-                configuration["batch_size"] = 2
-        (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))
-
-    def trainer(
-        self,
-        trainer: str | type = "nnUNetTrainerDiffCL",
-        plans: str = "nnUNetPlans",
-        fold: Any = 0,
-        resume: bool = False,
-        config: str = "3d_fullres",
-    ) -> Any:
-        if isinstance(trainer, str):
-            return get_trainer_from_args("777", config, fold, trainer, plans, resume, torch.device("cpu"))
-        content = {
-            **json.loads((self.preprocessed / f"{plans}.json").read_text(encoding="utf-8")),
-            "continue_training": resume,
-        }
-        dataset = json.loads((self.preprocessed / "dataset.json").read_text(encoding="utf-8"))
-        return trainer(content, config, fold, dataset, torch.device("cpu"))
-
-    def split(self, hidden: int = 2) -> None:
-        cases = sorted(p.name.removesuffix(".nii.gz") for p in (self.raw / "labelsTr").iterdir())
-        fold = {"train": cases[: 5 - hidden], "val": cases[5:], "unlabeled": cases[5 - hidden : 5]}
-        (self.preprocessed / "splits_final.json").write_text(json.dumps([fold]))
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A planned and preprocessed dataset, copied by every test."""
-    folder = tmp_path_factory.mktemp("planned")
-    with pytest.MonkeyPatch.context() as patch:
-        point_at(folder, patch)
-        patch.delenv("nnUNet_n_proc_DA", raising=False)
-        write_dataset(folder / "raw")
-        main(
-            [
-                "plan-and-preprocess",
-                "-d",
-                "777",
-                "-c",
-                "2d",
-                "3d_fullres",
-                "-np",
-                "1",
-                "-npfp",
-                "1",
-                "--no_pbar",
-            ]
-        )
-    return folder
-
-
-def point_at(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        (folder / name).mkdir(exist_ok=True)
-        patch.setenv(f"nnUNet_{name}", str(folder / name))
-    patch.setenv("nnUNet_extTrainer", str(TRAINERS))
-    patch.setenv("nnUNet_def_n_proc", "1")
-
-
-@pytest.fixture
-def place(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
-    point_at(tmp_path, monkeypatch)
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # nnU-Net's planning does not work with it
-    place = Place(tmp_path)
-    place.plan(**SHORT, DiffCL=SMALL)
-    place.split()
-    return place
-
-
-def losses(trainer: Any) -> list[dict[str, float]]:
-    with open(os.path.join(trainer.output_folder, "losses.csv"), encoding="utf-8") as f:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-
-
-def run(trainer: Any) -> Any:
-    trainer.run_training()
-    return trainer
+pytestmark = pytest.mark.slow
 
 
 def assert_same_run(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
@@ -194,7 +79,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(place: Place, name: str) ->
     whole = losses(run(place.trainer(name)))
     shutil.rmtree(place.results)
     killed = place.trainer(name)
-    killed.on_epoch_start = _dies_in_epoch(killed, 2)
+    killed.on_epoch_start = dies_in_epoch(killed, 2)
     with pytest.raises(KeyboardInterrupt):
         killed.run_training()
     assert len(losses(killed)) == 2
@@ -205,21 +90,10 @@ def test_a_continued_run_equals_an_uninterrupted_one(place: Place, name: str) ->
     assert_same_run(losses(run(resumed)), whole)
 
 
-def _dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
-    begin = trainer.on_epoch_start
-
-    def on_epoch_start() -> None:
-        if trainer.current_epoch == epoch:
-            raise KeyboardInterrupt
-        begin()
-
-    return on_epoch_start
-
-
 def test_losses_csv_is_cut_back_to_the_checkpoint(place: Place) -> None:
     place.plan(**{**SHORT, "num_epochs": 4, "save_every": 2}, DiffCL=SMALL)
     trainer = place.trainer()
-    trainer.on_epoch_start = _dies_in_epoch(trainer, 3)
+    trainer.on_epoch_start = dies_in_epoch(trainer, 3)
     trainer._best_ema = 2.0  # no "best" checkpoint in this run: only the one after epoch 1
     with pytest.raises(KeyboardInterrupt):
         trainer.run_training()
@@ -282,7 +156,7 @@ def test_channels_last_changes_rounding_only_and_lasts_through_a_continuation(
         assert [r[term] for r in found[True]] == pytest.approx([r[term] for r in found[False]], rel=1e-3)
     shutil.rmtree(place.results)
     trainer = place.trainer(plans="LastTrue", config=config)
-    trainer.on_epoch_start = _dies_in_epoch(trainer, 1)
+    trainer.on_epoch_start = dies_in_epoch(trainer, 1)
     with pytest.raises(KeyboardInterrupt):
         trainer.run_training()
     resumed = place.trainer(plans="LastTrue", config=config, resume=True)
@@ -554,7 +428,7 @@ def test_the_averaged_teacher_can_be_deployed_and_continued(place: Place) -> Non
     rows = losses(whole)
     shutil.rmtree(place.results)
     killed = place.trainer(AveragingTrainer)
-    killed.on_epoch_start = _dies_in_epoch(killed, 1)
+    killed.on_epoch_start = dies_in_epoch(killed, 1)
     with pytest.raises(KeyboardInterrupt):
         killed.run_training()
     resumed = place.trainer(AveragingTrainer, resume=True)
@@ -608,8 +482,8 @@ def test_every_trainer_file_defines_a_semi_trainer_of_its_name() -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("nnUNet_extTrainer", str(TRAINERS))
-        for file in TRAINERS.glob("nnUNetTrainer*.py"):
+        patch.setenv("nnUNet_extTrainer", trainers_folder())
+        for file in Path(trainers_folder()).glob("nnUNetTrainer*.py"):
             trainer = recursive_find_trainer_class_by_name(file.stem)
             assert (
                 issubclass(trainer, SemiTrainer) and f"nnUNetTrainer{trainer.method_class.name}" == file.stem

@@ -77,7 +77,7 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in row.items() if k not in MEASURED} for name, row in found.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the jobs' processes in /proc")
 def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
@@ -87,9 +87,10 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
         folder.mkdir()
     assert start(whole).wait(1500) == 0
 
+    results = broken / "work" / "smoke" / "results"
     # the trainer's process, in round one of self-training, after its first checkpoint
     runner = start(broken, "self_training")
-    wait_for(lambda: list(broken.rglob("*_r1__*/fold_0/checkpoint_latest.pth")), runner)
+    wait_for(lambda: list(results.glob("*/*_r1__*/fold_0/checkpoint_latest.pth")), runner)
     for pid in wait_for(lambda: processes("leaderboard.launch", str(broken), "nnUNetv2_train"), runner):
         os.kill(pid, signal.SIGKILL)
     assert runner.wait(600) == 1
@@ -102,7 +103,7 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
 
     # then the runner and the job's processes, in the training of Diff-CL; the first row is finished by then
     runner = start(broken)
-    wait_for(lambda: list(broken.rglob("nnUNetTrainerDiffCL__*/fold_0/checkpoint_latest.pth")), runner)
+    wait_for(lambda: list(results.glob("*/nnUNetTrainerDiffCL__*/fold_0/checkpoint_latest.pth")), runner)
     finished = broken / "results" / "smoke" / "self_training_n1_s0.json"
     stamp = finished.stat().st_mtime_ns
     runner.kill()

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nnssl.training.optimizer_step import OptimizationStep
+
+
+def test_autocast_keeps_no_cast_weights_from_a_pass_without_gradient() -> None:
+    layer = nn.Linear(3, 2)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), None, "bfloat16", torch.device("cpu"), 3
+    )
+    with step.autocast():
+        assert (
+            not torch.is_autocast_cache_enabled()
+        )  # older releases of PyTorch lose the gradient below otherwise
+        with torch.no_grad():
+            layer(torch.ones(1, 3))
+        loss = layer(torch.ones(1, 3)).float().sum()
+    assert step.take(loss)
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> None:
+    layer = nn.Linear(3, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), scaler, "float16", torch.device("cpu"), 3
+    )
+    before, taken = layer.weight.clone(), []
+    for _ in range(6):
+        step.optimizer.zero_grad()
+        taken.append(step.take(100 * layer(torch.ones(1, 3)).sum()))
+        assert torch.equal(before, layer.weight) != taken[-1]
+        before = layer.weight.clone()
+    assert taken[0] is False and True in taken
+    assert step.skipped == 0
