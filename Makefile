@@ -1,4 +1,5 @@
-# make demo | test | test-fast | test-nightly | lint | clean. Each makes the environment it needs in .venv, once per change of pyproject.toml.
+# make demo | test | test-fast | test-nightly | lint | docs | clean.
+# Each makes the environment it needs in .venv, once per change of pyproject.toml.
 PYTHON ?= python3
 PYTEST_FLAGS ?=
 WORKERS ?= 2
@@ -12,7 +13,7 @@ ISOLATED := env $(patsubst %,-u %,$(filter nnUNet_%,$(.VARIABLES))) OMP_NUM_THRE
 PYTEST = $(ISOLATED) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: demo test test-fast test-nightly lint clean
+.PHONY: demo test test-fast test-nightly lint docs clean
 
 demo: .venv/.installed
 	$(BIN)/python -m nnssl.demo $(DEMO_FLAGS)
@@ -46,5 +47,13 @@ lint: .venv/.installed-dev
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@ .venv/.installed
 
+# the site, into site/; links, anchors and generated pages are checked
+docs: .venv/.installed-docs
+	$(ISOLATED) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/.installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@ .venv/.installed
+
 clean:
-	rm -rf .venv build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv build dist demo site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

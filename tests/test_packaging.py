@@ -3,7 +3,6 @@ tree."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 import setuptools
 
 from nnssl import __version__
-from nnssl.config import GeneralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = sorted(f.name for f in (ROOT / "nnssl_trainers").glob("nnUNetTrainer*.py"))
@@ -157,7 +155,15 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert re.search("^make test", README, re.MULTILINE)
 
 
-def test_readme_names_every_trainer_and_every_general_key() -> None:
-    missing = [name for name in TRAINERS if f"`{name.removesuffix('.py')}`" not in README]
-    missing += [field.name for field in dataclasses.fields(GeneralConfig) if f"`{field.name}`" not in README]
-    assert not missing
+def test_readme_is_one_page_and_names_every_trainer() -> None:
+    assert not [name for name in TRAINERS if f"`{name.removesuffix('.py')}`" not in README]
+    lines = README.splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 110
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    inline = re.findall(r"\]\((?!https?:)([^)#\s]+)", README)
+    references = re.findall(r"^\[[^\]]+\]: (?!https?:)(\S+)", README, re.MULTILINE)
+    assert len(inline) > 5
+    assert not [target for target in [*inline, *references] if not (ROOT / target).exists()]
