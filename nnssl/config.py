@@ -158,7 +158,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] |
         if key not in valid:
             near = difflib.get_close_matches(str(key), [*valid, *(also or ())], 1)
             raise ValueError(
-                f'{where}: unknown key "{key}"{f"; did you mean {near[0]}?" if near else ";"} '
+                f'{where}: unknown key "{key}"{f"; did you mean {near[0]}?" if near else "."} '
                 f"Valid keys are {', '.join(valid) or 'none'}"
                 + (f"; sections of methods: {', '.join(also)}" if also else "")
             )
@@ -255,7 +255,7 @@ def _read(value: Any, hint: Any) -> Any:
 
 def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """Type and constraints of a field."""
-    rules: tuple[Any, ...] = ()
     if typing.get_origin(hint) is Annotated:
-        hint, *rules = typing.get_args(hint)  # type: ignore[assignment]
-    return hint, tuple(rules) or ((WIDE[hint],) if hint in WIDE else ())
+        inner, *rules = typing.get_args(hint)
+        return inner, tuple(rules)
+    return hint, (WIDE[hint],) if hint in WIDE else ()

@@ -150,7 +150,7 @@ class HighFrequencyMamba(nn.Module):
         head = math.gcd(
             inner, min(HEAD, max(1, inner // 4))
         )  # at least four memories where there are channels
-        self.mixers = nn.ModuleList(
+        self.mixers: Any = nn.ModuleList(
             Mamba2Mixer(
                 channels, d_state, 1, expand, head, backend=backend, memory=(2.0, reach), norm_per_head=True
             )
