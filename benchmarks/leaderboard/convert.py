@@ -2,18 +2,18 @@
 
 Cases are renamed <PREFIX>_001, ... so that the name order is the order of the training list, then that of the
 test list: the first n are the papers' labeled cases, the last ones their test scans. `cases.json` keeps the
-    old names. The dataset appears whole or not at all.
+old names. The dataset appears whole or not at all.
 
 | name | source (below --source) | dataset | train + test | labeled in the papers |
 |---|---|---|---|---|
 | la_h5 | UA-MT's `<case>/mri_norm2.h5` | Dataset511_LA | 80 + 20 | 4, 8, 16 |
 | la_nrrd | the challenge's `<case>/lgemri.nrrd`, `laendo.nrrd` | Dataset511_LA | 80 + 20 | 4, 8, 16 |
 | pancreas_h5 | `<case>_norm.h5` or `<case>.h5` | Dataset512_Pancreas | 62 + 20 | 6, 12 |
-| pancreas_dicom | NIH's `PANCREAS_0001/**/*.dcm`, `label0001.nii.gz` | Dataset512_Pancreas | 62 + 20 | 6, 12
-| | brats19_h5 | SSL4MIS's `<case>.h5` | Dataset513_BraTS19 | 250 + 60 (their 25 validation scans are left
-out) | 25, 50 | | acdc_h5 | SSL4MIS's volumes `patient001_frame01.h5` | Dataset514_ACDC | 140 + 40 volumes,
-two per patient (10 patients left out) | 6, 14 |
+| pancreas_dicom | NIH's `PANCREAS_0001/**/*.dcm`, label0001.nii.gz | Dataset512_Pancreas | 62 + 20 | 6, 12 |
+| brats19_h5 | SSL4MIS's `<case>.h5` | Dataset513_BraTS19 | 250 + 60 | 25, 50 |
+| acdc_h5 | SSL4MIS's volumes `patient001_frame01.h5` | Dataset514_ACDC | 140 + 40 | 6, 14 |
 
+BraTS19: the 25 validation scans are left out. ACDC: two volumes per patient; 10 patients are left out.
 The papers' preparation uses labels: LA and pancreas are cropped around the structure, test scans included.
 Whoever compares with their figures needs the same.
 """

@@ -1,8 +1,8 @@
 """The runner: every row of a suite that is not finished, each in a process of its own, through submitit.
 
-A row is locked by the process that works on it, and a training goes on from its last checkpoint, so runner
-and jobs may be killed at any
-time and several runners may share a work folder: the next `run` does what is missing.
+A row is locked by the process that works on it, and a training resumes from its last checkpoint, so runner
+and jobs may be killed at any time and several runners may share a work folder: the next `run` does what is
+missing.
 """
 
 from __future__ import annotations

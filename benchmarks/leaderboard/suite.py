@@ -4,16 +4,15 @@
     dataset = "Dataset501_LeftAtrium"        # an nnU-Net raw dataset below --data
     configuration = "3d_fullres"
     validation = 20                          # the last so many names; or a list of names
-    budgets = [2, 4]                         # labeled cases: the first in name order; all others but the
-    validation cases are unlabeled seeds = [0]
+    budgets = [2, 4]                         # labeled cases, the first in name order; the others: unlabeled
+    seeds = [0]
     methods = ["supervised", "supervised_all", "self_training", "nnUNetTrainerDiffCL"]
 
     [plan]                                   # edits of nnU-Net's plan, all optional
     spacing = [2.5, 2.5, 2.5]
     features_divisor = 4
 
-    [schedule]                               # general keys of the section `nnssl` of a plans file, the same
-                                             for every row
+    [schedule]                               # general keys of the section `nnssl`, the same for every row
     num_epochs = 15
 
     [method.nnUNetTrainerDiffCL]             # optional, for one method

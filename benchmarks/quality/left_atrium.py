@@ -1,16 +1,16 @@
 """Left atrium, few labels, one CPU thread: the methods beside nnU-Net alone, from raw scans to a table and
 pictures.
 
-    python -m benchmarks.quality.left_atrium prepare --data DATA --work WORK      # raw nnU-Net dataset ->
-    plan, split, preprocessed python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed
-    0          # resumes; two at once on two cores python -m benchmarks.quality.left_atrium report --work WORK
+    python -m benchmarks.quality.left_atrium prepare --data DATA --work WORK    # plan, split, preprocess
+    python -m benchmarks.quality.left_atrium run --work WORK --trainer DiffCL --seed 0    # rerun to resume
+    python -m benchmarks.quality.left_atrium report --work WORK
 
 DATA holds Dataset501_LeftAtrium, the 80 training scans of the papers in their order. The first `--labeled`
-keep their labels, the last 20
-are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned features, batch 2, 15 x 100
-iterations, nnU-Net's augmentation, bfloat16; ACTION, whose first quarter sees no label, 20 x 100, so that all
-see equally many labeled patches, and with a moving average that reaches back over as small a share of the run
-as the paper's. Dice: nnU-Net's own evaluation of the validation cases with the last checkpoint.
+keep their labels, the last 20 are validation, the others are unlabeled. Plan: 2.5 mm, half of the planned
+features, batch 2, 15 x 100 iterations, nnU-Net's augmentation, bfloat16; ACTION, whose first quarter sees no
+label, 20 x 100, so that all see equally many labeled patches, and with a moving average that reaches back
+over as small a share of the run as the paper's. Dice: nnU-Net's own evaluation of the validation cases with
+the last checkpoint.
 """
 
 from __future__ import annotations

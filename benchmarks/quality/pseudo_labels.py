@@ -1,8 +1,7 @@
 """How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the
 noised estimate of f and from noise) against the labels that the split hid.
 
-    python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p nnUNetPlans --checkpoint
-    checkpoint_final.pth
+    python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p PLANS --checkpoint checkpoint_final.pth
 
 Looks at one central patch of every hidden case; nothing here feeds back into a training.
 """

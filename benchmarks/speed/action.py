@@ -5,11 +5,11 @@ voxels against full maps.
     python -m benchmarks.speed.action --device cuda
 
 Contrast: embeddings (4, 128, 56, 56, 40), 256 queries per class, 512 negatives each, forward and backward;
-    "published" restates the
-public algorithm (tests/reference/action.py). Representation: decoder maps of four scales, 64 channels each,
-one volume of 56 x 56 x 40; up-sampled, concatenated and convolved at full resolution (3x3x3 then 1x1x1 as
-published, or 1x1x1 twice) against one linear map at the
-sampled voxels: 256 queries with gradient and 4096 candidates without, per class.
+"published" restates the public algorithm (tests/reference/action.py).
+
+Representation: decoder maps of four scales, 64 channels each, one volume of 56 x 56 x 40; up-sampled,
+concatenated and convolved at full resolution (3x3x3 then 1x1x1 as published, or 1x1x1 twice) against one
+linear map at the sampled voxels: 256 queries with gradient and 4096 candidates without, per class.
 """
 
 from __future__ import annotations

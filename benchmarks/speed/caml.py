@@ -1,19 +1,20 @@
 """What CAML's omni-correlation and its bank cost: as a share of a CAML step, and against the public way of
 computing them.
 
-    python -m benchmarks.speed.caml                  # left atrium at 2.5 mm, features/2, batch 2, one thread,
-    both allocators python -m benchmarks.speed.caml --device cuda --features 32 64 128 256 320 320 --patch 80
-    160 160 --strides 1 2 2 2 2 1,2,2
+    python -m benchmarks.speed.caml    # left atrium plan at 2.5 mm, batch 2, one thread
+    python -m benchmarks.speed.caml --device cuda --features 32 64 128 256 320 320 \\
+        --patch 80 160 160 --strides 1 2 2 2 2 1,2,2
 
 The part: predictions to agreement, rows for the bank, the bank itself, choice of voxels, heads, loss, and the
-    backward pass to features and
-heads; on features of the last decoder stage and predictions that are right in most voxels, with a bank that
-has seen all labeled cases.
+backward pass to features and heads; on features of the last decoder stage and predictions that are right in
+most voxels, with a bank that has seen all labeled cases.
+
 The public way is tests/reference/caml.py: batch-normalised heads on all voxels, full sorts, a bank of all
 right voxels on the host. It uses 12,800 queries per class; ours takes a share of small patches by default,
-and is measured with 12,800 too.
+and is measured with 12,800, too.
+
 Host reads: operations of a step for which the host waits for the device, or whose shapes depend on values
-    there (tests/host_reads.py).
+there (tests/host_reads.py).
 """
 
 from __future__ import annotations

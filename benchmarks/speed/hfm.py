@@ -5,8 +5,9 @@
 
 High-pass: features (2, 32, *grid), forward and backward, relative to one 3x3x3 convolution 32 -> 32 on them;
 separable (what HFM uses) and by rfftn with the same box as a mask (also the price of any other mask).
+
 Networks: nnU-Net's plan for left atria of 2.5 mm at half its features; HFM's stage follows from the limit of
-    its tokens. Layouts: the block alone on contiguous and on channels_last features.
+its tokens. Layouts: the block alone on contiguous and on channels_last features.
 """
 
 from __future__ import annotations

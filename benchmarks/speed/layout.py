@@ -1,8 +1,8 @@
 """What the configuration key `channels_last` is worth: supervised step, and prediction of a tile as in the
 validation after a training.
 
-    python -m benchmarks.speed.layout                      # left atrium at 2.5 mm, batch 2, one thread, both
-    allocators python -m benchmarks.speed.layout --device cuda --amps float16 --widths 32 --patch 80 160 160
+    python -m benchmarks.speed.layout    # left atrium at 2.5 mm, batch 2, one thread, both allocators
+    python -m benchmarks.speed.layout --device cuda --amps float16 --widths 32 --patch 80 160 160
 
 Widths are features of the first stage; they double from stage to stage. It and PyTorch's default format are
 timed in turns in one process.

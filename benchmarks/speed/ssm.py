@@ -1,8 +1,8 @@
 """The state-space mixer against mambapy's block, mamba-ssm's kernels (CUDA) and the plain recurrence; forward
 and backward.
 
-    python -m benchmarks.speed.ssm                   # CPU, one thread, plain and tuned allocator; needs
-    mambapy python -m benchmarks.speed.ssm --device cuda
+    python -m benchmarks.speed.ssm    # CPU, one thread, plain and tuned allocator; needs mambapy
+    python -m benchmarks.speed.ssm --device cuda
 
 Batch 2, state 16, expand 2. mambapy's block is Mamba-1 with its parallel scan in PyTorch, what people fall
 back to where mamba-ssm does not build; ours is Mamba-2: the same task at the same widths, not the same

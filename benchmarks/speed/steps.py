@@ -1,15 +1,15 @@
 """What a training step costs: every method against a supervised step and against the floor of its own
 networks; where Diff-CL's goes.
 
-    python -m benchmarks.speed.steps                       # left atrium at 2.5 mm, features/2, batch 2, one
-    thread, both allocators python -m benchmarks.speed.steps --methods DiffCL CAML
-    python -m benchmarks.speed.steps --device cuda --features 32 64 128 256 320 320 --patch 80 160 160
-    --strides 1 2 2 2 2 1,2,2
+    python -m benchmarks.speed.steps    # left atrium plan at 2.5 mm, batch 2, one thread
+    python -m benchmarks.speed.steps --methods DiffCL CAML
+    python -m benchmarks.speed.steps --device cuda --features 32 64 128 256 320 320 \\
+        --patch 80 160 160 --strides 1 2 2 2 2 1,2,2
 
 The floor of a method: all its forward and backward passes through networks of the planned shape, at the
-    batches the method uses, and
-nothing else. Everything is timed in one process, part after part in every round, medians over rounds
-(benchmarks/speed/timing.py).
+batches the method uses, and nothing else. Everything is timed in one process, part after part in every round,
+medians over rounds (benchmarks/speed/timing.py).
+
 Data: nnU-Net's augmentation of the labeled batch and the views of the unlabeled one, on random volumes.
 """
 
