@@ -115,8 +115,8 @@ class Job:
         Each round takes half of the row's steps. Round two draws its batch, as large as the labeled and the
         unlabeled batch of the other methods together, from the labeled cases and the pseudo-labeled scans;
         labeled cases stand in its list so many times that the expected number of labeled samples per step is
-        the others'. Pseudo-labels come from the last checkpoint of round one. Both rounds
-        are nnUNetTrainerSupervised: stock nnU-Net with a schedule and a seed.
+        the others'. Pseudo-labels come from the last checkpoint of round one. Both rounds are
+        nnUNetTrainerSupervised: stock nnU-Net with a schedule and a seed.
         """
         settings, half = dict(self.row.settings), self.epochs // 2
         first = self.train(self.space, f"{self.plans}_r1", {**settings, "num_epochs": half})
@@ -292,8 +292,7 @@ class Job:
         """Curves, resolved configuration, plan, versions, hardware, time and memory.
 
         begun: when this process took the row (seconds since 1970). `train_seconds` are all epochs; `seconds`
-            adds what this process did
-        beside them, not what an earlier one did that was killed.
+        adds what this process did beside them, not what an earlier one did that was killed.
         """
         import torch
 

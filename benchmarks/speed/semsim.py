@@ -7,10 +7,9 @@ floor of its networks.
 Refinement: one image, features (1, 128, N), 2 classes, forward and backward; peak is the memory in use during
 the call beyond what was in use before it. Slopes are those of log time and log peak over log N.
 
-Step, under both allocators: nnU-Net's
-plan for left atria of 2.5 mm at half its features, batch 2 + 2. Floor: the same passes through the networks
-(labeled and first strong view through encoder and decoder, second strong view through the encoder, forward
-and backward; the weak view forward only) and nothing else.
+Step, under both allocators: nnU-Net's plan for left atria of 2.5 mm at half its features, batch 2 + 2. Floor:
+the same passes through the networks (labeled and first strong view through encoder and decoder, second strong
+view through the encoder, forward and backward; the weak view forward only) and nothing else.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def hidden_cases(splits_file: str, fold: int | str, known: Collection[str]) -> l
     known  all cases of ``imagesTr``
 
     Raises ValueError naming file and key: hidden cases that are also trained or validated on, unknown cases,
-        and, where any fold hides
-    labels, ``all`` and folds beyond the file, for which nnU-Net would train on every label there is.
+    and, where any fold hides labels, ``all`` and folds beyond the file, for which nnU-Net would train on
+    every label there is.
     """
     if not isfile(splits_file):
         return []

@@ -37,7 +37,7 @@ def find_unlabeled_images(raw_dataset_folder: str, dataset_json: dict[str, Any])
     """{case: files in channel order} of ``imagesUn``; empty if there is no such folder. Looks at names only.
 
     Raises ValueError naming the files: channels missing or too many, a name without channel number, a name
-        that a labeled case has.
+    that a labeled case has.
     """
     folder = join(raw_dataset_folder, "imagesUn")
     ending = dataset_json["file_ending"]

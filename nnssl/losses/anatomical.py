@@ -114,7 +114,7 @@ class _ExactSimilarities(torch.autograd.Function):
     """(P, M) cosines of unit queries (P, E) with `rows[index]`, index (P, M), without gradient into the rows.
 
     Rows are read a few queries at a time, in the backward pass again: all of them at once would be the
-        largest tensor of the step.
+    largest tensor of the step.
     """
 
     @staticmethod

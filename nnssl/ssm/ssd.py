@@ -2,21 +2,22 @@
 tokens.
 
 Source: Dao & Gu, "Transformers are SSMs" (ICML 2024), section 6 (block decomposition of the semiseparable
-    matrix).
+matrix).
 
 Symbols, per batch item and head (a chunk has Q tokens, a segment is as many chunks as are worked on at once):
     s_i           sum of dt A over the tokens of the chunk up to and including i
     decay_ij      exp(s_i - s_j) for j <= i, else 0                                              (Q, Q)
     score_ij      C_i . B_j                                                                      (Q, Q)
-    y_i           sum_j decay_ij score_ij dt_j x_j + exp(s_i) C_i state + D x_i                  state before
-                  the chunk, (N, P)
-    chunk state   sum_j exp(s_Q - s_j) dt_j B_j x_j^T                                            what the
-                  chunk adds, (N, P)
+    y_i           sum_j decay_ij score_ij dt_j x_j + exp(s_i) C_i state + D x_i
+    state         before the chunk                                                               (N, P)
+    chunk state   what the chunk adds, sum_j exp(s_Q - s_j) dt_j B_j x_j^T                       (N, P)
+
 The states before all chunks of a segment follow from what the chunks add by one more product with decays, now
 between chunks. `reverse` changes the side of triangles and sums ("up to" becomes "from"); no tensor of the
 size of x is flipped.
+
 The backward pass recomputes all of this segment by segment: only the inputs and one state per segment are
-    kept.
+kept.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ def refuse_wrong_bfloat16(network: Any, patch_size: Sequence[int], last: bool = 
     and float32 on the CPU.
 
     last: whether the networks will run in `channels_last`. Draws nothing from the global random state. Raises
-        RuntimeError with grid and
-    stage where the gradients differ.
+    RuntimeError with grid and stage where the gradients differ.
     """
     encoder = network.encoder
     for stage, (grid, module) in enumerate(

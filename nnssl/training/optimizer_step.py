@@ -16,8 +16,7 @@ class OptimizationStep:
     """Takes steps of one optimizer and counts those it had to skip.
 
     A step whose loss (or, without loss scaling, whose gradient) is not finite changes no weight. `patience`
-    such steps in a row raise
-    RuntimeError: the last checkpoint is then the last good one.
+    such steps in a row raise RuntimeError: the last checkpoint is then the last good one.
 
     Args:
         optimizer: over all networks and heads; clipping takes the norm over all its parameters.

@@ -48,7 +48,7 @@ def errors(inputs: list[Tensor], chunk_size: int | None, reverse: bool) -> dict[
     """Largest error of y and of every gradient, relative to the largest reference value.
 
     The gradients of A and D are sums of one term of either sign per token: relative to the sum of their
-        magnitudes.
+    magnitudes.
     """
     ours = [v.clone().requires_grad_() for v in inputs]
     y = ssd_scan(*ours, chunk_size=chunk_size, reverse=reverse)
