@@ -21,8 +21,8 @@ READING = {
 
 class HostReads(TorchDispatchMode):
     """Context that lists (`found`) all operations, forward and backward, that read values of tensors on the
-    host, or whose output's shape depends on them: item(), bool(tensor), nonzero, boolean indexing, copies to the
-    CPU. Copies from CPU to CPU are none."""
+    host, or whose output's shape depends on them: item(), bool(tensor), nonzero, boolean indexing, copies to
+    the CPU. Copies from CPU to CPU are none."""
 
     def __init__(self) -> None:
         super().__init__()
