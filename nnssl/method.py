@@ -23,7 +23,8 @@ F = TypeVar("F", bound=Callable)
 class Planned:
     """What nnU-Net planned, as far as a method may need it.
 
-    build_network    (input channels, output channels) -> a fresh network of the planned architecture, same
+    build_network    (input channels, output channels, divisor of all features = 1) -> a fresh network of the
+                     planned architecture, same
                      deep supervision
     input_channels   C of an image
     labels           how logits are read
@@ -37,7 +38,7 @@ class Planned:
     compile          whether to torch.compile networks and network walks
     """
 
-    build_network: Callable[[int, int], nn.Module]
+    build_network: Callable[..., nn.Module]
     input_channels: int
     labels: LabelSpace
     patch_size: tuple[int, ...]

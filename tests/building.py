@@ -39,14 +39,14 @@ class Task:
     def patch_size(self) -> tuple[int, ...]:
         return (8, 12, 16)[-self.dim :]
 
-    def network(self, inputs: int | None = None, outputs: int | None = None) -> nn.Module:
+    def network(self, inputs: int | None = None, outputs: int | None = None, divisor: int = 1) -> nn.Module:
         conv = nn.Conv3d if self.dim == 3 else nn.Conv2d
         norm = nn.InstanceNorm3d if self.dim == 3 else nn.InstanceNorm2d
         cls = ResidualEncoderUNet if self.residual else PlainConvUNet
         net = cls(
             self.images if inputs is None else inputs,
             3,
-            list(FEATURES),
+            [width // divisor for width in FEATURES],
             conv,
             3,
             [[s] * self.dim for s in STRIDES],

@@ -57,7 +57,7 @@ def _ramp(t: float, end: float = 0.4) -> float:
 
 def _diffcl_weights(t: float) -> dict[str, float]:
     mu = _ramp(t)
-    return {"supervised": 1, "pseudo": mu, "contrast": 0.01 * mu, "diffusion": 1, "diffusion_pseudo": mu}
+    return {"supervised": 1, "pseudo": mu, "contrast": mu, "diffusion": 1, "diffusion_pseudo": mu}
 
 
 def _action_weights(t: float) -> dict[str, float]:

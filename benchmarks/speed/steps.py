@@ -53,13 +53,13 @@ class Setting:
     device: torch.device
     amp: str
 
-    def network(self, inputs: int = IMAGES, outputs: int = CLASSES) -> nn.Module:
+    def network(self, inputs: int = IMAGES, outputs: int = CLASSES, divisor: int = 1) -> nn.Module:
         norm, relu = {"eps": 1e-5, "affine": True}, {"inplace": True}
         n = len(self.features)
         args: tuple[Any, ...] = (
             inputs,
             n,
-            self.features,
+            [width // divisor for width in self.features],
             nn.Conv3d,
             3,
             self.strides,

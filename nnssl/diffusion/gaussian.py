@@ -1,7 +1,8 @@
 """Gaussian diffusion of label maps and its deterministic reversal.
 
     symbol      here                     shape
-    x_0         clean label map, +-1     (B, K, S)
+    x_0         clean label map, +-b     (B, K, S)     b = 1 as published; below, noise hides it earlier
+                                                       (Chen, arXiv 2301.10972, input scaling)
     eps         starting noise           (B, K, S)
     tau         diffusion step           (B,) int64, 0 .. T - 1
     beta_tau    linear, 1e-4 .. 2e-2     (T,)          Ho et al., NeurIPS 2020, sec. 4
@@ -47,6 +48,11 @@ class GaussianDiffusion(nn.Module):
         # derived from the arguments: not part of a checkpoint
         self.register_buffer("alphas_cumprod", (1.0 - betas).cumprod(0).float(), persistent=False)
 
+    def draw_steps(self, n: int, device: torch.device, power: float = 1.0) -> Tensor:
+        """tau (n,) = floor(T u^(1 / power)), u uniform in [0, 1): above 1, high noise is drawn more often."""
+        tau = (self.steps * torch.rand(n, device=device) ** (1 / power)).long()
+        return tau.clamp_(max=self.steps - 1)  # float32 may round up to T
+
     def q_sample(self, x_0: Tensor, tau: Tensor, eps: Tensor) -> Tensor:
         """x_tau (B, K, S) from x_0 and noise of the same shape. tau: (B,)."""
         abar = self._expand(tau, x_0)
@@ -80,7 +86,7 @@ class GaussianDiffusion(nn.Module):
         """x0_hat (B, K, S) after the deterministic steps `taus`, descending, e.g. from `trailing_steps`.
 
         Args:
-            predict_x0: (x_tau, tau (B,)) -> x0_hat in [-1, 1].
+            predict_x0: (x_tau, tau (B,)) -> x0_hat in [-b, b].
             x: x_tau at taus[0], (B, K, S): standard normal noise, or a noised estimate; injected, so that
                 sampling can be repeated.
         """

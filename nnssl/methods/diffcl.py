@@ -2,16 +2,18 @@
 
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
-    L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,    x_tau from x_0 = 2 onehot(y_l) - 1
-    L_p(f)   = Dice of f(x_s) against y_g = harden DDIM_S(g, x_w),  started at tau_0 from x_0 = 2 p_f - 1
-    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f, x_tau from x_0 = 2 y_f - 1
-    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k that are most similar to c_k,
-               negatives from those called otherwise
+    L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,    x_tau from x_0 = b (2 onehot(y_l) - 1)
+    L_p(f)   = Dice of f(x_s) against y_g = harden p_g, where p_g is certain and p_f not certain of another
+    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f, x_tau from x_0 = b (2 y_f - 1), where p_f
+               is certain
+    L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k of middling similarity to
+               c_k, negatives from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion
             step tau; never ships
-p_f         probabilities(f(x_w)); both L_p over the voxels where it is certain, max_k p_f >= threshold
+p_f, p_g    probabilities(f(x_w)); mean of several DDIM_S(g, x_w), each from its own noise, so that g's doubt
+            shows as disagreement; certain: max_k p >= threshold
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
             pseudo-labels cut alike
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of
@@ -24,11 +26,14 @@ Differs from the paper:
 - Pseudo-labels teach by Dice alone over certain voxels: the few foreground voxels of a scan unlike the
   labeled ones then weigh as much as its background.
 - No moving averages: in short schedules they lag behind f.
-- Sampling starts from the noised estimate of f, which g then corrects: a denoiser that starts from pure noise
-  stays behind f in short schedules ("sampling_start": 1 is the published form).
-- Negatives are all voxels called otherwise: the least similar ones, the paper's, soon teach nothing.
+- Label maps are scaled by b < 1: at b = 1 a blur of x_tau finds the labels again at most noise levels, and g
+  need not look at the image.
+- g has half of the planned features: its labels are as good at a quarter of the cost.
+- L_cl moves its head at full rate and the shared features at eta: a small weight alone would slow both.
+- Positives are of middling similarity, negatives all voxels called otherwise: the most and the least similar
+  ones, the paper's, soon teach nothing.
 - Similarities are computed on a random subset of the certain voxels of each class: for the cost.
-- Regions are independent +-1 channels. Ignored voxels are 0 in x_0 and carry no loss.
+- Regions are independent +-b channels. Ignored voxels are 0 in x_0 and carry no loss.
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
-from nnssl.networks.heads import VoxelProjector
+from nnssl.networks.heads import VoxelProjector, scale_gradient
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
 from nnssl.networks.time_conditioned import TimeConditionedUNet
 from nnssl.sampling import gather_voxels, sample_members, top_members
@@ -70,23 +75,28 @@ from nnssl.schedules import gaussian_ramp
 @dataclass(frozen=True)
 class DiffCLConfig(Config):
     weight_pseudo: NonNegative = 1.0  # mu: largest weight of L_p, of both networks (ours)
-    # eta: weight of L_cl beside L_p (ours; at 0.1 the contrast moves f as much as L_sup does)
-    weight_contrast: NonNegative = 0.01
-    threshold: Share = 0.95  # confidence of p_f above which a pseudo-label counts (ours)
+    # eta: share of L_cl's gradient that reaches the features of f (ours; at 0.1 it moves f as much as L_sup)
+    weight_contrast: Share = 0.01
+    threshold: Share = 0.95  # confidence above which a pseudo-label of f or g counts (ours)
     # share of channels that f's encoder features of x_s lose (UniMatch)
     channel_dropout: Share = 0.5
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
     ddim_steps: Count = 2  # S: sampling steps (ours)
-    # tau_0: step that sampling starts at from p_f, as (tau_0 + 1) / T (ours; 1: pure noise, as published)
-    sampling_start: PositiveShare = 0.25
+    samples: Annotated[int, Range(1, 16)] = 2  # DDIM samples whose mean is p_g (ours)
+    # (tau_0 + 1) / T: 1: sampling starts from pure noise, as published; below: from p_f with as much noise
+    sampling_start: PositiveShare = 1.0
+    label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
+    # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
+    noise_power: Annotated[float, Range(0.1, 100)] = 1.0
+    denoiser_divisor: Annotated[int, Range(1, 64)] = 2  # planned features / features of g (ours)
     embedding: Width = 64  # E: width of q (ours)
     bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
     bank_per_step: Count = 64  # embeddings per class that a step renews (ours)
     candidates: Count = 4096  # unlabeled voxels per class whose similarities are computed (ours)
-    # share of a class's voxels, the most similar ones, that positives are drawn from (ours)
-    positive_fraction: PositiveShare = 0.05
+    # share of a class's voxels, those of middling similarity, that positives are drawn from (ours)
+    positive_fraction: PositiveShare = 0.5
     num_positives: Count = 256  # positives per class, at most (ours)
     num_negatives: Count = 512  # negatives per class, at most (ours)
     temperature: Temperature = 0.1  # temperature of L_cl (Diff-CL)
@@ -135,7 +145,9 @@ class DiffCL(SemiMethod):
     def build(self) -> None:
         c, k = self.config, self.labels.channels
         self.diffusion = GaussianDiffusion(c.diffusion_steps)
-        self.denoiser = TimeConditionedUNet(self.planned.build_network(self.planned.input_channels + k, k))
+        self.denoiser = TimeConditionedUNet(
+            self.planned.build_network(self.planned.input_channels + k, k, c.denoiser_divisor)
+        )
         self.projector = VoxelProjector(self.student.encoder.output_channels[0], c.embedding)
         self.bank = ClassBank(self.labels.num_classes, c.bank_size, c.embedding)
         self.walk = self.planned.compiled(forward_streams)
@@ -151,30 +163,40 @@ class DiffCL(SemiMethod):
             cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0])
         )
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
-        certain = confidence_mask(probabilities_f, self.config.threshold, self.labels)
+        certain_f, certain_g = (
+            confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g)
+        )
+        agree = (pseudo_f == pseudo_g).all(1, keepdim=True).float()
+        teach_f = certain_g * torch.maximum(agree, 1 - certain_f)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        x_0 = torch.cat([2 * onehot - 1, 2 * pseudo_f - 1])
+        x_0 = self.label_map(torch.cat([onehot, pseudo_f]))
         if labeled_mask is not None:
             x_0[:n] *= labeled_mask
-        tau = torch.randint(self.config.diffusion_steps, (len(x_0),), device=x_0.device)
+        tau = self.diffusion.draw_steps(len(x_0), x_0.device, self.config.noise_power)
         noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
         labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
 
         if self.config.weight_contrast > 0:
-            contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain)
+            contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
             contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
+        self.diagnostics = {
+            "f_certain": certain_f.mean(),
+            "g_certain": certain_g.mean(),
+            "g_teaches": teach_f.mean(),
+            "g_alone_certain": (certain_g * (1 - certain_f)).mean(),
+        }
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": self.pseudo_loss(full_resolution(unlabeled_f), pseudo_g, certain),
+            "pseudo": self.pseudo_loss(full_resolution(unlabeled_f), pseudo_g, teach_f),
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f, certain),
+            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f, certain_f),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -182,7 +204,7 @@ class DiffCL(SemiMethod):
         return {
             "supervised": 1.0,
             "pseudo": mu,
-            "contrast": self.config.weight_contrast * mu,
+            "contrast": mu if self.config.weight_contrast > 0 else 0.0,
             "diffusion": 1.0,
             "diffusion_pseudo": mu,
         }
@@ -196,22 +218,23 @@ class DiffCL(SemiMethod):
         return describe_hfm(self.student, self.planned.patch_size)
 
     def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; noise: of x_{tau_0}, drawn if
-        None."""
+        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient.
+
+        noise: (samples U, K, S), where the chains start; drawn if None.
+        """
         c = self.config
         with inference(self.student, self.denoiser):
             p_f = self.probabilities(full_resolution(self.student(weak)))
-            noise = torch.randn_like(p_f) if noise is None else noise
+            p, images = (torch.cat([x] * c.samples) for x in (p_f, weak))
+            start = torch.randn_like(p) if noise is None else noise
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
-            start = noise
             if c.sampling_start < 1:
-                start = self.diffusion.q_sample(
-                    2 * p_f - 1, torch.full((len(p_f),), taus[0], device=p_f.device), noise
-                )
-            sampled = self.diffusion.ddim_sample(
-                lambda x, tau: self.estimate(self.denoiser(x, tau, weak)), start, taus
+                first = torch.full((len(p),), taus[0], device=p.device)
+                start = self.diffusion.q_sample(self.label_map(p), first, start)
+            x_0 = self.diffusion.ddim_sample(
+                lambda x, tau: self.estimate(self.denoiser(x, tau, images)), start, taus
             )
-            return p_f, (sampled + 1) / 2
+            return p_f, self.shares(x_0).unflatten(0, (c.samples, -1)).mean(0)
 
     def pseudo_loss(self, logits: Tensor, pseudo: Tensor, certain: Tensor) -> Tensor:
         """Soft Dice (U, K, S) over the certain voxels (U, 1, S)."""
@@ -220,8 +243,16 @@ class DiffCL(SemiMethod):
         )
 
     def estimate(self, outputs: Outputs) -> Tensor:
-        """x0_hat in [-1, 1] from the denoiser's outputs."""
-        return 2 * self.probabilities(full_resolution(outputs)) - 1
+        """x0_hat in [-b, b] from the denoiser's outputs."""
+        return self.label_map(self.probabilities(full_resolution(outputs)))
+
+    def label_map(self, shares: Tensor) -> Tensor:
+        """x_0 in [-b, b] from one-hot labels or probabilities."""
+        return self.config.label_scale * (2 * shares - 1)
+
+    def shares(self, x_0: Tensor) -> Tensor:
+        """The inverse of `label_map`."""
+        return (x_0 / self.config.label_scale + 1) / 2
 
     def contrast(
         self,
@@ -252,11 +283,12 @@ class DiffCL(SemiMethod):
         center = F.normalize(center, dim=-1)
         member = (self.labels.classes(called) & certain[:, 0].bool()).flatten(1)  # (K', U * V)
         index, valid = sample_members(member, c.candidates)
-        q = self.projector(gather_voxels(features[n:], index))  # (K', N, E): candidates that f calls k
+        gathered = scale_gradient(gather_voxels(features[n:], index), c.weight_contrast)
+        q = self.projector(gathered)  # (K', N, E): candidates that f calls k
         everything = q.flatten(0, 1)
         with torch.no_grad():
             own = torch.einsum("kne,ke->kn", q, center)
-            positive, positive_valid = _sample_top_share(
+            positive, positive_valid = _sample_middle_share(
                 own, valid & known[:, None], c.positive_fraction, c.num_positives
             )
             called_other = ~member[
@@ -275,12 +307,11 @@ class DiffCL(SemiMethod):
         )
 
 
-def _sample_top_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:
-    """Up to n places drawn from the members of every row that belong to its highest-scored share. Shapes as
-    in `top_members`."""
+def _sample_middle_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:
+    """Up to n places drawn from the members of every row whose rank by score is in its middle share. Shapes
+    as in `top_members`."""
     order, valid = top_members(score, member, score.shape[1])
-    share = (member.sum(1, keepdim=True) * fraction).ceil()
-    drawn, drawn_valid = sample_members(
-        valid & (torch.arange(order.shape[1], device=order.device) < share), n
-    )
+    count, rank = member.sum(1, keepdim=True), torch.arange(order.shape[1], device=order.device)
+    left_out = ((1 - fraction) / 2 * count).floor()  # at either end
+    drawn, drawn_valid = sample_members(valid & (rank >= left_out) & (rank < count - left_out), n)
     return order.gather(1, drawn), drawn_valid

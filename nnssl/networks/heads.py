@@ -6,6 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, whose gradient is multiplied by `factor` on the way back: a head behind it learns at its full
+    rate while the features before it move gently."""
+    return factor * x + (1 - factor) * x.detach()
+
+
 class VoxelProjector(nn.Module):
     """Two-layer MLP on feature vectors: (..., F) -> unit vectors (..., E).
 

@@ -129,6 +129,8 @@ class HighFrequencyMamba(nn.Module):
     `box_radii`; d_state, expand, backend: see `Mamba2Mixer`. Raises ValueError for a cutoff outside (0, 1).
     """
 
+    mixers: Any  # of Mamba2Mixer
+
     def __init__(
         self,
         channels: int,

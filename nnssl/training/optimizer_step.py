@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +20,9 @@ class OptimizationStep:
     such steps in a row raise RuntimeError: the last checkpoint is then the last good one.
 
     Args:
-        optimizer: over all networks and heads; clipping takes the norm over all its parameters.
+        optimizer: over all networks and heads.
+        networks: parameters of every network and head; each is clipped to nnU-Net's norm on its own, so that
+            a large gradient in one does not shrink the others' steps. None: one norm over all.
         scaler: nnU-Net's GradScaler, None on other devices than CUDA.
         amp: float16 (on CUDA only, as nnU-Net), bfloat16 (on CPU too: one with matrix units trains twice as
             fast) or float32.
@@ -28,12 +31,20 @@ class OptimizationStep:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, scaler: Any, amp: str, device: torch.device, patience: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        amp: str,
+        device: torch.device,
+        patience: int,
+        networks: Sequence[Iterable[nn.Parameter]] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler if amp == "float16" else None
         self.amp, self.device, self.patience = amp, device, patience
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        chosen = [[p for p in network if p.requires_grad] for network in networks or [everything]]
+        self.networks = [network for network in chosen if network]
         self.skipped = self.skipped_in_a_row = 0
 
     def autocast(self) -> Any:
@@ -60,9 +71,9 @@ class OptimizationStep:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        norms = torch.stack([nn.utils.clip_grad_norm_(p, MAX_GRADIENT_NORM) for p in self.networks])
         if self.scaler is None:  # with it, infinite gradients are the ordinary search for a scale
-            finite = finite * torch.isfinite(norm)
+            finite = finite * torch.isfinite(norms).all()
         if not finite.item():
             self._skip()
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -144,7 +145,12 @@ class SemiTrainer(nnUNetTrainer):
         self.network = self.method.deployed(self.general.deploy)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.step = OptimizationStep(
-            self.optimizer, self.grad_scaler, self.general.amp, self.device, self.general.max_nonfinite_steps
+            self.optimizer,
+            self.grad_scaler,
+            self.general.amp,
+            self.device,
+            self.general.max_nonfinite_steps,
+            [list(network.parameters()) for network in self.method.children()],
         )
         if self._do_i_compile():
             for network in self.method.children():
@@ -177,10 +183,15 @@ class SemiTrainer(nnUNetTrainer):
             )[1]
             unlabeled = [case.name for case in cases]
 
-        def build(input_channels: int, output_channels: int) -> nn.Module:
+        def build(input_channels: int, output_channels: int, divisor: int = 1) -> nn.Module:
+            configuration = deepcopy(self.configuration_manager)
+            architecture = configuration.configuration["architecture"]["arch_kwargs"]
+            architecture["features_per_stage"] = [
+                max(1, width // divisor) for width in architecture["features_per_stage"]
+            ]
             return nnUNetTrainer.build_network_architecture(
                 self.plans_manager,
-                self.configuration_manager,
+                configuration,
                 input_channels,
                 output_channels,
                 self.enable_deep_supervision,

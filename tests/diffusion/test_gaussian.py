@@ -100,3 +100,12 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
 
 def test_the_schedule_is_not_part_of_a_checkpoint() -> None:
     assert GaussianDiffusion().state_dict() == {}
+
+
+def test_steps_are_drawn_uniformly_or_towards_noise() -> None:
+    diffusion, cpu = GaussianDiffusion(100), torch.device("cpu")
+    torch.manual_seed(0)
+    uniform, high = diffusion.draw_steps(20_000, cpu), diffusion.draw_steps(20_000, cpu, power=3.0)
+    assert uniform.min() == 0 and uniform.max() == 99 and uniform.bincount().min() > 120
+    assert (uniform < 50).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert (high < 50).float().mean().item() == pytest.approx(0.125, abs=0.02)  # P(u^(1/3) < 1/2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,3 +37,14 @@ def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> No
         before = layer.weight.clone()
     assert taken[0] is False and True in taken
     assert step.skipped == 0
+
+
+def test_every_network_is_clipped_on_its_own() -> None:
+    gentle, wild = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD([*gentle.parameters(), *wild.parameters()], 1.0)
+    networks = [list(gentle.parameters()), list(wild.parameters())]
+    step = OptimizationStep(optimizer, None, "float32", torch.device("cpu"), 3, networks)
+    before = gentle.weight.item(), wild.weight.item()
+    assert step.take((gentle(torch.ones(1, 1)) + wild(torch.full((1, 1), 1e4))).sum())
+    assert before[0] - gentle.weight.item() == pytest.approx(1, rel=1e-4)
+    assert before[1] - wild.weight.item() == pytest.approx(12, rel=1e-4)
