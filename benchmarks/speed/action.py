@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
-from nnssl.losses.anatomical import dense_anatomical_contrast
-from nnssl.sampling import gather_interpolated
+from nnssl.losses.anatomical import anatomical_contrast
+from nnssl.sampling import gather_interpolated, gather_voxels
 from tests.reference import action as published
 
 BATCH, EMBEDDING, GRID = 4, 128, (56, 56, 40)
@@ -50,16 +50,12 @@ def contrast_inputs(classes: int, device: torch.device) -> tuple[Tensor, Tensor,
 def contrast(classes: int, repeats: int, device: torch.device) -> dict[str, Any]:
     embeddings, label, mask, probabilities = contrast_inputs(classes, device)
 
-    def ours(negatives: str) -> Tensor:
-        member = (label * mask).movedim(1, 0).flatten(1) > 0.5
-        return dense_anatomical_contrast(
-            embeddings, member, (probabilities < 0.97).movedim(1, 0).flatten(1), negatives=negatives
-        )
-
+    member = (label * mask).movedim(1, 0).flatten(1) > 0.5
+    hard = (probabilities < 0.97).movedim(1, 0).flatten(1)
     losses: dict[str, Callable[[], Tensor]] = {
         "published": lambda: published.anatomical_contrast(embeddings, label, mask, probabilities),
-        "exact": lambda: ours("exact"),
-        "shared": lambda: ours("shared"),
+        "exact": lambda: published.exact_anatomical_contrast(embeddings, member, hard),
+        "shared": lambda: anatomical_contrast(partial(gather_voxels, embeddings), member, hard),
     }
     calls = {
         name: partial(lambda loss: torch.autograd.grad(loss(), embeddings), loss)

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.losses.anatomical import (
-    _draw_classes,
-    anatomical_contrast,
-    class_chances,
-    dense_anatomical_contrast,
-)
+from nnssl.losses.anatomical import anatomical_contrast, class_chances, draw_classes
 from nnssl.sampling import gather_voxels
 from tests.reference import action as reference
 
@@ -44,32 +41,42 @@ def losses_of_the_loop(n: int) -> torch.Tensor:
     return torch.stack([reference.anatomical_contrast(*example(), 0.6, 8, 6, 0.5) for _ in range(n)])
 
 
-@pytest.mark.parametrize(("negatives", "candidates"), [("exact", 4096), ("shared", 4096), ("shared", 12)])
-def test_the_mean_over_seeds_is_that_of_the_published_algorithm(negatives: str, candidates: int) -> None:
+def on_map(
+    embeddings: torch.Tensor, member: torch.Tensor, hard: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    return anatomical_contrast(partial(gather_voxels, embeddings), member, hard, **options)
+
+
+@pytest.mark.parametrize(
+    ("contrast", "candidates"),
+    [
+        (on_map, {"num_candidates": 4096}),
+        (on_map, {"num_candidates": 12}),
+        (reference.exact_anatomical_contrast, {}),
+    ],
+)
+def test_the_mean_over_seeds_is_that_of_the_published_algorithm(
+    contrast: Callable[..., torch.Tensor], candidates: dict[str, int]
+) -> None:
     rep, onehot, mask, p = example()
     member, hard = members(onehot, mask, p, 0.6)
     torch.manual_seed(0)
-    options = {**SMALL, "negatives": negatives, "num_candidates": candidates}
-    found = torch.stack([dense_anatomical_contrast(rep, member, hard, **options) for _ in range(400)])
+    found = torch.stack([contrast(rep, member, hard, **SMALL, **candidates) for _ in range(400)])
     loop = losses_of_the_loop(100)
     error = math.sqrt(found.var() / len(found) + loop.var() / len(loop))
     assert error < 0.012 * loop.mean() and abs(found.mean() - loop.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("negatives", ["exact", "shared"])
-def test_gradients_agree_in_the_mean_with_the_published_algorithm(negatives: str) -> None:
+@pytest.mark.parametrize("contrast", [on_map, reference.exact_anatomical_contrast])
+def test_gradients_agree_in_the_mean_with_the_published_algorithm(
+    contrast: Callable[..., torch.Tensor],
+) -> None:
     rep, onehot, mask, p = example()
     member, hard = members(onehot, mask, p, 0.6)
     rep.requires_grad_()
     torch.manual_seed(0)
-    options = {"num_queries": 100, "num_negatives": 40, "negatives": negatives}
-    found = (
-        sum(
-            torch.autograd.grad(dense_anatomical_contrast(rep, member, hard, **options), rep)[0]
-            for _ in range(20)
-        )
-        / 20
-    )
+    options = {"num_queries": 100, "num_negatives": 40}
+    found = sum(torch.autograd.grad(contrast(rep, member, hard, **options), rep)[0] for _ in range(20)) / 20
     loop = (
         sum(
             torch.autograd.grad(reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), rep)[0]
@@ -83,18 +90,14 @@ def test_gradients_agree_in_the_mean_with_the_published_algorithm(negatives: str
     assert found.norm().item() == pytest.approx(loop.norm().item(), rel=0.1)
 
 
-@pytest.mark.parametrize("negatives", ["exact", "shared"])
-def test_orthogonal_classes_have_a_closed_form(negatives: str) -> None:
+def test_orthogonal_classes_have_a_closed_form() -> None:
     rep = torch.eye(2).repeat_interleave(10, dim=0).T[None]  # (1, 2, 20): ten voxels of either class
     member = torch.stack([torch.arange(20) < 10, torch.arange(20) >= 10])
-    value = dense_anatomical_contrast(
-        rep, member, torch.ones_like(member), **{**SMALL, "negatives": negatives}
-    )
+    value = on_map(rep, member, torch.ones_like(member), **SMALL)
     assert value.item() == pytest.approx(math.log(1 + 6 * math.exp(-1 / 0.5)), rel=1e-5)
 
 
-@pytest.mark.parametrize("negatives", ["exact", "shared"])
-def test_gradcheck_with_keys_held_fixed(negatives: str) -> None:
+def test_gradcheck_with_keys_held_fixed() -> None:
     rep, onehot, mask, p = example()
     member, hard = members(onehot, mask, p, 0.6)
     keys = rep.double().movedim(1, -1).reshape(-1, 5)
@@ -102,7 +105,7 @@ def test_gradcheck_with_keys_held_fixed(negatives: str) -> None:
     def loss(queries: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
         embed = lambda index: (queries if torch.is_grad_enabled() else keys)[index]  # noqa: E731
-        return anatomical_contrast(embed, member, hard, rows=keys if negatives == "exact" else None, **SMALL)
+        return anatomical_contrast(embed, member, hard, **SMALL)
 
     assert torch.autograd.gradcheck(loss, keys.clone().requires_grad_(), fast_mode=True)
 
@@ -112,7 +115,7 @@ def test_keys_carry_no_gradient() -> None:
     member, hard = members(onehot, mask, p, 0.6)
     hard[1:] = False  # queries of class 0 alone: every other class is only a key
     rep.requires_grad_()
-    dense_anatomical_contrast(rep, member, hard, **SMALL).backward()
+    on_map(rep, member, hard, **SMALL).backward()
     touched = rep.grad.movedim(1, -1).reshape(-1, 5).any(1)
     assert touched.any() and not touched[~(member[0] & hard[0])].any()
 
@@ -125,7 +128,7 @@ def test_negative_classes_follow_the_similarity_of_the_means() -> None:
     torch.testing.assert_close(chances[0], torch.tensor([0, ratio, 1, 0]) / (1 + ratio))
     assert not chances[:3].diagonal().any() and not chances[:, 3].any()
     torch.manual_seed(0)
-    drawn = _draw_classes(chances, 20_000)
+    drawn = draw_classes(chances, 20_000)
     for k in range(3):
         found = torch.bincount(drawn[k], minlength=4) / 20_000
         torch.testing.assert_close(found, chances[k], atol=0.015, rtol=0)
@@ -139,10 +142,7 @@ def test_absent_classes_do_not_count_and_classes_without_hard_voxels_add_zero() 
 
     def value(m: torch.Tensor, h: torch.Tensor) -> float:
         torch.manual_seed(0)
-        values = [
-            dense_anatomical_contrast(rep, m, h, num_queries=50, num_negatives=500, temperature=0.5)
-            for _ in range(10)
-        ]
+        values = [on_map(rep, m, h, num_queries=50, num_negatives=500, temperature=0.5) for _ in range(10)]
         return torch.stack(values).mean().item()
 
     full = value(member, hard)
@@ -151,9 +151,8 @@ def test_absent_classes_do_not_count_and_classes_without_hard_voxels_add_zero() 
     assert sum(parts) == pytest.approx(full, rel=0.01)
 
 
-@pytest.mark.parametrize("negatives", ["exact", "shared"])
 @pytest.mark.parametrize("case", ["empty", "one_class", "nothing_hard"])
-def test_degenerate_batches_give_a_differentiable_zero(negatives: str, case: str) -> None:
+def test_degenerate_batches_give_a_differentiable_zero(case: str) -> None:
     rep, onehot, mask, p = example()
     member, hard = members(onehot, mask, p, 0.6)
     if case == "empty":
@@ -163,7 +162,7 @@ def test_degenerate_batches_give_a_differentiable_zero(negatives: str, case: str
     else:
         hard = hard & False
     rep.requires_grad_()
-    loss = dense_anatomical_contrast(rep, member, hard, **{**SMALL, "negatives": negatives})
+    loss = on_map(rep, member, hard, **SMALL)
     loss.backward()
     assert loss.item() == 0 and not rep.grad.any() and torch.isfinite(rep.grad).all()
 
@@ -177,9 +176,3 @@ def test_bfloat16_embeddings_are_compared_in_float32() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             values.append(anatomical_contrast(partial(gather_voxels, r), member, hard, **SMALL))
     assert torch.equal(*values) and values[0].dtype == torch.float32
-
-
-def test_unknown_negatives_are_refused() -> None:
-    rep, onehot, mask, p = example()
-    with pytest.raises(ValueError, match="negatives must be"):
-        dense_anatomical_contrast(rep, *members(onehot, mask, p, 0.6), negatives="all")

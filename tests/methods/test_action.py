@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.losses.anatomical import dense_anatomical_contrast
+from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.pseudo_label import cross_entropy
 from nnssl.method import full_resolution
 from nnssl.methods.action import ACTION, ACTIONConfig, pool, pool_cells
 from nnssl.networks.dropout import Walk
+from nnssl.sampling import gather_voxels
 from tests.building import Task
 
 SMALL = ACTIONConfig(
@@ -222,9 +224,9 @@ def test_contrast_at_sampled_voxels_equals_contrast_on_the_dense_representation(
         if sampled:
             value = m.contrast(features, logits, onehot, counted)
         else:
-            value = dense_anatomical_contrast(
-                dense, member, hard, num_queries=16, num_negatives=32, temperature=0.5, num_candidates=64
-            )
+            embed = partial(gather_voxels, dense)
+            options = {"num_queries": 16, "num_negatives": 32, "temperature": 0.5, "num_candidates": 64}
+            value = anatomical_contrast(embed, member, hard, **options)
         values.append(value.item())
         gradients.append(torch.autograd.grad(value, m.representation.weight, retain_graph=True)[0])
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] > 0
