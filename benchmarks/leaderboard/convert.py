@@ -20,9 +20,7 @@ Whoever compares with their figures needs the same.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
+
+from nnssl.files import scratch_folder, write_json
 
 LA_PATCH, LA_MARGIN = 112, 15  # in plane; the public code draws margins of 10 to 20 at random
 PANCREAS_WINDOW, PANCREAS_MARGIN = (-125.0, 275.0), 25  # HU; voxels of 1 mm
@@ -61,36 +61,37 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
     names = [case for file in form.lists for case in read_list(lists or source, file)]
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(form.lists)}: a case stands in them twice")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("imagesTr", "labelsTr"):
-        (partial / part).mkdir(parents=True)
-    renamed = {}
-    for number, case in enumerate(tqdm(names, desc=name, unit="case"), 1):
-        image, label, spacing = form.read(source, case)
-        if image.shape != label.shape or label.max() > len(form.labels):
-            raise ValueError(
-                f"{case}: image {image.shape}, label {label.shape} with values to {label.max()}; expected "
-                f"{form.labels}"
-            )
-        new = renamed[case] = f"{form.prefix}_{number:03d}"
-        for array, path in (
-            (image.astype(np.float32), f"imagesTr/{new}_0000"),
-            (label.astype(np.uint8), f"labelsTr/{new}"),
-        ):
-            picture = sitk.GetImageFromArray(array)
-            picture.SetSpacing([float(s) for s in spacing])
-            sitk.WriteImage(picture, str(partial / f"{path}.nii.gz"), useCompression=True)
-    labels = {"background": 0, **{label: k for k, label in enumerate(form.labels, 1)}}
-    content = {
-        "channel_names": {"0": form.channel},
-        "labels": labels,
-        "numTraining": len(names),
-        "file_ending": ".nii.gz",
-    }
-    (partial / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (partial / "cases.json").write_text(json.dumps(renamed, indent=1), encoding="utf-8")
-    os.replace(partial, folder)
+    raw.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(raw) as scratch:
+        partial = Path(scratch, folder.name)
+        for part in ("imagesTr", "labelsTr"):
+            (partial / part).mkdir(parents=True)
+        renamed = {}
+        for number, case in enumerate(tqdm(names, desc=name, unit="case"), 1):
+            image, label, spacing = form.read(source, case)
+            if image.shape != label.shape or label.max() > len(form.labels):
+                raise ValueError(
+                    f"{case}: image {image.shape}, label {label.shape} with values to {label.max()}; "
+                    f"expected {form.labels}"
+                )
+            new = renamed[case] = f"{form.prefix}_{number:03d}"
+            for array, path in (
+                (image.astype(np.float32), f"imagesTr/{new}_0000"),
+                (label.astype(np.uint8), f"labelsTr/{new}"),
+            ):
+                picture = sitk.GetImageFromArray(array)
+                picture.SetSpacing([float(s) for s in spacing])
+                sitk.WriteImage(picture, str(partial / f"{path}.nii.gz"), useCompression=True)
+        labels = {"background": 0, **{label: k for k, label in enumerate(form.labels, 1)}}
+        content = {
+            "channel_names": {"0": form.channel},
+            "labels": labels,
+            "numTraining": len(names),
+            "file_ending": ".nii.gz",
+        }
+        write_json(content, partial / "dataset.json", indent=1)
+        write_json(renamed, partial / "cases.json", indent=1)
+        os.replace(partial, folder)
     return folder
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, lock, run, tail, write_whole
+from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, lock, run, tail
 from benchmarks.leaderboard.suite import Row, Suite
+from nnssl.files import copy_file, read_json, write_json, write_text
 
 TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
 PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
@@ -47,7 +48,7 @@ class Job:
         """finished | failed | outdated (of other settings) | absent, by the row on disk."""
         if not self.result.is_file():
             return "absent"
-        found = json.loads(self.result.read_text(encoding="utf-8"))
+        found = read_json(self.result)
         return found["status"] if found["fingerprint"] == self.row.fingerprint else "outdated"
 
     def run(self) -> str:
@@ -121,10 +122,8 @@ class Job:
         settings, half = dict(self.row.settings), self.epochs // 2
         first = self.train(self.space, f"{self.plans}_r1", {**settings, "num_epochs": half})
         second = Workspace(self.space.folder / "self_training" / self.plans, self.suite)
-        split = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[
-            self.row.fold
-        ]
-        ending = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        split = read_json(self.space.preprocessed / "splits_final.json")[self.row.fold]
+        ending = read_json(self.space.raw / "dataset.json")["file_ending"]
         images = {
             name: sorted((self.space.raw / name).glob(f"*{ending}")) for name in ("imagesTr", "imagesUn")
         }
@@ -175,12 +174,12 @@ class Job:
                 )
             for name in unlabeled:
                 link(pseudo / f"{name}{ending}", second.raw / "labelsTr" / f"{name}{ending}")
-            dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
+            dataset = read_json(self.space.raw / "dataset.json")
             count = len({*split["train"], *split["val"], *unlabeled})
-            write_whole(second.raw / "dataset.json", json.dumps({**dataset, "numTraining": count}))
+            write_json({**dataset, "numTraining": count}, second.raw / "dataset.json")
             second.preprocessed.mkdir(parents=True, exist_ok=True)
             for name in (f"{BASE_PLAN}.json", "dataset_fingerprint.json"):
-                shutil.copy(self.space.preprocessed / name, second.preprocessed)
+                copy_file(self.space.preprocessed / name, second.preprocessed / name)
             second.preprocess(self.log, BASE_PLAN, 1)
             (second.folder / "prepared").touch()
         plans = self.space.plans(f"{self.plans}_r1")
@@ -188,9 +187,7 @@ class Job:
         more = settings.get("unlabeled_batch_size") or batch
         times = max(1, round(len(unlabeled) * batch / (more * len(split["train"]))))
         train = sorted(split["train"] * times + list(unlabeled))
-        write_whole(
-            second.preprocessed / "splits_final.json", json.dumps([{"train": train, "val": split["val"]}])
-        )
+        write_json([{"train": train, "val": split["val"]}], second.preprocessed / "splits_final.json")
         folder = self.train(
             second,
             self.plans,
@@ -207,7 +204,7 @@ class Job:
         row, split = self.row, self.space.preprocessed / "splits_final.json"
         labeled = row.labeled
         if labeled is None and split.is_file():
-            labeled = len(json.loads(split.read_text(encoding="utf-8"))[row.fold]["train"])
+            labeled = len(read_json(split)[row.fold]["train"])
         what = {
             "suite": self.suite.name,
             "method": row.method,
@@ -238,10 +235,8 @@ class Job:
 
     def write(self, row: dict[str, Any]) -> None:
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            self.result,
-            "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n}\n",
-        )
+        lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items())
+        write_text("{\n" + lines + "\n}\n", self.result)
 
     def scores(self, folder: Path) -> dict[str, Any]:
         """Metrics of every validation case, their means, the panel."""
@@ -250,14 +245,12 @@ class Job:
         from benchmarks.leaderboard.metrics import score_case
         from benchmarks.leaderboard.panel import write_panel
 
-        dataset = json.loads((self.space.raw / "dataset.json").read_text(encoding="utf-8"))
+        dataset = read_json(self.space.raw / "dataset.json")
         ending = dataset["file_ending"]
         structures = {
             k: v for k, v in dataset["labels"].items() if isinstance(v, int) and v > 0 and k != "ignore"
         }
-        names = json.loads((self.space.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[
-            self.row.fold
-        ]["val"]
+        names = read_json(self.space.preprocessed / "splits_final.json")[self.row.fold]["val"]
         table: dict[str, list[list[float | None]]] = {}
         volumes = []
         for name in names:
@@ -313,9 +306,7 @@ class Job:
                     round(v, 5) if math.isfinite(v) else None for v in values
                 ]
             config = checkpoint["nnssl"]["config"]
-        plan = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))["configurations"][
-            self.suite.configuration
-        ]
+        plan = read_json(folder.parent / "plans.json")["configurations"][self.suite.configuration]
         network = plan["architecture"]["arch_kwargs"]
         used = usage(self.usage)
         earlier = sum(end - start for start, end in epochs if start < begun)

@@ -3,7 +3,6 @@ strips under each other."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib import image as pictures
 from matplotlib.colors import to_rgb
 
 from nnssl.demo.figures import ERROR, PALETTE
+from nnssl.files import read_json, replacing
 
 OPACITY = 0.6
 
@@ -19,7 +19,7 @@ OPACITY = 0.6
 def write_panel(raw: Path, predictions: Path, case: str, ending: str, path: Path) -> float:
     """The strip of one case as a PNG, a pixel per voxel, on the slice with most of its smallest structure;
     returns its pixels' aspect."""
-    channel = sorted(json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["channel_names"])[0]
+    channel = sorted(read_json(raw / "dataset.json")["channel_names"])[0]
     files = (
         raw / "imagesTr" / f"{case}_{int(channel):04d}{ending}",
         raw / "labelsTr" / f"{case}{ending}",
@@ -40,7 +40,8 @@ def write_panel(raw: Path, predictions: Path, case: str, ending: str, path: Path
     gap = np.ones((len(grey), 2, 3))
     strip = np.concatenate([part for layer in layers for part in (layer, gap)][:-1], axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures.imsave(path, np.round(255 * strip).astype(np.uint8), metadata={"Software": ""})
+    with replacing(path) as partial:
+        pictures.imsave(partial, np.round(255 * strip).astype(np.uint8), metadata={"Software": ""})
     spacing = scans[0].GetSpacing()
     return float(spacing[1] / spacing[0])
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.leaderboard.suite import Suite
+from nnssl.files import replacing
 
 PLAIN, BOUND, BASE = "#4878a8", "#9aa0a6", "#e39c37"
 NAMES = {
@@ -186,6 +187,8 @@ def case_dice(row: Mapping[str, Any]) -> list[float | None]:
 
 
 def save(figure: Figure, stem: Path, svg: bool = True) -> None:
-    figure.savefig(stem.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    with replacing(stem.with_suffix(".png")) as partial:
+        figure.savefig(partial, dpi=110, metadata={"Software": None})
     if svg:
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        with replacing(stem.with_suffix(".svg")) as partial:
+            figure.savefig(partial, metadata={"Date": None, "Creator": None})

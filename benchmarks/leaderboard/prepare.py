@@ -6,7 +6,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.leaderboard.suite import Suite, SuiteError
+from nnssl.files import copy_file, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_PLAN = "nnUNetPlansBase"
@@ -39,13 +39,6 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
         file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
         file.flush()
         yield True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def link(source: Path, target: Path) -> None:
@@ -104,13 +97,13 @@ class Workspace:
 
     def cases(self) -> list[str]:
         """Sorted names of the labeled cases of the raw dataset."""
-        ending = json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        ending = read_json(self.raw / "dataset.json")["file_ending"]
         return sorted(
             p.name.removesuffix(ending) for p in (self.raw / "labelsTr").iterdir() if p.name.endswith(ending)
         )
 
     def plans(self, name: str = BASE_PLAN) -> dict[str, Any]:
-        return json.loads((self.preprocessed / f"{name}.json").read_text(encoding="utf-8"))
+        return read_json(self.preprocessed / f"{name}.json")
 
     def write_plans(self, name: str, settings: Mapping[str, Any], batch_size: int | None = None) -> None:
         """The base plan with the suite's edits and the section `nnssl`, as `<name>.json`."""
@@ -118,7 +111,7 @@ class Workspace:
         plans |= {"plans_name": name, "nnssl": {k: v for k, v in settings.items() if v is not None}}
         if batch_size is not None:
             plans["configurations"][self.suite.configuration]["batch_size"] = batch_size
-        write_whole(self.preprocessed / f"{name}.json", json.dumps(plans, indent=1))
+        write_json(plans, self.preprocessed / f"{name}.json", indent=1)
 
     def prepare(self, data: Path, jobs: int) -> None:
         """Link the raw dataset, split, plan, preprocess; what is there already is left alone."""
@@ -134,21 +127,19 @@ class Workspace:
             for name in ("raw", "preprocessed", "results", "logs"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.raw.mkdir(exist_ok=True)
-            shutil.copy(source / "dataset.json", self.raw)
+            copy_file(source / "dataset.json", self.raw / "dataset.json")
             for name in ("imagesTr", "labelsTr", "imagesUn"):
                 if (source / name).is_dir() and not (self.raw / name).exists():
                     (self.raw / name).symlink_to((source / name).resolve())
             self.preprocessed.mkdir(exist_ok=True)
-            write_whole(
-                self.preprocessed / "splits_final.json", json.dumps(folds(self.suite, self.cases()), indent=1)
-            )
+            write_json(folds(self.suite, self.cases()), self.preprocessed / "splits_final.json", indent=1)
             spacing = self.suite.plan.get("spacing")
             edits = ["-overwrite_target_spacing", *map(str, spacing)] if spacing else []
             asked = (
                 self.folder / "spacing.json"
             )  # nnU-Net's plan need not tell: its axes may be in another order
             if not (self.preprocessed / f"{BASE_PLAN}.json").is_file():
-                write_whole(asked, json.dumps(spacing))
+                write_json(spacing, asked)
                 chosen = [
                     "-d",
                     self.identifier,
@@ -158,7 +149,7 @@ class Workspace:
                     BASE_PLAN,
                 ]
                 self.nnssl(log, "plan-and-preprocess", *chosen, *edits, "--no_pp", "-npfp", str(jobs))
-            elif asked.is_file() and (planned := json.loads(asked.read_text(encoding="utf-8"))) != spacing:
+            elif asked.is_file() and (planned := read_json(asked)) != spacing:
                 raise SuiteError(
                     f"{self.folder} was planned with [plan] spacing {planned}, the suite asks for "
                     f"{spacing}: use another --work"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.leaderboard.plots import NAMES, write_pictures
-from benchmarks.leaderboard.prepare import write_whole
 from benchmarks.leaderboard.suite import Suite, SuiteError
+from nnssl.files import read_json, write_text
 
 RESAMPLES, CONFIDENCE = 10_000, 95
 METRICS = {
@@ -37,7 +37,7 @@ def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
     for row in suite.rows():
         path = results / suite.name / f"{row.name}.json"
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             rows.append({**content, "name": row.name, "bound": row.kind == "supervised_all"})
             if content["fingerprint"] != row.fingerprint:
                 outdated.append(str(path))
@@ -312,10 +312,8 @@ def write_report(suite: Suite, results: Path) -> str:
     table = summarise(suite, rows)
     finished = [r for r in rows if r["status"] == "finished"]
     text = markdown(suite, rows, table, write_pictures(suite, table, finished, results) if finished else {})
-    write_whole(results / f"{suite.name}.md", text)
-    write_whole(
-        results / f"{suite.name}.json",
-        json.dumps({"suite": suite.name, "table": table}, indent=1, sort_keys=True) + "\n",
-    )
-    write_whole(results / f"{suite.name}.csv", comma_separated(table))
+    write_text(text, results / f"{suite.name}.md")
+    content = json.dumps({"suite": suite.name, "table": table}, indent=1, sort_keys=True)
+    write_text(content + "\n", results / f"{suite.name}.json")
+    write_text(comma_separated(table), results / f"{suite.name}.csv")
     return text

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import platform
 import shutil
@@ -30,6 +29,7 @@ import numpy as np
 import SimpleITK as sitk
 
 import nnssl
+from nnssl.files import read_json, write_json, write_text
 
 DATASET, CONFIGURATION, BASE = "Dataset501_LeftAtrium", "3d_fullres", "nnUNetPlans25"
 RESULTS = Path(__file__).parent / "results"
@@ -85,14 +85,14 @@ def prepare(data: Path, work: Path, labeled: int) -> None:
 
 def run(work: Path, trainer: str, labeled: int, seed: int) -> None:
     folder = work / "preprocessed" / DATASET
-    plans = json.loads((folder / f"{BASE}.json").read_text(encoding="utf-8"))
+    plans = read_json(folder / f"{BASE}.json")
     plans["plans_name"] = name = plans_name(trainer, labeled, seed)
     configuration = plans["configurations"][CONFIGURATION]
     configuration["batch_size"] = 2
     kwargs = configuration["architecture"]["arch_kwargs"]
     kwargs["features_per_stage"] = [f // 2 for f in kwargs["features_per_stage"]]
     plans["nnssl"] = {**SCHEDULE, "num_epochs": EPOCHS.get(trainer, SCHEDULE["num_epochs"]), "seed": seed}
-    (folder / f"{name}.json").write_text(json.dumps(plans, indent=1), encoding="utf-8")
+    write_json(plans, folder / f"{name}.json", indent=1)
     # nnUNetv2_train -device cpu takes every core; this is the same function with one thread
     code = (
         "import sys, torch; torch.set_num_threads(1); from nnunetv2.run.run_training import run_training; "
@@ -122,7 +122,7 @@ def collect(work: Path, labeled: int, seeds: list[int]) -> list[dict[str, Any]]:
             folder = fold_folder(work, trainer, labeled, seed)
             if not (folder / "validation" / "summary.json").is_file():
                 continue
-            summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(folder / "validation" / "summary.json")
             state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)[
                 "nnssl"
             ]
@@ -177,9 +177,7 @@ def pictures(work: Path, labeled: int, seed: int) -> None:
     folders = {t: fold_folder(work, t, labeled, seed) for t in TRAINERS}
     folders = {t: f for t, f in folders.items() if (f / "validation" / "summary.json").is_file()}
     read = lambda path: sitk.GetArrayFromImage(sitk.ReadImage(str(path)))  # noqa: E731
-    summary = json.loads(
-        (next(iter(folders.values())) / "validation" / "summary.json").read_text(encoding="utf-8")
-    )
+    summary = read_json(next(iter(folders.values())) / "validation" / "summary.json")
     dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
     name = Path(
         summary["metric_per_case"][int(np.argsort(dice)[len(dice) // 2])]["prediction_file"]
@@ -210,10 +208,9 @@ def report(work: Path, labeled: int, seeds: list[int]) -> None:
         raise SystemExit(f"no finished run below {work / 'results' / DATASET}: use `run` first")
     text = table(rows, labeled)
     print(text)
-    (RESULTS / f"left_atrium_{labeled}.md").write_text(text, encoding="utf-8")
-    (RESULTS / f"left_atrium_{labeled}.json").write_text(
-        json.dumps({"nnssl": nnssl.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_text(text, RESULTS / f"left_atrium_{labeled}.md")
+    content = {"nnssl": nnssl.__version__, "rows": rows}
+    write_json(content, RESULTS / f"left_atrium_{labeled}.json", indent=1)
     pictures(work, labeled, seeds[0])
 
 

@@ -9,7 +9,6 @@ Looks at one central patch of every hidden case; nothing here feeds back into a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 import numpy as np
@@ -18,6 +17,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.run.run_training import get_trainer_from_args
 from tqdm import tqdm
 
+from nnssl.files import write_json
 from nnssl.method import full_resolution, inference
 from nnssl.training.randomness import seed_everything
 
@@ -89,10 +89,8 @@ def main() -> None:
     for key, values in scores.items():
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} |")
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as f:
-            json.dump(
-                {"cases": len(hidden), "dice": {k: float(np.mean(v)) for k, v in scores.items()}}, f, indent=1
-            )
+        dice = {k: float(np.mean(v)) for k, v in scores.items()}
+        write_json({"cases": len(hidden), "dice": dice}, args.output, indent=1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from nnssl.files import write_json, write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 # glibc gives large buffers back to the system at once, and fetching them again, page by page, then outweighs
@@ -152,8 +154,8 @@ def save(name: str, text: str, data: Any) -> None:
     """Prints the text and keeps it, with the data, under results/."""
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_text(text + "\n", RESULTS / f"{name}.md")
+    write_json(data, RESULTS / f"{name}.json", indent=1)
 
 
 def command(

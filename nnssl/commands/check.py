@@ -15,10 +15,9 @@ from nnunetv2.paths import nnUNet_extTrainer
 
 import nnssl
 from nnssl.commands.trainers import list_trainers, trainers_folder
-from nnssl.data.raw import num_channels, plans_in, read_json, training_files
+from nnssl.data.raw import num_channels, plans_in, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
-
-__all__ = ["absent_classes", "run_checks"]
+from nnssl.files import read_json
 
 Finding = tuple[str, str]  # "ok" | "warn" | "FAIL", text
 
@@ -209,8 +208,8 @@ def _configuration(
 ) -> Iterator[Finding]:
     """Labeled and unlabeled data of one configuration, then the folds; `remedy` is the command that
     preprocesses."""
+    from nnssl.data.freshness import stale_reason
     from nnssl.data.labeled import labeled_cases, removed_cases
-    from nnssl.data.preprocess import stale_reason
     from nnssl.data.unlabeled import unlabeled_cases
 
     known = (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from os.path import isdir, isfile, join
@@ -19,7 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnssl.data.raw import read_json
+from nnssl.files import read_json, save_torch, scratch_folder, write_json
 
 KEPT = (
     "network_weights",
@@ -69,16 +67,15 @@ def export_model(
             f"{found[0]} is there already: choose another folder with -o, or replace it with --overwrite"
         )
     os.makedirs(output, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".nnssl-export-", dir=output) as temporary:
+    with scratch_folder(output) as temporary:
         new, archive = join(temporary, name), join(temporary, f"{name}.zip")
         for fold in dict.fromkeys(folds):
             checkpoint = _load(source, fold, checkpoint_name)
             _check_weights(checkpoint["network_weights"], expected, trainer)
             os.makedirs(join(new, f"fold_{fold}"))
-            torch.save(_plain_checkpoint(checkpoint), join(new, f"fold_{fold}", FINAL))
+            save_torch(_plain_checkpoint(checkpoint), join(new, f"fold_{fold}", FINAL))
         for file, content in (("plans.json", plans), ("dataset.json", dataset_json)):
-            with open(join(new, file), "w", encoding="utf-8") as stream:
-                json.dump(content, stream, indent=4)
+            write_json(content, join(new, file))
         if isfile(join(source, "dataset_fingerprint.json")):
             shutil.copy(join(source, "dataset_fingerprint.json"), new)
         _write_zip(new, archive, f"{dataset}/{name}")

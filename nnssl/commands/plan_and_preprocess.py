@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import shutil
 from os.path import isfile, join
 from typing import Any
 
@@ -24,9 +23,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
-from nnssl.data.raw import plans_in, read_json, training_files
-from nnssl.data.split import backup, load_splits, write_json
+from nnssl.data.raw import plans_in, training_files
+from nnssl.data.split import backup, load_splits
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
+from nnssl.files import copy_file, read_json, write_json
 
 NNUNET_PROCESSES = {
     "2d": 8,
@@ -149,8 +149,7 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
                 f"--replan --clean."
             )
     if old != new or not isfile(copy):
-        shutil.copy2(source, copy + ".tmp")
-        os.replace(copy + ".tmp", copy)
+        copy_file(source, copy)
 
 
 def _check_split(source: str, copy: str) -> None:

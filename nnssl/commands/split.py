@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
 from nnssl.data.split import make_splits, training_cases, write_splits
+from nnssl.files import read_json
 
 
 def split(args: argparse.Namespace) -> None:
@@ -42,12 +42,7 @@ def _read_cases(values: list[str]) -> list[str]:
         text = stream.read()
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        names = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--val: {values[0]} is no valid JSON ({error}). Give a list of names, or one name per line."
-        ) from error
+    names = read_json(values[0])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(
             f"--val: {values[0]} holds no list of names. Give a JSON list of names, or one name per line."

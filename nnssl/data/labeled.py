@@ -4,7 +4,6 @@ stale."""
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from os.path import basename, getmtime, isdir, isfile, join
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.preprocess import Case, Log, Target, bring_up_to_date, preprocessing_fingerprint
+from nnssl.data.freshness import Case, Target, preprocessing_fingerprint
+from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
+from nnssl.files import copy_file
 
 
 def labeled_cases(
@@ -90,5 +91,4 @@ def copy_ground_truth(
     for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():
         destination = join(folder, case + dataset_json["file_ending"])
         if not isfile(destination) or getmtime(destination) < getmtime(label):
-            shutil.copy2(label, destination + ".tmp")
-            os.replace(destination + ".tmp", destination)
+            copy_file(label, destination)

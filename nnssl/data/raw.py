@@ -7,19 +7,19 @@ with a reader that refuses such files and names them.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import math
 import os
 import re
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from os.path import abspath, basename, expandvars, isdir, join
 from typing import Any
 
 import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 
@@ -75,30 +75,12 @@ def training_files(
     }
 
 
-def read_json(path: str) -> Any:
-    """Content of a JSON file; ValueError naming the file if it is damaged."""
-    with open(path, encoding="utf-8") as stream:
-        try:
-            return json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"{path}: no valid JSON ({error}). Repair or remove it.") from error
-
-
 def plans_in(preprocessed_dataset_folder: str) -> str:
     """Names of the plans of a dataset, for messages."""
     names = os.listdir(preprocessed_dataset_folder) if isdir(preprocessed_dataset_folder) else []
     return (
         ", ".join(sorted(name[:-5] for name in names if "lans" in name and name.endswith(".json"))) or "none"
     )
-
-
-def digest(file: str) -> str:
-    """Hash of a file's content."""
-    content_hash = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            content_hash.update(chunk)
-    return content_hash.hexdigest()
 
 
 class CheckedPlans(PlansManager):
@@ -119,12 +101,13 @@ class CheckedPlans(PlansManager):
     def image_reader_writer_class(self) -> type:
         case = self
         reader_class: type = super().image_reader_writer_class
+        strict = self.strict and issubclass(reader_class, SimpleITKIO)  # the others hand NaN on, see below
 
         class CheckedReader(reader_class):  # type: ignore[misc, valid-type]
             def read_images(self, files: Sequence[str], *args: Any) -> tuple[np.ndarray, dict]:
                 if list(files) != case.images:  # some readers read segmentations this way
                     return super().read_images(files, *args)
-                data, properties = _read(super().read_images, files, case.strict)
+                data, properties = _read(super().read_images, files, strict)
                 if len(data) != case.channels:
                     raise SourceError(
                         f"{', '.join(files)}: {len(data)} channel(s), but dataset.json declares "
@@ -180,15 +163,15 @@ def _inspect(file: str, strict: bool) -> None:
     if not file.lower().endswith((".gz", ".nii")):
         return
     try:
-        with gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb") as stream:
-            content = stream.read()
-        start, count, dtype = (
-            _nifti_voxels(content) if ".nii" in basename(file).lower() else (0, 0, np.dtype("u1"))
-        )
-    except (OSError, EOFError, zlib.error, struct.error) as error:
+        content = _unpacked(file)
+        voxels = _nifti_voxels(content) if ".nii" in basename(file).lower() else None
+    except (OSError, EOFError, zlib.error) as error:
         raise SourceError(
             f"{file}: truncated or damaged ({error}). Copy or download it again, or remove it."
         ) from error
+    if voxels is None:
+        return  # the reader knows more
+    start, count, dtype = voxels
     expected = start + count * dtype.itemsize
     if len(content) < expected:
         raise SourceError(
@@ -199,27 +182,43 @@ def _inspect(file: str, strict: bool) -> None:
         raise _not_finite([file])
 
 
-def _nifti_voxels(content: bytes) -> tuple[int, int, np.dtype]:
-    """Start, number and type of the voxels by a NIfTI-1 or -2 header; types other than float as raw bytes.
-    (0, 0, u1) for other headers."""
-    for order in "<>":
-        size = struct.unpack_from(order + "i", content)[0]
-        if size not in (348, 540):
-            continue
-        # format and position of: dimensions, type code, bits per voxel, start of the voxels
-        layout = (
-            (("8h", 40), ("h", 70), ("h", 72), ("f", 108))
-            if size == 348
-            else (("8q", 16), ("h", 12), ("h", 14), ("q", 168))
-        )
-        dims, (code,), (bits,), (start,) = (
-            struct.unpack_from(order + kind, content, position) for kind, position in layout
-        )
-        count = math.prod(max(n, 1) for n in dims[1 : dims[0] + 1])
-        kind = {16: "f4", 64: "f8"}.get(code)
-        return (
-            (int(start), count, np.dtype(order + kind))
-            if kind
-            else (int(start), count * bits // 8, np.dtype("u1"))
-        )
-    return 0, 0, np.dtype("u1")
+def _unpacked(file: str) -> bytes:
+    """Content of a file, of ``.gz`` as zlib's gzread gives it to the readers: stream after stream; bytes
+    behind the last one do not count, and a file that is not compressed is taken as it is."""
+    magic, chunk = b"\x1f\x8b", 1 << 20
+    parts = []
+    with open(file, "rb") as stream:
+        packed = stream.read(chunk)
+        if not (file.lower().endswith(".gz") and packed.startswith(magic)):
+            return packed + stream.read()
+        while packed.startswith(magic):
+            unpack = zlib.decompressobj(wbits=31)  # gzip
+            while not unpack.eof:
+                if not packed:
+                    raise EOFError("the gzip stream ends too early")
+                parts.append(unpack.decompress(packed))
+                packed = stream.read(chunk) if not unpack.eof else unpack.unused_data
+            if len(packed) < len(magic):
+                packed += stream.read(chunk)
+    return b"".join(parts)
+
+
+def _nifti_voxels(content: bytes) -> tuple[int, int, np.dtype] | None:
+    """Start, number and type of the voxels as SimpleITK finds them by a NIfTI-1 or -2 header: their size by
+    the type alone, their start behind the header. None for other headers and types."""
+    headers = {348: Nifti1Header, 540: Nifti2Header}
+    sizes = int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big")
+    size = next((n for n in sizes if n in headers), None)
+    if size is None:
+        return None
+    if len(content) < size:
+        raise EOFError(f"{len(content)} of the {size} bytes of its header are there")
+    header = headers[size](content[:size], check=False)
+    try:
+        dtype = header.get_data_dtype()
+    except HeaderDataError:
+        return None
+    dims = [int(n) for n in header["dim"]]
+    offset = float(header["vox_offset"])  # 0, -1 and NaN occur, and mean the same
+    start = int(offset) if size <= offset < math.inf else size
+    return start, math.prod(max(n, 1) for n in dims[1 : dims[0] + 1]), dtype

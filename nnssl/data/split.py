@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Collection, Sequence
 from os.path import dirname, isdir, isfile, join
 from typing import Any
@@ -14,8 +12,9 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnssl.data.preprocess import read_properties
-from nnssl.data.raw import read_json, training_files
+from nnssl.data.freshness import read_properties
+from nnssl.data.raw import training_files
+from nnssl.files import copy_file, read_json, write_json
 
 NNUNET_SEED, NNUNET_FOLDS = 12345, 5  # nnUNetTrainer.do_split
 Fold = dict[str, list[str]]
@@ -155,20 +154,13 @@ def write_splits(splits: list[Fold], splits_file: str) -> str | None:
     return saved
 
 
-def write_json(content: Any, path: str) -> None:
-    """Whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=4)
-    os.replace(path + ".tmp", path)
-
-
 def backup(path: str) -> str:
     """Copy a file to the first free name of ``<path>.bak``, ``<path>.bak1``, ...; returns that name."""
     number, target = 0, path + ".bak"
     while os.path.exists(target):
         number += 1
         target = f"{path}.bak{number}"
-    shutil.copy2(path, target)
+    copy_file(path, target)
     return target
 
 

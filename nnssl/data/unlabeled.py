@@ -17,14 +17,8 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.preprocess import (
-    Case,
-    Target,
-    bring_up_to_date,
-    preprocessing_fingerprint,
-    read_properties,
-    stale_reason,
-)
+from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties, stale_reason
+from nnssl.data.preprocess import bring_up_to_date
 from nnssl.data.raw import channel_files, num_channels, training_files
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
-import json
 import os
 import re
 import shlex
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from nnssl.commands.trainers import trainers_folder
 from nnssl.demo.figures import draw_curve, draw_overlay
 from nnssl.demo.phantoms import LABELS, write_dataset
+from nnssl.files import read_json, write_json
 
 DATASET = "Dataset900_Phantoms"
 STRUCTURES = [name for name, value in LABELS.items() if value]
@@ -83,7 +83,7 @@ class Demo:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.done: list[str] = []
         if state.is_file():
-            found = json.loads(state.read_text(encoding="utf-8"))
+            found = read_json(state)
             if found["settings"] != self.settings:
                 raise ValueError(
                     f"{self.folder} holds a demo with {found['settings']}, asked for {self.settings}: "
@@ -100,11 +100,7 @@ class Demo:
         self.plans = self.folder / "preprocessed" / DATASET / "nnUNetPlans.json"
 
     def _save(self) -> None:
-        partial = self.folder / (STATE + ".tmp")
-        partial.write_text(
-            json.dumps({"settings": self.settings, "done": self.done}, indent=2), encoding="utf-8"
-        )
-        os.replace(partial, self.folder / STATE)
+        write_json({"settings": self.settings, "done": self.done}, self.folder / STATE)
 
     def run(self) -> None:
         """All stages that are not done yet, then the result."""
@@ -152,7 +148,7 @@ class Demo:
 
     def shorten(self) -> None:
         """Write a short schedule, a small network and a small patch into the plans file"""
-        plans = json.loads(self.plans.read_text(encoding="utf-8"))
+        plans = read_json(self.plans)
         configuration = plans["configurations"][CONFIGURATION]
         network = configuration["architecture"]["arch_kwargs"]
         network["features_per_stage"] = [FEATURES * 2**i for i in range(network["n_stages"])]
@@ -167,9 +163,7 @@ class Demo:
             "seed": self.settings["seed"],
             **method,
         }
-        partial = self.plans.with_suffix(".tmp")
-        partial.write_text(json.dumps(plans, indent=4), encoding="utf-8")
-        os.replace(partial, self.plans)
+        write_json(plans, self.plans)
 
     def train(self) -> None:
         """Train on CPU"""
@@ -259,7 +253,7 @@ class Demo:
             print(f"  {what}: {where}")
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "predictions" / "summary.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "predictions" / "summary.json")
 
     def cases(self) -> list[str]:
         return sorted(p.name.removesuffix(".nii.gz") for p in (self.raw / "labelsTs").glob("*.nii.gz"))

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from nnssl.files import replacing
+
 ERROR = "#e0263c"
 PALETTE = ["#1fb4c4", "#f5a623", "#8bc34a", "#ba68c8", "#fff176", "#f48fb1"]  # structures, in turn
 
@@ -59,7 +61,8 @@ def draw_overlay(
         Patch(color=c, label=name) for c, name in zip([*palette, ERROR], [*structures, "error"], strict=True)
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def draw_curve(
@@ -87,4 +90,5 @@ def draw_curve(
     for axis in (losses, scores):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)

@@ -8,9 +8,7 @@ mm, arrays are (D, H, W), coordinates (z, y, x).
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 from scipy.interpolate import CubicSpline
 from tqdm import tqdm
+
+from nnssl.files import scratch_folder, write_json
 
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
 FIELD_OF_VIEW_MM = (72.0, 96.0, 96.0)
@@ -154,28 +154,29 @@ def write_dataset(
             f"found labeled={labeled}, unlabeled={unlabeled}, test={test}; expected labeled >= 1 and no "
             f"negative count"
         )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     parts = [("Tr", "train", labeled), ("Un", "unlabeled", unlabeled), ("Ts", "test", test)]
     todo = [
         (part, k, suffix, name, n)
         for part, (suffix, name, count) in enumerate(parts)
         for k, n in enumerate(range(1, count + 1))
     ]
-    for part, k, suffix, name, n in tqdm(todo, desc="phantoms", unit="scan", disable=not progress):
-        phantom = make_phantom(np.random.default_rng([seed, part, k]), spacing)
-        images, labels = partial / f"images{suffix}", partial / f"labels{suffix}"
-        images.mkdir(parents=True, exist_ok=True)
-        _save(phantom.image, phantom.spacing, images / f"{name}_{n:03d}_0000.nii.gz")
-        if suffix != "Un":
-            labels.mkdir(parents=True, exist_ok=True)
-            _save(phantom.labels, phantom.spacing, labels / f"{name}_{n:03d}.nii.gz")
     dataset = {
         "channel_names": {"0": "MRI"},
         "labels": LABELS,
         "numTraining": labeled,
         "file_ending": ".nii.gz",
     }
-    (partial / "dataset.json").write_text(json.dumps(dataset, indent=2), encoding="utf-8")
-    os.replace(partial, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent) as scratch:
+        partial = Path(scratch, folder.name)
+        for part, k, suffix, name, n in tqdm(todo, desc="phantoms", unit="scan", disable=not progress):
+            phantom = make_phantom(np.random.default_rng([seed, part, k]), spacing)
+            images, labels = partial / f"images{suffix}", partial / f"labels{suffix}"
+            images.mkdir(parents=True, exist_ok=True)
+            _save(phantom.image, phantom.spacing, images / f"{name}_{n:03d}_0000.nii.gz")
+            if suffix != "Un":
+                labels.mkdir(parents=True, exist_ok=True)
+                _save(phantom.labels, phantom.spacing, labels / f"{name}_{n:03d}.nii.gz")
+        write_json(dataset, partial / "dataset.json")
+        os.replace(partial, folder)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,17 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import nnssl
-
-
-def atomic_save(checkpoint: dict[str, Any], filename: str) -> None:
-    """torch.save to a temporary file, flushed to disk, then moved over `filename`: a crash leaves the old
-    file whole."""
-    temporary = filename + ".tmp"
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, filename)
 
 
 def versions() -> dict[str, str]:

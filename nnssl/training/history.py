@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from nnssl.files import replacing, write_text
+
 
 class History:
     """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "weight/<term>"}; saved in the checkpoint: the
@@ -39,10 +41,7 @@ class History:
         """losses.csv and losses.png into `folder`."""
         columns = list(self.rows[0])
         lines = [",".join(columns), *(",".join(f"{r[c]:.10g}" for c in columns) for r in self.rows)]
-        path = os.path.join(folder, "losses.csv")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write("\n".join(lines) + "\n")
-        os.replace(path + ".tmp", path)
+        write_text("\n".join(lines) + "\n", os.path.join(folder, "losses.csv"))
         self._plot(os.path.join(folder, "losses.png"))
 
     def _plot(self, path: str) -> None:
@@ -76,5 +75,6 @@ class History:
             axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
             figure.suptitle("raw terms and their weights")
             figure.tight_layout()
-            figure.savefig(path, dpi=90)
+            with replacing(path) as partial:
+                figure.savefig(partial, dpi=90)
             plt.close(figure)

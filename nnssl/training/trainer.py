@@ -30,12 +30,12 @@ from nnssl.data.streams import (
 )
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
+from nnssl.files import save_torch
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
 from nnssl.methods import known_methods
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.checkpoint import (
-    atomic_save,
     from_all_ranks,
     highest,
     load_method,
@@ -413,15 +413,14 @@ class SemiTrainer(nnUNetTrainer):
         self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of; written to a
-        temporary file, then moved."""
+        """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of."""
         checkpoint = self._checkpoint()  # on every rank: random states are gathered
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
         else:
-            atomic_save(checkpoint, filename)
+            save_torch(checkpoint, filename)
 
     def _checkpoint(self) -> dict[str, Any]:
         """nnU-Net's keys, and under `nnssl` everything beside them that an exact continuation needs.

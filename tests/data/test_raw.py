@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.raw import CheckedPlans, SourceError, _inspect, channel_files, digest, training_files
+from nnssl.data.freshness import digest
+from nnssl.data.raw import CheckedPlans, SourceError, _inspect, channel_files, training_files
 from tests.raw_dataset import plans, write_dataset, write_image
 
 
@@ -66,6 +70,86 @@ def test_headers_of_both_nifti_versions_and_byte_orders_are_understood(
     write(data)
     with pytest.raises(SourceError, match="NaN or infinite"):
         _inspect(str(file), strict=True)
+
+
+def packed_in_blocks(content: bytes) -> bytes:
+    """Many gzip streams one after the other, as bgzip writes them."""
+    return b"".join(gzip.compress(content[i : i + 5000]) for i in range(0, len(content), 5000))
+
+
+PACKINGS = {
+    "not compressed": lambda content: content,
+    "bytes behind the stream": lambda content: gzip.compress(content) + b"PADDING",
+    "one byte behind the stream": lambda content: gzip.compress(content) + b"\x1f",
+    "zeros behind the stream": lambda content: gzip.compress(content) + bytes(512),
+    "many streams": packed_in_blocks,
+}
+
+
+def stock(file: Path) -> np.ndarray:
+    return PlansManager(plans()).image_reader_writer_class().read_images([str(file)])[0]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_gz_files_that_are_odd_but_sound_read_as_by_nnunet_and_truncated_ones_are_refused(
+    tmp_path: Path, packing: str
+) -> None:
+    image = np.random.default_rng(0).normal(size=(10, 28, 26)).astype(np.float32)
+    write_image(tmp_path / "a.nii", image)
+    content = (tmp_path / "a.nii").read_bytes()
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(PACKINGS[packing](content))
+    np.testing.assert_array_equal(read(file)[0], image)
+    np.testing.assert_array_equal(read(file), stock(file))
+    file.write_bytes(PACKINGS[packing](content[:-1000]))
+    with pytest.raises(SourceError, match=rf"truncated, {len(content) - 1000} of {len(content)} bytes"):
+        read(file)
+
+
+def test_a_gzip_stream_that_ends_early_or_is_damaged_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.nii.gz"
+    write_image(file, np.random.default_rng(0).normal(size=(10, 28, 26)).astype(np.float32))
+    content = file.read_bytes()
+    for end in (5, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:end])
+        with pytest.raises(SourceError, match=r"a\.nii\.gz: truncated or damaged \(.*ends too early"):
+            read(file)
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    with pytest.raises(SourceError, match=r"a\.nii\.gz: truncated or damaged"):
+        read(file)
+
+
+HEADERS: dict[str, tuple[type, dict[int, tuple[str, float]]]] = {
+    "int16 with bitpix 32": (np.int16, {72: ("<h", 32)}),
+    "float32 with vox_offset 0 and scl_slope NaN": (np.float32, {108: ("<f", 0), 112: ("<f", math.nan)}),
+    "float32 with vox_offset NaN": (np.float32, {108: ("<f", math.nan)}),
+    "float32 with vox_offset -1": (np.float32, {108: ("<f", -1)}),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_header_fields_that_simpleitk_repairs_are_repaired_alike(tmp_path: Path, case: str) -> None:
+    dtype, fields = HEADERS[case]
+    image = (100 * np.random.default_rng(0).normal(size=(26, 28, 10))).astype(dtype)
+    nib.save(nib.Nifti1Image(image, np.diag([1, 1, 1.5, 1])), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    for position, (kind, value) in fields.items():
+        struct.pack_into(kind, content, position, value)
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(gzip.compress(bytes(content)))
+    np.testing.assert_array_equal(read(file), stock(file))
+    file.write_bytes(gzip.compress(bytes(content[:-100])))
+    with pytest.raises(SourceError, match=rf"a\.nii\.gz: truncated, {len(content) - 100} of \d+ bytes"):
+        read(file)
+
+
+def test_a_file_cut_within_its_header_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.nii"
+    write_image(file, np.ones((4, 4, 4), np.float32))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(SourceError, match=r"a\.nii: truncated.*200 of the 348 bytes of its header"):
+        read(file)
 
 
 def test_nan_that_the_reader_turns_into_zero_is_refused_only_where_strict(tmp_path: Path) -> None:

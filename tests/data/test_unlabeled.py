@@ -16,7 +16,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data import preprocess
-from nnssl.data.preprocess import preprocessing_fingerprint
+from nnssl.data.freshness import preprocessing_fingerprint
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images, unlabeled_folder
 from tests.raw_dataset import Tiny, content, stored, write_case, write_image
 
@@ -124,34 +124,32 @@ def test_only_a_half_written_case_is_redone(tiny: Tiny, file: str, how: str) -> 
 def test_crash_before_the_properties_are_in_place_leaves_a_case_that_is_redone(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace = os.replace
+    move = preprocess.move
 
     def crash(source: str, destination: str) -> None:
-        if (
-            str(destination).endswith("scan_02.pkl")
-            and ".tmp-" in str(source)
-            and not str(source).endswith(".tmp")
-        ):
+        if destination.endswith("scan_02.pkl"):
             raise KeyboardInterrupt
-        replace(source, destination)
+        move(source, destination)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess.os, "replace", crash)
+        patch.setattr(preprocess, "move", crash)
         with pytest.raises(KeyboardInterrupt):
             ensure(tiny)
     assert not (tiny.unlabeled / "scan_02.pkl").exists()
-    assert not [path for path in tiny.preprocessed.iterdir() if ".tmp" in path.name]
+    assert not list(tiny.preprocessed.rglob(".nnssl-*"))
     assert ensure(tiny) == SCANS
     assert properties(tiny, "scan_02")["class_locations"] == {}
 
 
 def test_scratch_of_a_killed_run_is_removed_after_a_day_but_not_before(tiny: Tiny) -> None:
-    old, young = (tiny.preprocessed / f".{tiny.unlabeled.name}.tmp-{which}" for which in ("old", "young"))
-    for folder in (old, young):
-        folder.mkdir()
-    os.utime(old, (0, 0))
+    old, young = (tiny.preprocessed / f".nnssl-00000000-1-0000000{which}" for which in (0, 1))
+    among_cases = tiny.unlabeled / old.name
+    for folder in (old, young, among_cases):
+        folder.mkdir(parents=True)
+    for folder in (old, among_cases):
+        os.utime(folder, (0, 0))
     ensure(tiny)
-    assert not old.exists()
+    assert not old.exists() and not among_cases.exists()
     assert young.exists()
 
 

@@ -15,6 +15,7 @@ from benchmarks.leaderboard import job, launch, prepare, run
 from benchmarks.leaderboard.__main__ import key_value, main
 from benchmarks.leaderboard.job import Job
 from benchmarks.leaderboard.suite import Row, Suite, SuiteError, load_suite
+from nnssl.files import write_json
 
 HOLD = """import pathlib, sys, time
 from benchmarks.leaderboard.prepare import lock
@@ -228,7 +229,7 @@ def test_a_work_folder_that_was_planned_at_another_spacing_is_refused(
         (source / "labelsTr" / f"{name}.nii.gz").touch()
 
     def plan(space: prepare.Workspace, *_: Any) -> None:
-        prepare.write_whole(space.preprocessed / f"{prepare.BASE_PLAN}.json", json.dumps(plans()))
+        write_json(plans(), space.preprocessed / f"{prepare.BASE_PLAN}.json")
 
     monkeypatch.setattr(prepare.Workspace, "nnssl", plan)
     for _ in range(2):

@@ -1,0 +1,170 @@
+"""Files that are there whole or not at all, and JSON whose errors say where they are.
+
+A file is written in a scratch folder beside its place, flushed to disk, then moved. It is a folder because
+nnU-Net refuses files of a kind that it does not know among preprocessed cases. The folder's name says which
+process made it: what a killed one left is removed by the next that writes there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+DAY = 24 * 3600  # seconds
+SCRATCH = re.compile(r"\.nnssl-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
+Path = str | os.PathLike[str]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """Where to write what becomes `path` once the block has ended without an error.
+
+    OSError naming `path` where it cannot be written; an older file then stays as it was.
+    """
+    path = os.path.abspath(path)
+    folder, name = os.path.split(path)
+    try:
+        with scratch_folder(folder) as scratch:
+            partial = os.path.join(scratch, name)
+            yield partial
+            move(partial, path)
+    except OSError as error:
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if named and not any(SCRATCH.search(name) for name in named):
+            raise  # another file's, e.g. the source of a copy
+        reason = f"{error.strerror or error} (not written; an older file stays as it was)"
+        if error.errno is None:
+            raise OSError(f"{reason}: {path}") from error
+        raise OSError(error.errno, reason, path) from error
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[str]:
+    """A new folder of this process in `parent`, removed at the end; what killed ones left goes first."""
+    parent = os.path.abspath(parent)
+    _tidy_once(parent)
+    scratch = os.path.join(parent, f".nnssl-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    os.mkdir(scratch)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move(source: Path, path: Path) -> None:
+    """Put a finished file into its place on the same disk, its content first."""
+    handle = os.open(source, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(source, path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """In UTF-8, with line ends as they are."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    with replacing(path) as partial, open(partial, "wb") as stream:
+        stream.write(content)
+
+
+def write_json(content: Any, path: Path, indent: int = 4) -> None:
+    write_text(json.dumps(content, indent=indent) + "\n", path)
+
+
+def write_pickle(content: Any, path: Path) -> None:
+    with replacing(path) as partial, open(partial, "wb") as stream:
+        pickle.dump(content, stream)
+
+
+def save_torch(content: Any, path: Path) -> None:
+    """`torch.save`."""
+    import torch
+
+    with replacing(path) as partial, open(partial, "wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # PyTorch covers a full disk with an error of its own
+                raise error.__context__ from None
+            raise
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Content and times, not the permissions: a copy of a read-only file can be replaced later."""
+    with replacing(path) as partial:
+        shutil.copyfile(source, partial)
+        stat = os.stat(source)
+        os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; ValueError naming file, line and column if it is damaged."""
+    with open(path, "rb") as stream:
+        content = stream.read()
+    try:
+        return json.loads(content.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        line, column, reason = error.lineno, error.colno, error.msg
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        reason = "not UTF-8"
+    raise ValueError(f"{path}: no valid JSON (line {line}, column {column}: {reason}). Repair or remove it.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove scratch folders of processes that are gone: of this host at once, of others after a day."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = SCRATCH.fullmatch(entry.name)
+            if not match or not entry.is_dir(follow_symlinks=False):
+                continue
+            lives = _lives(int(match["pid"])) if match["host"] == _host() else None
+            if lives is None:
+                lives = time.time() - entry.stat(follow_symlinks=False).st_mtime < DAY
+            if not lives:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tidy_once(folder: str) -> None:
+    """Once per process and folder: thousands of cases are written into the same one."""
+    remove_leftovers(folder)
+
+
+@functools.cache
+def _host() -> str:
+    """Where process numbers mean the same: this computer, or this container on it."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        space = ""
+    return hashlib.blake2b(f"{platform.node()} {space}".encode(), digest_size=4).hexdigest()
+
+
+def _lives(pid: int) -> bool | None:
+    """Whether a process of this host is there; None on Windows, where asking would end it."""
+    if os.name == "nt":
+        return None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
