@@ -34,8 +34,8 @@ method in a section of its name. Keys that are absent keep their default.
 ```
 
 A trainer reads the general keys and the section of its own method. Unknown keys, values of another type and
-values out of range are errors. `(ours)` marks what no paper prescribes; the symbols are those of the method's
-page.
+values out of range are errors. `(ours)` marks what no paper prescribes; the symbols are those of the
+[method's page](../methods/index.md).
 """
 COLUMNS = ("Key", "Type", "Default", "Range", "Symbol", "Meaning")
 

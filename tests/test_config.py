@@ -334,7 +334,7 @@ def test_drawn_sections_are_refused_with_our_error_or_make_sense() -> None:
     assert min(seen["accepted"], seen["refused"]) >= 50
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_many_drawn_sections_are_refused_with_our_error_or_make_sense() -> None:
     seen = fuzz(20_000)
     print(f"\nsections drawn: {seen}", file=sys.stderr)
