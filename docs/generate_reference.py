@@ -53,9 +53,9 @@ def page() -> str:
 
 
 def table(cls: type[Config]) -> str:
-    """One line per field."""
+    """One line per field, without columns that stay empty."""
     sources = {name: source for base in reversed(cls.__mro__) for name, source in field_sources(base)}
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows = []
     for field in dataclasses.fields(cls):
         comment, default = sources[field.name]
         if not comment:
@@ -63,10 +63,11 @@ def table(cls: type[Config]) -> str:
         symbol, meaning = split_symbol(comment)
         kind, allowed = words(constraints(cls)[field.name])
         kind = re.sub(r"\ba (?=whole|number|list)", "", kind)
-        lines.append(
-            (f"`{field.name}`", kind, f"`{as_json(field.default, default)}`", allowed, symbol, meaning)
-        )
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+        shown = f"`{as_json(field.default, default)}`"
+        rows.append((f"`{field.name}`", kind, shown, allowed, symbol, meaning))
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+    lines = [[row[i].replace("|", "\\|") for i in kept] for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def split_symbol(comment: str) -> tuple[str, str]:

@@ -29,6 +29,11 @@ class Derived(Base):
 
 
 @dataclass(frozen=True)
+class Switch(Config):
+    on: bool = True  # whether to act
+
+
+@dataclass(frozen=True)
 class Silent(Config):
     rate: Share = 0.5
 
@@ -55,6 +60,15 @@ def test_fields_of_a_base_are_listed_and_may_be_redefined(generator: dict[str, A
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| `rate`", "| `mode`", "| `phases`"]
     assert lines[3] == '| `mode` | a or b | `"b"` |  |  | Mode (ours) |'
     assert lines[4] == "| `phases` | list of numbers | `[0.5, 1.0]` | from 0 to 1 |  | Shares (ours) |"
+
+
+def test_columns_that_stay_empty_are_left_out(generator: dict[str, Any]) -> None:
+    lines = generator["table"](Switch).splitlines()
+    assert lines == [
+        "| Key | Type | Default | Meaning |",
+        "| --- | --- | --- | --- |",
+        "| `on` | true or false | `true` | Whether to act |",
+    ]
 
 
 def test_a_field_without_a_comment_is_refused(generator: dict[str, Any]) -> None:
