@@ -65,7 +65,7 @@ def _action_weights(t: float) -> dict[str, float]:
         return {"supervised": 0, "global": 1, "local": 0, "pseudo": 0, "anatomical": 0}
     if t < 0.5:
         return {"supervised": 1, "global": 1, "local": 1, "pseudo": 0, "anatomical": 0}
-    return {"supervised": 1, "global": 0, "local": 0, "pseudo": 1, "anatomical": 0.01}
+    return {"supervised": 1, "global": 0, "local": 0, "pseudo": 1, "anatomical": 1}
 
 
 ROWS = {

@@ -1,5 +1,5 @@
-"""CAML's omni-correlation consistency (Gao et al., MICCAI 2023), value and gradient in one pass over chunks
-of voxels."""
+"""CAML's omni-correlation consistency (Gao et al., MICCAI 2023): as published, with value and gradient in one
+pass over chunks of voxels, and over classes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,45 @@ def omni_correlation(
         query_v.to(wide), query_a.to(wide), rows.to(wide), weight, bias, temperature, chunk
     )
     return loss
+
+
+def class_correlation(
+    query_v: Tensor,
+    query_a: Tensor,
+    rows: Tensor,
+    query_valid: Tensor,
+    row_valid: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Correlations with the bank summed over the rows of each class, against the class that both call (ours).
+
+        c_k = sum_{j of class k} softmax_j(q . r_j / T)          cosines, over all rows of all classes
+        L   = - mean_i (log c_v,ik + log c_a,ik) / 2             k: the class of query i
+
+    Unlike `omni_correlation` it has no minimum at which all voxels point at one row. Gradient into both
+    queries, none into the rows. Without a valid query, or with less than two classes in the bank, the result
+    is a differentiable 0.
+
+    Args:
+        query_v, query_a: (K, N, E), the same voxels in both networks, called k. query_valid: (K, N) bool.
+        rows: (K, M, E), no gradient. row_valid: (K, M) bool.
+        temperature: T > 0.
+    """
+    wide = torch.promote_types(query_v.dtype, torch.float32)
+    known = row_valid.any(1)
+    usable = query_valid & known[:, None] & (known.sum() >= 2)
+    total = query_v.new_zeros((), dtype=wide)
+    with torch.autocast(rows.device.type, enabled=False):
+        unit = F.normalize(rows.to(wide), dim=-1).flatten(0, 1)
+        for query in (query_v, query_a):
+            cosine = F.normalize(query.to(wide), dim=-1) @ unit.T
+            similarity = (cosine / temperature).unflatten(-1, row_valid.shape)
+            similarity = similarity.masked_fill(~row_valid, MASKED)  # (K, N, K, M)
+            per_class = torch.logsumexp(similarity, dim=-1)
+            own = per_class.diagonal(dim1=0, dim2=2).T  # (K, N)
+            loss = (torch.logsumexp(per_class, dim=-1) - own).masked_fill(~usable, 0.0)
+            total = total + loss.sum() / usable.sum().clamp_min(1) / 2
+    return total
 
 
 class _OmniCorrelation(torch.autograd.Function):

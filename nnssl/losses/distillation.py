@@ -14,6 +14,7 @@ def bank_distillation(
     valid: Tensor,
     temperature_student: float,
     temperature_teacher: float,
+    own_key: bool = False,
 ) -> Tensor:
     """Mean over queries of the divergence of the student's from the teacher's similarities to the bank
     (ACTION; SEED's form).
@@ -30,6 +31,8 @@ def bank_distillation(
         valid: (N, R) bool, rows that a query is compared with.
         temperature_student: T_s > 0.
         temperature_teacher: T_t > 0, usually the smaller.
+        own_key: whether z_i itself is one more row for its query. Without it, embeddings that are all the
+            same have similarities that are all the same, and a loss of 0; with it they do not.
     """
     with torch.autocast(
         student.device.type, enabled=False
@@ -38,8 +41,12 @@ def bank_distillation(
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach(), bank)
         )
         lowest = torch.finfo(s.dtype).min  # not -inf: 0 * (-inf) would be NaN
-        log_s = F.log_softmax((s @ m.T / temperature_student).masked_fill(~valid, lowest), dim=1)
-        log_z = F.log_softmax((z @ m.T / temperature_teacher).masked_fill(~valid, lowest), dim=1)
+        to_s, to_z = s @ m.T, z @ m.T
+        if own_key:
+            to_s, to_z = (torch.cat([(x * z).sum(1, keepdim=True), y], 1) for x, y in ((s, to_s), (z, to_z)))
+            valid = torch.cat([valid.any(1, keepdim=True), valid], 1)
+        log_s = F.log_softmax((to_s / temperature_student).masked_fill(~valid, lowest), dim=1)
+        log_z = F.log_softmax((to_z / temperature_teacher).masked_fill(~valid, lowest), dim=1)
         divergence = (log_z.exp() * (log_z - log_s)).masked_fill(~valid, 0.0).sum(1)
     usable = valid.sum(1) >= 2
     return (divergence * usable).sum() / usable.sum().clamp_min(1)

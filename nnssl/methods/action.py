@@ -5,8 +5,8 @@
     phase 3                                     L = L_sup + L_u + lambda_a L_a
 
     L_sup = nnU-Net's loss of f(x_l) against y_l
-    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ) over the rows m_j of a bank
-    L_l   = the same on crops of the decoder's features, labeled and unlabeled
+    L_g   = KL( softmax_j(z . m_j / T_t) || softmax_j(s . m_j / T_s) ) over z itself and the rows of a bank
+    L_l   = the same on crops of the logits, labeled and unlabeled
     L_u   = w CE of f(x_m) against harden p_m
     L_a   = hard voxels of f against class means, with class-aware negatives (`anatomical_contrast`)
 
@@ -16,15 +16,17 @@ f_ema      teacher: exponential moving average of f, set to f at the start of ph
 x_w, x_s   weak and strong view of the same unlabeled patch, voxels in correspondence
 x_m, p_m   x_s and probabilities f_ema(x_w), both with the same ClassMix in half of the samples
 w          share of the voxels of p_m above 0.97
-s, z       unit embeddings of pooled features: predictor(projector(f)) and projector_ema(f_ema)
-m_j        z of earlier patches of other cases; the 36 images seen last
+s, z       unit embeddings: predictor(projector(f)) and projector_ema(f_ema), of pooled bottlenecks in L_g
+m_j        z, then z of earlier patches of other cases; the 36 images seen last
 
 Differs from the paper:
 - One learning rate schedule over the whole run: nnU-Net has one.
 - Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
 - ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
 - The encoder features of x_m lose channels: planned networks have no dropout layers.
-- Crops are the cells of a regular grid on the last decoder stage: as many in any plan, from one pooling.
+- z itself is a row: without it, embeddings that are all the same have no loss, and L_g ends there.
+- Crops are the cells of a regular grid, pooled to 8 x 8 or 4 x 4 x 4 logits each: as many in any plan.
+- L_a moves its head at full rate and the shared features at lambda_a: a small weight alone would slow both.
 - One view of a labeled patch, the same for student and teacher: nnU-Net's augmentation gives one.
 - The representation behind L_a is one linear map of all up-sampled decoder stages, so that it is evaluated at
   sampled voxels alone. Class means and negatives come from random candidates of each class.
@@ -52,8 +54,10 @@ from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
 from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
-from nnssl.networks.heads import VoxelProjector
+from nnssl.networks.heads import VoxelProjector, scale_gradient
 from nnssl.sampling import gather_interpolated
+
+CROP = {2: 8, 3: 4}  # logits per axis of a crop, by the number of axes
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ class ACTIONConfig(Config):
     weight_global: NonNegative = 1.0  # weight of L_g (ACTION)
     weight_local: NonNegative = 1.0  # weight of L_l (ACTION)
     weight_pseudo: NonNegative = 1.0  # weight of L_u (ACTION)
-    weight_anatomical: NonNegative = 0.01  # lambda_a: weight of L_a (ACTION)
+    weight_anatomical: Share = 0.01  # lambda_a: share of L_a's gradient that reaches f (ACTION's weight)
     ema_decay: Share = 0.99  # decay of the teacher and its projectors (ACTION)
     temperature_student: Temperature = 0.1  # T_s: temperature of the student's similarities (ACTION)
     temperature_teacher: Temperature = 0.01  # T_t: temperature of the teacher's similarities (ACTION)
     bank_images: Count = 36  # images whose embeddings a bank holds (ACTION)
+    own_key: bool = True  # whether z itself is a row of L_g and L_l (ours)
     crops_per_axis: Few = 2  # cells per axis of the grid of L_l (ours)
     embedding: Width = 128  # width of s, z and of the representation of L_a (ACTION)
     classmix_probability: Share = 0.5  # probability of ClassMix in a sample of x_m (ours; published: always)
@@ -111,6 +116,7 @@ class Distillation(nn.Module):
         cases: Tensor,
         temperature_student: float,
         temperature_teacher: float,
+        own_key: bool,
     ) -> Tensor:
         """KL over the bank. student, teacher: (N, F) pooled features; cases: (N,) numbers."""
         with torch.autocast(student.device.type, enabled=False):  # differences between embeddings are small
@@ -119,7 +125,13 @@ class Distillation(nn.Module):
                 z = self.teacher(teacher.float())
             self.pending = z, cases
             return bank_distillation(
-                s, z, self.bank.embeddings, self.bank.others(cases), temperature_student, temperature_teacher
+                s,
+                z,
+                self.bank.embeddings,
+                self.bank.others(cases),
+                temperature_student,
+                temperature_teacher,
+                own_key,
             )
 
     def after_step(self, decay: float) -> None:
@@ -140,7 +152,9 @@ class ACTION(TeacherMethod):
         super().build()
         self.distillation_global = Distillation(2 * encoder.output_channels[-1], c.embedding, c.bank_images)
         self.distillation_local = Distillation(
-            encoder.output_channels[0], c.embedding, c.bank_images * math.prod(self.grid)
+            self.labels.channels * CROP[len(self.grid)] ** len(self.grid),
+            c.embedding,
+            c.bank_images * math.prod(self.grid),
         )
         self.representation = nn.Linear(
             sum(encoder.output_channels[:-1]), c.embedding
@@ -188,7 +202,7 @@ class ACTION(TeacherMethod):
             "global": c.weight_global * (phase < 3),
             "local": c.weight_local * (phase == 2),
             "pseudo": c.weight_pseudo * (phase == 3),
-            "anatomical": c.weight_anatomical * (phase == 3),
+            "anatomical": float(phase == 3 and c.weight_anatomical > 0),
         }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
@@ -217,9 +231,8 @@ class ACTION(TeacherMethod):
         return self.distil(self.distillation_global, pool(student), pool(teacher), cases)
 
     def distil(self, distillation: Distillation, student: Tensor, teacher: Tensor, cases: Tensor) -> Tensor:
-        return distillation(
-            student, teacher, cases, self.config.temperature_student, self.config.temperature_teacher
-        )
+        c = self.config
+        return distillation(student, teacher, cases, c.temperature_student, c.temperature_teacher, c.own_key)
 
     # phase 2
 
@@ -227,11 +240,11 @@ class ACTION(TeacherMethod):
         n = len(batch.labeled)
         with inference(self.teacher):
             skips_teacher = self.encode(self.teacher, torch.cat([batch.labeled, batch.weak]))
-            features_teacher = self.decode(self.teacher, skips_teacher).features
+            outputs_teacher = self.decode(self.teacher, skips_teacher).outputs
         skips = self.encode(self.student, torch.cat([batch.labeled, batch.strong[0]]))
         decoded = self.decode(self.student, skips)
         cases = case_numbers((*batch.labeled_cases, *batch.unlabeled_cases), batch.labeled.device)
-        crops = [pool_cells(f[-1], self.grid) for f in (decoded.features, features_teacher)]
+        crops = [crop_cells(full_resolution(o), self.grid) for o in (decoded.outputs, outputs_teacher)]
         return {
             "supervised": self.supervised_loss(split_batch(decoded.outputs, n)[0], batch.target),
             "global": self.global_term(skips[-1][n:], skips_teacher[-1][n:], batch),
@@ -295,6 +308,8 @@ class ACTION(TeacherMethod):
                 probabilities = torch.cat([1 - probabilities.amax(0, keepdim=True), probabilities])
             hard = probabilities < c.threshold_hard
 
+        features = [scale_gradient(f, c.weight_anatomical) for f in features]
+
         def represent(index: Tensor) -> Tensor:
             return self.representation(torch.cat([gather_interpolated(f, index, size) for f in features], -1))
 
@@ -315,7 +330,13 @@ def pool(features: Tensor) -> Tensor:
     return torch.cat([features.mean(2), features.amax(2)], 1)
 
 
-def pool_cells(features: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """(B, F, S) -> (B, cells, F): means over the cells of a grid."""
-    pooling = F.adaptive_avg_pool3d if len(grid) == 3 else F.adaptive_avg_pool2d
-    return pooling(features, grid).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
+def crop_cells(logits: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(B, K, S) -> (B, cells, K n^d): the cells of a grid, each pooled to n = CROP[d] logits per axis, which
+    keep the shape of what is in it."""
+    axes, n = len(grid), CROP[len(grid)]
+    pooling = F.adaptive_avg_pool3d if axes == 3 else F.adaptive_avg_pool2d
+    pooled = pooling(logits, [n * cells for cells in grid])  # type: ignore[arg-type]
+    for axis in range(axes):  # (B, K, g_1, n, g_2, n, ...)
+        pooled = pooled.unflatten(2 + 2 * axis, (grid[axis], n))
+    cells, inside = (list(range(first, 2 + 2 * axes, 2)) for first in (2, 3))
+    return pooled.permute(0, *cells, 1, *inside).flatten(1 + axes).flatten(1, axes)

@@ -3,7 +3,7 @@
     x_in  = M x_u + (1 - M) x_l,     x_out = M x_l' + (1 - M) x_u'
     L     = l(f(x_in, x_out); y_l) over what came from labeled patches
           + alpha l(f(x_in, x_out); y_u) over what came from unlabeled patches,     y_u = harden f_ema(x_w)
-    l     = CE + Dice over the stated voxels, full resolution
+    l     = CE + Dice over the stated voxels, at all deep supervision scales
     before t = t_pre:  L = L_sup(f(x), y),  x and y copy-pasted within the labeled batch
 
 f         student, the planned network; deployed
@@ -18,12 +18,13 @@ Differs from the paper:
 - A box per sample, and both directions in one sum: more boxes per step at the same cost.
 - One run and one schedule, without a return to the best pretrained checkpoint: nnU-Net has one.
 - All components of pseudo-labels stay, not only the largest: structures may have several.
-- Coarse outputs are trained until t_pre, then rest: nnU-Net's own loss knows no mask.
+- Deep supervision throughout, with labels and boxes at every scale: planned networks are trained so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.ema import ema_update
-from nnssl.losses.pseudo_label import cross_entropy_dice
-from nnssl.method import TeacherMethod, full_resolution
+from nnssl.losses.deep_supervision import deep_supervision_loss
+from nnssl.method import TeacherMethod
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,11 @@ class BCP(TeacherMethod):
             torch.cat([i % len(x_u), j]),
         )  # the pairs of x_in, then of x_out
         from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
-        logits = full_resolution(self.student(torch.where(from_unlabeled, x_u[u], x_l[l])))
-        resting = 0 * sum(
-            p.sum() for p in self.student.decoder.seg_layers.parameters()
-        )  # every parameter in every step's graph
+        outputs = self.student(torch.where(from_unlabeled, x_u[u], x_l[l]))
+        loss = partial(deep_supervision_loss, labels=self.labels, scale_weights=self.planned.scale_weights)
         return {
-            "supervised": cross_entropy_dice(
-                logits, onehot[l], self.labels, (known[l] & ~from_unlabeled).float()
-            )
-            + resting,
-            "pseudo": cross_entropy_dice(logits, pseudo[u], self.labels, from_unlabeled.float()),
+            "supervised": loss(outputs, onehot[l], mask=(known[l] & ~from_unlabeled).float()),
+            "pseudo": loss(outputs, pseudo[u], mask=from_unlabeled.float()),
         }
 
     def boxes(self, x: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
     L   = L_sup(v) + L_sup(a) + r(t) (lambda_c L_c + lambda_d L_d + lambda_o L_o)
     L_c = mse(p_v, sharpen p'_a) + mse(p_a, sharpen p'_v)          on x_l and x_s
     L_d = dice(p_v, sharpen p'_a) + dice(p_a, sharpen p'_v)        on x_s; soft Dice loss over the batch
-    L_o = - mean_i sum_j c_a,ij log c_v,ij                         over voxels i of x_s, rows j of the bank
-    sharpen p = p^(1/T) / sum_c p_c^(1/T),        c = softmax_j(q_i . m_j / T_o)
+    L_o = - mean_i (log c_v,ik + log c_a,ik) / 2                   over voxels i of x_s that both call k
+    sharpen p = p^(1/T) / sum_c p_c^(1/T),        c_ik = sum_{j of class k} softmax_j(cos(q_i, m_j) / T_o)
 
 v         student, the planned network; deployed
 a         auxiliary, the planned network with interpolation instead of transposed convolutions, and with
           cross-sample mutual attention (CMA) behind its second-deepest encoder stage: over the voxels of each
           sample, then across the samples of the batch
 q         predictor(projector(features of the last decoder stage))
-i         voxels that v and a call the same class; per class those of which v is most certain
+i         voxels that v and a call the same class, drawn at random
 m_j       bank of labeled voxels that both networks get right: mean of both projections, kept per labeled case
           and class; drawn over all cases, a class with too few is left out
 x_w, x_s  weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
@@ -22,6 +22,9 @@ r(t)      Gaussian ramp over the first 40 % of training
 Differs from the paper:
 - The objective is twice the published one: each network then learns from L_sup at nnU-Net's learning rate.
 - Targets of unlabeled patches come from another view: on the same view, two planned networks soon agree.
+- L_o sums correlations over the rows of a class, on unit embeddings, and draws its queries at random. The
+  published form, - mean_i sum_j c_a,ij log c_v,ij on raw dot products and the most certain voxels, is 0 once
+  every voxel points at one row, and soon is: "correlation": "rows".
 - L_d beside L_c, as Dice beside cross-entropy in nnU-Net's loss: small structures weigh as much as large.
 - The encoder features of x_s lose channels: planned networks have no dropout layers, V-Net has.
 - Sharpened probabilities are targets without gradient: a target should not follow its prediction.
@@ -40,7 +43,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +64,7 @@ from nnssl.config import (
 )
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
-from nnssl.losses.correlation import omni_correlation
+from nnssl.losses.correlation import class_correlation, omni_correlation
 from nnssl.losses.pseudo_label import soft_dice_loss
 from nnssl.method import SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
@@ -83,6 +86,8 @@ class CAMLConfig(Config):
     # share of channels that both encoders' features of x_s lose (ours; the papers' V-Nets drop channels, too)
     channel_dropout: Share = 0.5
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
+    # form of L_o: over the rows of each class (ours), or over single rows (CAML)
+    correlation: Literal["classes", "rows"] = "classes"
     sharpening: Temperature = 0.1  # T: temperature of the sharpening (CAML)
     temperature: Temperature = 0.1  # T_o: temperature of L_o (CAML)
     embedding: Width = 64  # width of the projections and of q (CAML)
@@ -158,7 +163,7 @@ class CAML(SemiMethod):
             "supervised_aux": self.supervised_loss(split_batch(walked_a.outputs, n)[0], batch.target),
             "consistency": mse_consistency(p_v, sharp_a, mask) + mse_consistency(p_a, sharp_v, mask),
             "dice": dice(p_v[n:], sharp_a[n:]) + dice(p_a[n:], sharp_v[n:]),
-            "correlation": self.correlation(finest_v[n:], finest_a[n:], p_v[n:].detach(), agreed[:, n:]),
+            "correlation": self.correlation_term(finest_v[n:], finest_a[n:], p_v[n:].detach(), agreed[:, n:]),
         }
 
     def weights(self, t: float) -> dict[str, float]:
@@ -205,19 +210,25 @@ class CAML(SemiMethod):
         )
         return sum(projected) / 2, valid  # type: ignore[return-value]
 
-    def correlation(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
+    def correlation_term(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
         """L_o. features: (U, F, S); p_v: (U, K, S), detached; agreed: (K', U, S)."""
         certainty = p_v.movedim(1, 0)
         if self.labels.has_regions:
             certainty = torch.cat([1 - certainty.amax(0, keepdim=True), certainty])
         limit = min(self.config.queries, math.ceil(self.config.query_share * certainty[0].numel()))
-        index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), limit)
+        by_class = self.config.correlation == "classes"
+        if by_class:
+            index, query_valid = sample_members(agreed.flatten(1), limit)
+        else:
+            index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), limit)
         q_v, q_a = (
             head(gather_voxels(f, index))
             for head, f in ((self.head_v, features_v), (self.head_a, features_a))
         )
         rows, filled = self.bank.sample(self.config.rows)
         row_valid = filled & (filled.sum(1, keepdim=True) >= self.config.rows)
+        if by_class:
+            return class_correlation(q_v, q_a, rows, query_valid, row_valid, self.config.temperature)
         return omni_correlation(
             q_v.flatten(0, 1),
             q_a.flatten(0, 1),

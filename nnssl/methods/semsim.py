@@ -3,7 +3,7 @@
     L = L_sup + lambda(t) (0.5 L_u + 0.25 L_intra + 0.25 L_cross)
     L_sup   = nnU-Net's loss of f(x_l) against y_l
     L_u     = dice(p_w -> p_s1)
-    L_intra = dice(p1_w -> p_in)
+    L_intra = dice(p1_w -> p_in), over the voxels where p_w is certain
     L_cross = mean over voxels of 1[max p2_w >= T] CE(p2_w -> p_cr) mean_j exp(-r U_j)
 
     p1_w, p_in        = (p_i + sum_j softmax_j(s cos(e_i, e_j)) p_j) / 2                   of x_w and x_s1
@@ -32,6 +32,8 @@ Differs from the paper:
   most purely.
 - Channel dropout acts on all encoder features of the strong views: the paper does not name the place.
 - A class that a labeled image lacks takes part in no mean over images.
+- L_intra counts where p_w is certain: the published gate acts on the sum p + sum_j M p_j, which nearly always
+  passes, and on its half hardly anything does.
 - L_cross counts where p_w calls the same class as p2_w: patches lie anywhere, and prototypes of a wrong place
   are certain all the same. Its weights carry no gradient.
 - Regions are two-class problems, each with its complement.
@@ -58,7 +60,7 @@ from nnssl.losses.affinity import (
     purest,
     refine,
 )
-from nnssl.losses.pseudo_label import confidence_mask
+from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
 from nnssl.method import SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import stage_grids
@@ -148,12 +150,18 @@ class SemSim(SemiMethod):
             p1_w = refine(e_w, self.to_grid(p_w), c.scale)
             cross = self.cross_image(e_l, e_s2, e_w, p_w, self.to_grid(box_2.float()) > 0.5, batch)
             p_w, p1_w = cutmix(p_w, box_1), cutmix(p1_w, self.to_grid(box_1.float()) > 0.5)
-            self.diagnostics |= self.confident("pseudo", p_w) | self.confident("intra", p1_w)
+            # of e's voxels, the share of what they cover
+            certain = self.to_grid(confidence_mask(p_w, c.threshold, self.labels))
+            self.diagnostics |= self.confident("pseudo", p_w)
+            self.diagnostics |= shares("intra", certain, self.foreground(p1_w))
             return {
                 "supervised": supervised,
                 "pseudo": confident_dice(p_w, p_s1, self.labels, c.threshold),
-                "intra": confident_dice(
-                    p1_w, refine(e_s1, self.to_grid(p_s1), c.scale), self.labels, c.threshold
+                "intra": soft_dice_loss(
+                    refine(e_s1, self.to_grid(p_s1), c.scale),
+                    self.labels.harden(p1_w),
+                    certain,
+                    skip_first=not self.labels.has_regions,
                 ),
                 "cross": cross,
             }
@@ -222,13 +230,16 @@ class SemSim(SemiMethod):
 
     def confident(self, name: str, p: Tensor) -> dict[str, Tensor]:
         """Share of the voxels where p (U, K, S) is certain: of all, and of those called foreground."""
+        return shares(name, confidence_mask(p, self.config.threshold, self.labels), self.foreground(p))
+
+    def foreground(self, p: Tensor) -> Tensor:
+        """(U, 1, S): 1 where p (U, K, S) calls anything but background."""
         hard = self.labels.harden(p)
-        foreground = (hard if self.labels.has_regions else hard[:, 1:]).amax(1, keepdim=True)
-        return shares(name, confidence_mask(p, self.config.threshold, self.labels), foreground)
+        return (hard if self.labels.has_regions else hard[:, 1:]).amax(1, keepdim=True)
 
 
 def shares(name: str, certain: Tensor, foreground: Tensor) -> dict[str, Tensor]:
-    """Mean of `certain` over all voxels and over the foreground; zeros and ones of one shape."""
+    """Mean of `certain` over all voxels and over the foreground; shares and zeros or ones of one shape."""
     return {
         f"{name}_certain": certain.mean(),
         f"{name}_certain_foreground": (certain * foreground).sum() / foreground.sum().clamp_min(1),

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nnssl.losses.correlation import omni_correlation
+from nnssl.losses.correlation import class_correlation, omni_correlation
 from tests.reference import caml as reference
 
 
@@ -110,3 +111,49 @@ def test_bfloat16_embeddings_are_compared_in_float32() -> None:
         loss = omni_correlation(v, a, rows, query_valid, row_valid, 0.1)
     loss.backward()
     assert loss.item() == expected.item() and v.grad is not None and v.grad.dtype == torch.bfloat16
+
+
+def test_class_correlation_equals_the_loop() -> None:
+    g = torch.Generator().manual_seed(0)
+    q_v, q_a = (torch.randn(3, 5, 4, generator=g, dtype=torch.float64) for _ in "va")
+    rows = torch.randn(3, 6, 4, generator=g, dtype=torch.float64)
+    query_valid, row_valid = torch.rand(3, 5, generator=g) > 0.3, torch.rand(3, 6, generator=g) > 0.3
+    losses = []
+    for k in range(3):
+        for i in range(5):
+            if not query_valid[k, i]:
+                continue
+            for q in (q_v[k, i], q_a[k, i]):
+                share = [0.0] * 3
+                for c in range(3):
+                    for j in range(6):
+                        if row_valid[c, j]:
+                            cosine = (q @ rows[c, j]) / (q.norm() * rows[c, j].norm())
+                            share[c] += math.exp(cosine / 0.1)
+                losses.append(-math.log(share[k] / sum(share)))
+    value = class_correlation(q_v, q_a, rows, query_valid, row_valid, 0.1)
+    assert value.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda v, a: class_correlation(v, a, rows, query_valid, row_valid, 0.1),
+        (q_v.requires_grad_(), q_a.requires_grad_()),
+    )
+
+
+def test_pointing_at_one_row_costs_the_class_correlation_but_not_the_published_one() -> None:
+    rows = F.normalize(torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    query = 100 * rows[:1, :1].expand(2, 6, 4)  # of both classes, at one row of class 0
+    everything = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
+    collapsed = omni_correlation(
+        query.flatten(0, 1), query.flatten(0, 1), rows.flatten(0, 1), *(e.flatten() for e in everything), 0.1
+    )
+    assert collapsed.item() < 1e-3 < 0.3 < class_correlation(query, query, rows, *everything, 0.1).item()
+
+
+@pytest.mark.parametrize("filled", [(), (0,)])
+def test_fewer_than_two_classes_in_the_bank_give_a_differentiable_zero(filled: tuple[int, ...]) -> None:
+    query, rows = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4)
+    row_valid = torch.zeros(2, 5, dtype=torch.bool)
+    row_valid[list(filled)] = True
+    value = class_correlation(query, query, rows, torch.ones(2, 3, dtype=torch.bool), row_valid, 0.1)
+    value.backward()
+    assert value.item() == 0 and query.grad is not None and not query.grad.any()

@@ -106,3 +106,25 @@ def test_queries_see_filled_rows_of_other_cases() -> None:
 def test_case_numbers_depend_on_the_name_alone() -> None:
     numbers = case_numbers(("case_1", "case_2", "case_1"), torch.device("cpu")).tolist()
     assert numbers[0] == numbers[2] == 3231434162 != numbers[1]
+
+
+def test_the_own_key_is_one_more_row_of_every_query() -> None:
+    s, z, m, valid = example()
+    value = bank_distillation(s, z, m, valid, 0.1, 0.05, own_key=True)
+    alone = []
+    for i in range(len(s)):
+        if valid[i].any():
+            rows = torch.cat([z[i : i + 1], m[valid[i]]])
+            everything = torch.ones(1, len(rows), dtype=torch.bool)
+            alone.append(reference.bank_distillation(s[i : i + 1], z[i : i + 1], rows, everything, 0.1, 0.05))
+    torch.testing.assert_close(value, torch.stack([torch.as_tensor(a) for a in alone]).mean())
+
+
+def test_embeddings_that_are_all_the_same_cost_nothing_without_the_own_key_only() -> None:
+    """The collapse: a student that tells nothing apart, and a teacher that does."""
+    s = F.normalize(torch.ones(6, 5), dim=1)
+    z, m = (F.normalize(torch.randn(n, 5, generator=torch.Generator().manual_seed(n)), dim=1) for n in (6, 9))
+    everything = torch.ones(6, 9, dtype=torch.bool)
+    same = bank_distillation(s, s, s[:1].expand(9, 5), everything, 0.1, 0.01)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    assert bank_distillation(s, z, m, everything, 0.1, 0.01, own_key=True).item() > 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.pseudo_label import cross_entropy
 from nnssl.method import full_resolution
-from nnssl.methods.action import ACTION, ACTIONConfig, pool, pool_cells
+from nnssl.methods.action import ACTION, ACTIONConfig, crop_cells, pool
 from nnssl.networks.dropout import Walk
 from nnssl.sampling import gather_voxels
 from tests.building import Task
@@ -249,12 +249,19 @@ def test_a_voxel_of_nested_regions_counts_for_the_last(monkeypatch: pytest.Monke
     assert ignored.any() and all(k.any() for k in member)
 
 
-def test_pooling_describes_maps_and_cells() -> None:
+def test_maps_are_pooled_by_mean_and_maximum() -> None:
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(pool(x), torch.cat([x.flatten(2).mean(2), x.amax((2, 3))], 1))
-    cells = pool_cells(x, (2, 2))
-    assert cells.shape == (2, 4, 3)
-    torch.testing.assert_close(cells[:, 1], x[:, :, :2, 3:].mean((2, 3)))
+
+
+@pytest.mark.parametrize(("patch", "n"), [((32, 48), 8), ((16, 8, 24), 4)])
+def test_crops_keep_the_shape_of_what_is_in_their_cell(patch: tuple[int, ...], n: int) -> None:
+    x, grid = torch.randn(2, 3, *patch), (2,) * len(patch)
+    crops = crop_cells(x, grid)
+    assert crops.shape == (2, 2 ** len(patch), 3 * n ** len(patch))
+    last = x[(slice(None), slice(None), *(slice(size // 2, None) for size in patch))]
+    pooling = torch.nn.functional.adaptive_avg_pool2d if n == 8 else torch.nn.functional.adaptive_avg_pool3d
+    torch.testing.assert_close(crops[:, -1], pooling(last, n).flatten(1))
 
 
 def test_only_fewer_crops_than_voxels_are_cut() -> None:

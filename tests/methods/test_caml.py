@@ -247,20 +247,20 @@ def test_rows_go_to_the_case_they_come_from() -> None:
 
 
 def test_a_class_with_too_few_rows_is_left_out() -> None:
-    m = method(config=replace(SMALL, rows=8))
+    m = method(config=replace(SMALL, correlation="rows", rows=8))
     m.bank.rows.normal_()
     m.bank.count.copy_(torch.tensor([[8, 8], [3, 4]]))  # class 1: seven of eight
     patch = Task().patch_size
     f_v, f_a, p_v = torch.randn(2, 4, *patch), torch.randn(2, 4, *patch), torch.rand(2, 2, *patch).softmax(1)
     agreed = torch.rand(2, 2, *patch) > 0.5
     torch.manual_seed(1)
-    value = m.correlation(f_v, f_a, p_v, agreed)
+    value = m.correlation_term(f_v, f_a, p_v, agreed)
     m.bank.rows[1] = 1e3
     torch.manual_seed(1)
-    assert m.correlation(f_v, f_a, p_v, agreed).item() == value.item() > 0
+    assert m.correlation_term(f_v, f_a, p_v, agreed).item() == value.item() > 0
     m.bank.count[1, 0] = 4
     torch.manual_seed(1)
-    assert m.correlation(f_v, f_a, p_v, agreed).item() != value.item()
+    assert m.correlation_term(f_v, f_a, p_v, agreed).item() != value.item()
 
 
 # correlation
@@ -269,14 +269,14 @@ def test_a_class_with_too_few_rows_is_left_out() -> None:
 @pytest.mark.parametrize("regions", [False, True])
 def test_correlation_equals_the_loop_over_the_most_certain_agreeing_voxels(regions: bool) -> None:
     task = Task(regions=regions)
-    m = method(task, replace(SMALL, rows=8, queries=5))
+    m = method(task, replace(SMALL, correlation="rows", rows=8, queries=5))
     m.bank.rows.normal_(std=0.3)
     m.bank.count.fill_(4)  # 2 cases x 4: all are drawn
     f_v, f_a = (torch.randn(2, 4, *task.patch_size) for _ in "va")
     z_v, z_a = (torch.randn(2, 2, *task.patch_size) for _ in "va")
     p_v, p_a = m.probabilities(z_v), m.probabilities(z_a)
     agreed = m.labels.classes(m.labels.harden(p_v)) & m.labels.classes(m.labels.harden(p_a))
-    value = m.correlation(f_v, f_a, p_v, agreed).item()
+    value = m.correlation_term(f_v, f_a, p_v, agreed).item()
 
     p_v, p_a = (p.movedim(1, -1).reshape(-1, 2) for p in (p_v, p_a))
     x_v, x_a = (f.movedim(1, -1).reshape(-1, 4) for f in (f_v, f_a))
@@ -301,7 +301,7 @@ def test_choosing_voxels_before_the_heads_gives_the_published_loss() -> None:
     """The public computation without batch norm, with the same heads and rows: heads everywhere, then the
     choice."""
     task = Task(channels=3)
-    config = replace(SMALL, rows=20, queries=50, query_share=1.0)
+    config = replace(SMALL, correlation="rows", rows=20, queries=50, query_share=1.0)
     m, label = method(task, config), torch.zeros(2, *task.patch_size, dtype=torch.long)
     label[0, 0, 0, :10], label[0, 0, 1, :10], label[1, 0, 0, :10], label[1, 0, 1, :10] = (
         1,
@@ -344,7 +344,9 @@ def test_queries_are_at_most_a_share_of_the_unlabeled_voxels(monkeypatch: pytest
         (0.01, 20, 20),
         (1.0, 12_800, 3072),
     ):  # 2 x 8 x 12 x 16 = 3072 voxels
-        method(config=replace(SMALL, query_share=share, queries=queries))(Task().batch(), 0.5)
+        method(config=replace(SMALL, correlation="rows", query_share=share, queries=queries))(
+            Task().batch(), 0.5
+        )
         assert asked.pop() == expected and not asked
 
 
@@ -369,7 +371,7 @@ def test_descending_the_correlation_makes_the_networks_correlate_alike() -> None
 
     def loss() -> torch.Tensor:
         torch.manual_seed(1)
-        return m.correlation(f_v, f_a, p_v, agreed)
+        return m.correlation_term(f_v, f_a, p_v, agreed)
 
     before = loss()
     gradient = torch.autograd.grad(before, parameters, allow_unused=True)
