@@ -335,6 +335,7 @@ def test_drawn_sections_are_refused_with_our_error_or_make_sense() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_many_drawn_sections_are_refused_with_our_error_or_make_sense() -> None:
     seen = fuzz(20_000)
     print(f"\nsections drawn: {seen}", file=sys.stderr)
