@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 import traceback
 from contextlib import suppress
@@ -21,11 +20,12 @@ import numpy as np
 
 from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, lock, run, tail
 from benchmarks.leaderboard.suite import Row, Suite
+from nnssl.commands.launch import launcher
 from nnssl.files import copy_file, read_json, write_json, write_text
 
 TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
 PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
-PREDICT_BFLOAT16 = "benchmarks.leaderboard.launch:predict_in_bfloat16"
+PREDICT_BFLOAT16 = "benchmarks.leaderboard.predict:predict_in_bfloat16"
 PACKAGES = ("nnunetv2", "batchgeneratorsv2", "torch", "numpy", "medpy")
 
 
@@ -107,7 +107,7 @@ class Job:
         environment = space.environment()
         if self.suite.device == "cpu":
             environment.setdefault("nnUNet_n_proc_DA", "0")
-        launch = [sys.executable, "-m", "benchmarks.leaderboard.launch", str(os.getpid()), str(self.usage)]
+        launch = launcher(cores=1, parent=os.getpid(), usage=str(self.usage))
         run(self.log, [*launch, *command, "-device", self.suite.device], environment)
 
     def self_training(self) -> Path:

@@ -29,6 +29,7 @@ import numpy as np
 import SimpleITK as sitk
 
 import nnssl
+from nnssl.commands.launch import launcher
 from nnssl.files import read_json, write_json, write_text
 
 DATASET, CONFIGURATION, BASE = "Dataset501_LeftAtrium", "3d_fullres", "nnUNetPlans25"
@@ -93,14 +94,10 @@ def run(work: Path, trainer: str, labeled: int, seed: int) -> None:
     kwargs["features_per_stage"] = [f // 2 for f in kwargs["features_per_stage"]]
     plans["nnssl"] = {**SCHEDULE, "num_epochs": EPOCHS.get(trainer, SCHEDULE["num_epochs"]), "seed": seed}
     write_json(plans, folder / f"{name}.json", indent=1)
-    # nnUNetv2_train -device cpu takes every core; this is the same function with one thread
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from nnunetv2.run.run_training import run_training; "
-        f"run_training('501', '{CONFIGURATION}', 0, sys.argv[1], sys.argv[2], continue_training=True, "
-        f"device=torch.device('cpu'))"
-    )
-    arguments = [sys.executable, "-c", code, f"nnUNetTrainer{trainer}", name]
-    subprocess.run(arguments, env={**environment(work), "nnUNet_n_proc_DA": "0"}, check=True)
+    train = ["nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train", "501", CONFIGURATION, "0"]
+    options = ["-tr", f"nnUNetTrainer{trainer}", "-p", name, "--c", "-device", "cpu"]
+    variables = {**environment(work), "nnUNet_n_proc_DA": "0"}
+    subprocess.run([*launcher(cores=1), *train, *options], env=variables, check=True)
 
 
 def fold_folder(work: Path, trainer: str, labeled: int, seed: int) -> Path:

@@ -8,14 +8,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use (a batch system often grants fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(groups: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> int:
+    """CPU cores that this process may use, by affinity and the quota of its container or batch job (Linux
+    control groups, version 2); at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *_quotas(Path(groups), Path(membership))]))
+
+
+def _quotas(groups: Path, membership: Path) -> list[int]:
+    """Whole cores that the control group of this process and those around it grant."""
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
+    found = []
+    for group in (groups / own, *(groups / own).parents):
+        if groups in (group, *group.parents) and (group / "cpu.max").is_file():
+            quota, _, period = (group / "cpu.max").read_text(encoding="utf-8").partition(" ")
+            if quota != "max":
+                found.append(int(quota) // int(period))
+    return found
 
 
 def unordered(

@@ -26,7 +26,9 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnssl.commands.launch import launcher
 from nnssl.commands.trainers import trainers_folder
+from nnssl.data.parallel import usable_cores
 from nnssl.demo.figures import draw_curve, draw_overlay
 from nnssl.demo.phantoms import LABELS, write_dataset
 from nnssl.files import read_json, write_json
@@ -39,26 +41,8 @@ EPOCHS = 24
 SCHEDULE = {"num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 4, "save_every": 1}
 FEATURES = 8  # of the first stage, doubled per stage: a quarter of nnU-Net's
 STATE = "demo.json"  # marks a demo's folder: settings and finished stages
+MOST_CORES = 8  # more do not help small patches
 OWN = (STATE, "raw", "preprocessed", "results", "predictions", "logs", "overlay.png", "curve.png")
-
-# a console script with this many threads: nnU-Net's `-device cpu` asks for one per core of the machine,
-# whatever a container may use
-LAUNCH = """import importlib, multiprocessing, sys
-module, _, function = sys.argv[2].partition(":")
-multiprocessing.cpu_count = lambda cores=int(sys.argv[1]): cores
-sys.argv = sys.argv[3:]
-sys.exit(getattr(importlib.import_module(module), function)())"""
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use, by affinity and the container's quota; 8 at most, more do not help
-    small patches."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, _, period = (
-        quota.read_text(encoding="utf-8").partition(" ") if quota.is_file() else ("max", "", "")
-    )
-    return min(8, count if limit == "max" else max(1, min(count, int(limit) // int(period))))
 
 
 class Demo:
@@ -323,7 +307,7 @@ class Demo:
                 mininterval=0.1 if sys.stderr.isatty() else 20,
             ) as shown,
             subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, str(usable_cpus()), entries[command[0]], *command],
+                [*launcher(min(MOST_CORES, usable_cores())), entries[command[0]], *command],
                 env=environment,
                 encoding="utf-8",
                 errors="replace",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nnssl
-from nnssl.data.parallel import unordered
+from nnssl.data.parallel import unordered, usable_cores
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -46,7 +46,7 @@ def alive(pid: int) -> bool:
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, time\nfrom nnssl.data.parallel import unordered\n"
+        "import os, time\nfrom nnssl.data.parallel import unordered, usable_cores\n"
         "if __name__ == '__main__':\n    for pid in unordered(os.getpid, [(), ()], 2):\n        print(pid, "
         "flush=True); time.sleep(60)\n"
     )
@@ -62,3 +62,24 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         while alive(worker) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(worker)
+
+
+def test_cores_are_counted_by_affinity_and_by_the_quotas_of_all_control_groups_around(tmp_path: Path) -> None:
+    cores = usable_cores(str(tmp_path / "none"), str(tmp_path / "none"))  # not Linux, or no quota
+    assert cores == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    job = tmp_path / "groups" / "slurm" / "job"
+    job.mkdir(parents=True)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/slurm/job\n")
+
+    def counted() -> int:
+        return usable_cores(str(tmp_path / "groups"), str(membership))
+
+    (job / "cpu.max").write_text("max 100000\n")
+    assert counted() == cores
+    (job / "cpu.max").write_text(f"{100000 * (cores + 3)} 100000\n")
+    assert counted() == cores
+    (job.parent / "cpu.max").write_text("150000 100000\n")
+    assert counted() == 1
+    (job.parent / "cpu.max").write_text("50000 100000\n")  # half a core is one
+    assert counted() == 1

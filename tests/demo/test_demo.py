@@ -94,10 +94,6 @@ def test_finished_stages_are_skipped_and_a_failed_one_is_done_again(
     assert ran == ["report"]
 
 
-def test_thread_count_is_within_the_machine() -> None:
-    assert 1 <= demo.usable_cpus() <= (os.cpu_count() or 1)
-
-
 @pytest.mark.slow
 def test_the_whole_demo_runs_and_touches_nothing_outside_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -91,7 +91,7 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     # the trainer's process, in round one of self-training, after its first checkpoint
     runner = start(broken, "self_training")
     wait_for(lambda: list(results.glob("*/*_r1__*/fold_0/checkpoint_latest.pth")), runner)
-    for pid in wait_for(lambda: processes("leaderboard.launch", str(broken), "nnUNetv2_train"), runner):
+    for pid in wait_for(lambda: processes("nnssl.commands.launch", str(broken), "nnUNetv2_train"), runner):
         os.kill(pid, signal.SIGKILL)
     assert runner.wait(600) == 1
     assert (
@@ -111,7 +111,7 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     for pid in processes("submitit", str(broken)):
         os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + 60
-    while processes("leaderboard.launch", str(broken)):  # they end with the job that launched them
+    while processes("nnssl.commands.launch", str(broken)):  # they end with the job that launched them
         assert time.monotonic() < end
         time.sleep(0.1)
     assert not (broken / "results" / "smoke" / "DiffCL_n1_s0.json").exists()

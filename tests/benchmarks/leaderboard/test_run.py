@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.leaderboard import job, launch, prepare, run
+from benchmarks.leaderboard import job, prepare, run
 from benchmarks.leaderboard.__main__ import key_value, main
 from benchmarks.leaderboard.job import Job
+from benchmarks.leaderboard.predict import predict_in_bfloat16
 from benchmarks.leaderboard.suite import Row, Suite, SuiteError, load_suite
 from nnssl.files import write_json
 
@@ -277,7 +278,7 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
 
     def predict(space: Any, entry: str, *command: str) -> None:
         assert (
-            entry == "benchmarks.leaderboard.launch:predict_in_bfloat16"
+            entry == "benchmarks.leaderboard.predict:predict_in_bfloat16"
         )  # this suite trains on a CPU in bfloat16
         source, target = (Path(command[command.index(flag) + 1]) for flag in ("-i", "-o"))
         assert sorted(p.name for p in source.iterdir()) == [f"{n}_0000.nii.gz" for n in split["unlabeled"]]
@@ -316,7 +317,7 @@ def test_a_prediction_in_bfloat16_is_nnunets_own_under_autocast(monkeypatch: pyt
         "nnunetv2.inference.predict_from_raw_data.predict_entry_point",
         lambda: found.append(network(torch.zeros(1, 1, 4, 4, 4)).dtype),
     )
-    launch.predict_in_bfloat16()
+    predict_in_bfloat16()
     assert found == [torch.bfloat16]
 
 
@@ -371,25 +372,3 @@ def test_a_failing_command_is_a_failed_row_with_the_end_of_its_log(
     assert row["status"] == "failed"
     assert row["error"].startswith("RuntimeError: nnUNetv2_train ended with status 1")
     assert any("TypeError" in line for line in row["log"])
-
-
-def test_a_launched_command_ends_with_its_parent(tmp_path: Path) -> None:
-    """The parent is killed; the command, which would sleep for a minute, is gone soon after and has written
-    no usage."""
-    (tmp_path / "sleeper.py").write_text(
-        "import os, pathlib, time\ndef main():\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    "
-        "time.sleep(60)\n"
-    )
-    environment = {"PYTHONPATH": f"{prepare.ROOT}:{tmp_path}", "PATH": ""}
-    rest = [str(tmp_path / "usage"), "sleeper:main", "sleeper"]
-    launch = f"[{sys.executable!r}, '-m', 'benchmarks.leaderboard.launch', str(os.getpid()), *{rest!r}]"
-    code = f"import os, subprocess; subprocess.run({launch}, env={environment!r}, cwd={str(tmp_path)!r})"
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text(encoding="utf-8"):
-            time.sleep(0.05)
-        parent.kill()
-    pid, patience = int((tmp_path / "pid").read_text(encoding="utf-8")), time.monotonic() + 30
-    while (Path("/proc") / str(pid)).exists() and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert not (Path("/proc") / str(pid)).exists()
-    assert not (tmp_path / "usage").exists()
