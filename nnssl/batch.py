@@ -12,6 +12,20 @@ Target = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
+class UnlabeledBatch:
+    """U unlabeled patches.
+
+    weak     (U, C, S) float32: spatial transform only
+    strong   K views (U, C, S) of the same geometry, intensities transformed independently: voxels correspond
+    cases    U case names
+    """
+
+    weak: Tensor
+    strong: tuple[Tensor, ...]
+    cases: Sequence[str]
+
+
+@dataclass(frozen=True)
 class SemiBatch:
     """One labeled and one unlabeled batch. S = (D, H, W) in 3D, (H, W) in 2D.
 
@@ -19,38 +33,54 @@ class SemiBatch:
     target          (B, 1, S) label map, or (B, R, S) per region (plus a last channel for the ignore label);
                     with deep supervision a list of these, finest first
     labeled_cases   B case names
-    weak            (U, C, S) float32: spatial transform only; None without an unlabeled stream
-    strong          K views (U, C, S) of the same geometry, intensities transformed independently: voxels
-                    correspond
-    unlabeled_cases U case names
+    unlabeled       None without an unlabeled stream; `weak`, `strong` and `unlabeled_cases` are its parts
     """
 
     labeled: Tensor
     target: Target
     labeled_cases: Sequence[str]
-    weak: Tensor = None  # type: ignore[assignment]
-    strong: tuple[Tensor, ...] = ()
-    unlabeled_cases: Sequence[str] = ()
+    unlabeled: UnlabeledBatch | None = None
 
     @classmethod
     def from_loader(cls, batch: dict, device: torch.device) -> SemiBatch:
         """From the dictionaries of nnU-Net's loader and of `UnlabeledLoader` (under `unlabeled`), moved to
         `device`."""
 
-        def move(x: Target) -> Target:
-            if isinstance(x, list):
-                return [i.to(device, non_blocking=True) for i in x]
+        def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        unlabeled = batch.get("unlabeled")
+        target, unlabeled = batch["target"], batch.get("unlabeled")
         return cls(
-            labeled=move(batch["data"]),  # type: ignore[arg-type]
-            target=move(batch["target"]),
+            labeled=move(batch["data"]),
+            target=[move(x) for x in target] if isinstance(target, list) else move(target),
             labeled_cases=tuple(str(k) for k in batch["keys"]),
-            weak=None if unlabeled is None else move(unlabeled["weak"]),  # type: ignore[arg-type]
-            strong=() if unlabeled is None else tuple(move(s) for s in unlabeled["strong"]),  # type: ignore[misc]
-            unlabeled_cases=() if unlabeled is None else tuple(str(k) for k in unlabeled["keys"]),
+            unlabeled=None
+            if unlabeled is None
+            else UnlabeledBatch(
+                weak=move(unlabeled["weak"]),
+                strong=tuple(move(s) for s in unlabeled["strong"]),
+                cases=tuple(str(k) for k in unlabeled["keys"]),
+            ),
         )
+
+    @property
+    def weak(self) -> Tensor:
+        return self._unlabeled().weak
+
+    @property
+    def strong(self) -> tuple[Tensor, ...]:
+        return self._unlabeled().strong
+
+    @property
+    def unlabeled_cases(self) -> Sequence[str]:
+        return self._unlabeled().cases
+
+    def _unlabeled(self) -> UnlabeledBatch:
+        if self.unlabeled is None:
+            raise RuntimeError(
+                "this batch has no unlabeled part: a method that reads one needs `needs_unlabeled = True`"
+            )
+        return self.unlabeled
 
     def full_target(self) -> Tensor:
         """The full-resolution target, whether or not there is deep supervision."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -57,7 +59,9 @@ class Planned:
 
     def compiled(self, function: F) -> F:
         """`torch.compile(function)` where compilation is on, else the function itself."""
-        return torch.compile(function) if self.compile else function  # type: ignore[return-value]
+        if not self.compile:
+            return function
+        return torch.compile(function)  # type: ignore[return-value]  # it keeps the signature
 
 
 class SemiMethod(nn.Module):
@@ -180,6 +184,18 @@ class TeacherMethod(SemiMethod):
 
     def deployed(self, which: str) -> nn.Module:
         return self.teacher if which == "teacher" else self.student
+
+
+def weighted_sum(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], all_terms: bool = False
+) -> Tensor:
+    """sum_k lambda_k L_k over the terms of weight other than 0, or over all."""
+    return reduce(operator.add, [weights[k] * v for k, v in terms.items() if weights[k] != 0 or all_terms])
+
+
+def inactive(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A term that is off: zero, with a zero gradient for every parameter, as several GPUs need."""
+    return 0 * reduce(operator.add, [p.sum() for p in parameters])
 
 
 def full_resolution(outputs: Outputs) -> Tensor:

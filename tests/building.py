@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -11,9 +11,11 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
-from nnssl.batch import SemiBatch
+from nnssl.batch import SemiBatch, UnlabeledBatch
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
+
+M = TypeVar("M", bound=SemiMethod)
 
 FEATURES = (4, 6, 8)
 STRIDES = (1, 2, 2)
@@ -91,7 +93,7 @@ class Task:
             **kwargs,
         )
 
-    def method(self, cls: type[SemiMethod], config: Any, seed: int = 0) -> SemiMethod:
+    def method(self, cls: type[M], config: Any, seed: int = 0) -> M:
         torch.manual_seed(seed)
         student = cls.adapt_network(self.network(), config, self.patch_size, (1.0,) * self.dim)
         method = cls(student, config, self.planned())
@@ -135,6 +137,17 @@ class Task:
             ]
         weak = torch.randn((unlabeled, self.images, *self.patch_size), generator=g)
         strong = tuple(weak + 0.1 * torch.randn(weak.shape, generator=g) for _ in range(views))
-        return SemiBatch(
-            images, target, ("case_0", "case_1")[:labeled], weak, strong, ("u_0", "u_1")[:unlabeled]
-        )
+        cases = ("case_0", "case_1")[:labeled]
+        return SemiBatch(images, target, cases, UnlabeledBatch(weak, strong, ("u_0", "u_1")[:unlabeled]))
+
+
+def with_unlabeled(batch: SemiBatch, **parts: Any) -> SemiBatch:
+    """The batch with other parts of its unlabeled half: weak, strong, cases."""
+    assert batch.unlabeled is not None
+    return replace(batch, unlabeled=replace(batch.unlabeled, **parts))
+
+
+def gradient(x: torch.Tensor) -> torch.Tensor:
+    """x.grad, which must be there."""
+    assert x.grad is not None
+    return x.grad

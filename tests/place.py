@@ -17,14 +17,14 @@ from nnssl.commands.cli import main
 from nnssl.commands.trainers import trainers_folder
 from tests.raw_dataset import write_dataset
 
-SHORT = {
+SHORT: dict[str, Any] = {
     "num_epochs": 2,
     "num_iterations_per_epoch": 2,
     "num_val_iterations_per_epoch": 1,
     "save_every": 1,
     "seed": 0,
 }
-SMALL = {
+SMALL: dict[str, Any] = {
     "ddim_steps": 2,
     "embedding": 8,
     "bank_size": 64,

@@ -28,7 +28,7 @@ from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.methods.supervised import Supervised, SupervisedConfig
 from nnssl.methods.uamt import UAMT, UAMTConfig
 from nnssl.training.memory_format import use_channels_last
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,9 @@ def test_the_unlabeled_batch_may_have_another_size(row: Row, unlabeled: int) -> 
     batch = task.batch(unlabeled=2)
     views = tuple(torch.cat([s, s])[:unlabeled] for s in batch.strong)
     method = started(row, task)
-    terms = method(replace(batch, weak=torch.cat([batch.weak, batch.weak])[:unlabeled], strong=views), 0.5)
+    terms = method(
+        with_unlabeled(batch, weak=torch.cat([batch.weak, batch.weak])[:unlabeled], strong=views), 0.5
+    )
     assert all(torch.isfinite(v) for v in terms.values())
 
 

@@ -31,7 +31,7 @@ import torch
 from benchmarks.speed.steps import CLASSES, Setting, full_step, make, parse_strides
 from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
 from nnssl.batch import SemiBatch
-from nnssl.method import SemiMethod
+from nnssl.method import SemiMethod, weighted_sum
 from nnssl.methods.caml import CAML, CAMLConfig
 from tests.host_reads import HostReads
 from tests.reference.caml import PublicOmniCorrelation
@@ -131,7 +131,7 @@ def method_alone(method: SemiMethod, batch: SemiBatch) -> None:
     """A step without the trainer's own look at whether the loss is finite."""
     method.before_step(0.5)
     terms, weights = method(batch, 0.5), method.weights(0.5)
-    sum(weights[k] * terms[k] for k in terms).backward()  # type: ignore[union-attr]
+    weighted_sum(terms, weights).backward()
     method.after_step(batch, 0.5)
 
 

@@ -86,10 +86,10 @@ def step(repeats: int, device: torch.device) -> dict[str, Any]:
             forward_streams(method.student, batch.weak)
         with optimization.autocast():
             walked = forward_streams(method.student, images, decoded=decoded)
-            total = sum(o.sum() for o in walked.outputs)
-            total = total + sum(s[decoded:].sum() for s in walked.skips[-SCALES:])
+            tensors = [*walked.outputs, *(s[decoded:] for s in walked.skips[-SCALES:])]
+            total = torch.stack([x.sum() for x in tensors]).sum()
         method.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[union-attr]
+        total.backward()
 
     def fusion() -> None:
         """Forward and backward of all images, and the weak view's forward pass."""

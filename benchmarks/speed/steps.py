@@ -31,10 +31,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
-from nnssl.batch import SemiBatch
+from nnssl.batch import SemiBatch, UnlabeledBatch
 from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
-from nnssl.method import Planned, SemiMethod
+from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.training.optimizer_step import OptimizationStep
 
@@ -102,9 +102,9 @@ class Setting:
             image,
             targets,
             ("a", "b"),
-            torch.randn_like(image),
-            tuple(torch.randn_like(image) for _ in range(views)),
-            ("u", "v"),
+            UnlabeledBatch(
+                torch.randn_like(image), tuple(torch.randn_like(image) for _ in range(views)), ("u", "v")
+            ),
         )
 
 
@@ -168,9 +168,9 @@ def training_pass(network: nn.Module, context: Callable[[], Any], *inputs: Any) 
     """Forward and backward, no loss."""
     with context():
         outputs = network(*inputs)
-        total = sum(o.sum() for o in (outputs if isinstance(outputs, list) else [outputs]))
+        total = torch.stack([o.sum() for o in (outputs if isinstance(outputs, list) else [outputs])]).sum()
     network.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[union-attr]
+    total.backward()
 
 
 @torch.no_grad()
@@ -186,8 +186,8 @@ def full_step(method: SemiMethod, step: OptimizationStep, batch: SemiBatch, t: f
     weights = method.weights(t)
     with step.autocast():
         terms = method(batch, t)
-        loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0)
-    step.take(loss)  # type: ignore[arg-type]
+        loss = weighted_sum(terms, weights)
+    step.take(loss)
     method.after_step(batch, t)
 
 

@@ -103,7 +103,7 @@ class CheckedPlans(PlansManager):
         reader_class: type = super().image_reader_writer_class
         strict = self.strict and issubclass(reader_class, SimpleITKIO)  # the others hand NaN on, see below
 
-        class CheckedReader(reader_class):  # type: ignore[misc, valid-type]
+        class CheckedReader(reader_class):
             def read_images(self, files: Sequence[str], *args: Any) -> tuple[np.ndarray, dict]:
                 if list(files) != case.images:  # some readers read segmentations this way
                     return super().read_images(files, *args)

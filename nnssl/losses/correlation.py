@@ -133,6 +133,6 @@ class _OmniCorrelation(torch.autograd.Function):
             return torch.cat(values) @ weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_v, grad_a = ctx.saved_tensors
         return grad * grad_v, grad * grad_a, None, None, None, None, None

@@ -36,6 +36,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -51,7 +52,7 @@ from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
-from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
+from nnssl.method import TeacherMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
 from nnssl.networks.heads import VoxelProjector, scale_gradient
@@ -190,10 +191,8 @@ class ACTION(TeacherMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         phases = (self.global_distillation, self.local_distillation, self.anatomical_training)
         active = phases[self.phase_at(t) - 1](batch)
-        inactive = 0 * sum(
-            p.sum() for p in self.parameters() if p.requires_grad
-        )  # reaches every parameter, for several GPUs
-        return {k: active.get(k, inactive) for k in self.weights(t)}  # type: ignore[arg-type, misc]
+        off = inactive(p for p in self.parameters() if p.requires_grad)
+        return {k: active.get(k, off) for k in self.weights(t)}
 
     def weights(self, t: float) -> dict[str, float]:
         c, phase = self.config, self.phase_at(t)
@@ -334,8 +333,8 @@ def crop_cells(logits: Tensor, grid: tuple[int, ...]) -> Tensor:
     """(B, K, S) -> (B, cells, K n^d): the cells of a grid, each pooled to n = CROP[d] logits per axis, which
     keep the shape of what is in it."""
     axes, n = len(grid), CROP[len(grid)]
-    pooling = F.adaptive_avg_pool3d if axes == 3 else F.adaptive_avg_pool2d
-    pooled = pooling(logits, [n * cells for cells in grid])  # type: ignore[arg-type]
+    pooling: Callable[..., Tensor] = F.adaptive_avg_pool3d if axes == 3 else F.adaptive_avg_pool2d
+    pooled = pooling(logits, [n * cells for cells in grid])
     for axis in range(axes):  # (B, K, g_1, n, g_2, n, ...)
         pooled = pooled.unflatten(2 + 2 * axis, (grid[axis], n))
     cells, inside = (list(range(first, 2 + 2 * axes, 2)) for first in (2, 3))

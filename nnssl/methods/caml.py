@@ -204,11 +204,11 @@ class CAML(SemiMethod):
         )
         voxels = right[0, 0].numel()
         index = index + voxels * torch.arange(n, device=index.device)[:, None]  # counted sample after sample
-        projected = (
+        rows_v, rows_a = (
             head.projector(gather_voxels(f, index))
             for head, f in ((self.head_v, features_v), (self.head_a, features_a))
         )
-        return sum(projected) / 2, valid  # type: ignore[return-value]
+        return (rows_v + rows_a) / 2, valid
 
     def correlation_term(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
         """L_o. features: (U, F, S); p_v: (U, K, S), detached; agreed: (K', U, S)."""

@@ -63,7 +63,7 @@ from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
-from nnssl.method import Outputs, SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import Outputs, SemiMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector, scale_gradient
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
@@ -184,7 +184,7 @@ class DiffCL(SemiMethod):
         if self.config.weight_contrast > 0:
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
-            contrast = 0 * sum(p.sum() for p in self.projector.parameters())  # type: ignore[assignment]
+            contrast = inactive(self.projector.parameters())
         self.diagnostics = {
             "f_certain": certain_f.mean(),
             "g_certain": certain_g.mean(),

@@ -21,7 +21,12 @@ class InterpolatingUpsample(nn.Module):
     """
 
     def __init__(
-        self, conv: type[nn.Module], inputs: int, outputs: int, stride: Sequence[int], bias: bool
+        self,
+        conv: type[nn.Conv2d] | type[nn.Conv3d],
+        inputs: int,
+        outputs: int,
+        stride: Sequence[int],
+        bias: bool,
     ) -> None:
         super().__init__()
         self.conv = conv(inputs, outputs, 1, bias=bias)
@@ -32,7 +37,7 @@ class InterpolatingUpsample(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=self.stride, mode=self.mode)
 
 
-CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Conv2d] | type[nn.Conv3d]] = {
     nn.ConvTranspose2d: nn.Conv2d,
     nn.ConvTranspose3d: nn.Conv3d,
 }
@@ -46,8 +51,8 @@ def interpolate_instead_of_transposing(network: nn.Module) -> Any:
         new = InterpolatingUpsample(
             CONVOLUTIONS[type(old)], old.in_channels, old.out_channels, old.stride, old.bias is not None
         )
-        nn.init.kaiming_normal_(new.conv.weight, a=1e-2)  # type: ignore[arg-type]  # as nnU-Net's networks
-        if old.bias is not None:
-            nn.init.zeros_(new.conv.bias)  # type: ignore[arg-type]
+        nn.init.kaiming_normal_(new.conv.weight, a=1e-2)  # as nnU-Net's networks
+        if new.conv.bias is not None:
+            nn.init.zeros_(new.conv.bias)
         transposed[s] = new.to(old.weight.device)
     return network

@@ -118,7 +118,7 @@ def _cumsum(values: Tensor, reverse: bool) -> Tensor:
 
 def _exp(logs: Tensor) -> Tensor:
     """exp in place, 0 below SMALLEST_LOG."""
-    return F.threshold_(logs, SMALLEST_LOG, -torch.inf).exp_()  # type: ignore[attr-defined]
+    return torch.threshold_(logs, SMALLEST_LOG, -torch.inf).exp_()
 
 
 def _decays(sums: Tensor, dtype: torch.dtype, reverse: bool) -> Tensor:

@@ -32,7 +32,7 @@ from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.files import save_torch
 from nnssl.labels import LabelSpace
-from nnssl.method import Planned, SemiMethod
+from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.checkpoint import (
@@ -64,6 +64,11 @@ class SemiTrainer(nnUNetTrainer):
 
     method_class: ClassVar[type[SemiMethod]]
 
+    network: Any  # the deployed network, with encoder and decoder; it, method and step: from initialize on
+    method: SemiMethod
+    step: OptimizationStep
+    was_initialized: bool
+
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
@@ -77,10 +82,8 @@ class SemiTrainer(nnUNetTrainer):
             "initial_lr",
         ):
             setattr(self, key, getattr(self.general, key))
-        self.method: SemiMethod = None  # type: ignore[assignment]  # -> initialize
         self.history = History()
         self._resumed: dict | None = None
-        self.step: OptimizationStep = None  # type: ignore[assignment]  # -> initialize
         self._iteration = 0
         self._bar: tqdm | None = None
         self._announced = ""
@@ -94,7 +97,7 @@ class SemiTrainer(nnUNetTrainer):
         return resolve(plans.get("nnssl", {}), method.name, method.config_class, known_methods(), source)
 
     @classmethod
-    def build_network_architecture(  # type: ignore[override]
+    def build_network_architecture(
         cls,
         plans_manager: Any,
         configuration_manager: Any,
@@ -117,7 +120,7 @@ class SemiTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """As nnU-Net's, in an order that suits methods: network, method (copies, heads), optimizer over all,
         compile, DDP around all."""
-        if self.was_initialized:  # type: ignore[has-type]
+        if self.was_initialized:
             raise RuntimeError("initialize() was called twice on the same trainer")
         self._refuse_unsupported()
         if self.general.seed is not None:
@@ -359,8 +362,8 @@ class SemiTrainer(nnUNetTrainer):
                 )
             # on several GPUs every parameter must take part in the backward pass, those of unweighted terms
             # too
-            loss = sum(weights[k] * terms[k] for k in terms if weights[k] != 0 or self.is_ddp)
-        if self.step.take(loss):  # type: ignore[arg-type]
+            loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
+        if self.step.take(loss):
             self.method.after_step(data, t)
         self._iteration += 1
         if self._bar is not None:
@@ -369,7 +372,7 @@ class SemiTrainer(nnUNetTrainer):
         logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
         return dict(
             zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True)
-        )  # type: ignore[union-attr]
+        )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         if self._bar is not None:
@@ -410,7 +413,7 @@ class SemiTrainer(nnUNetTrainer):
     # checkpoints and what touches the network
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
+        self.network.decoder.deep_supervision = enabled
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint plus the key `nnssl` with everything else a run consists of."""

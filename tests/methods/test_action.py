@@ -14,7 +14,7 @@ from nnssl.method import full_resolution
 from nnssl.methods.action import ACTION, ACTIONConfig, crop_cells, pool
 from nnssl.networks.dropout import Walk
 from nnssl.sampling import gather_voxels
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 
 SMALL = ACTIONConfig(
     threshold_pseudo=0.0,
@@ -73,12 +73,13 @@ def test_inactive_terms_are_zeros_without_weight_that_reach_every_parameter(t: f
     )
 
 
-def test_the_first_phase_needs_neither_labels_nor_decoder() -> None:
+def test_the_first_phase_needs_neither_labels_nor_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     m = method()
-    m.decode = None  # type: ignore[assignment]
+    monkeypatch.delattr(m, "decode")
+    unknown = torch.full((1,), float("nan"))
     batches = [
-        replace(TASK_2D.batch(seed=i), labeled=None, target=None, labeled_cases=None) for i in range(3)
-    ]  # type: ignore[arg-type]
+        replace(TASK_2D.batch(seed=i), labeled=unknown, target=unknown, labeled_cases=()) for i in range(3)
+    ]
     for batch in batches[:2]:
         m(batch, 0.1)
         m.after_step(batch, 0.1)
@@ -90,7 +91,7 @@ def test_the_first_phase_needs_neither_labels_nor_decoder() -> None:
 
 def test_the_second_phase_fills_the_local_bank_with_crops_of_both_streams() -> None:
     m, batch = method(), TASK_2D.batch(labeled=2, unlabeled=1)
-    m(replace(batch, unlabeled_cases=("u_0",)), 0.3)
+    m(with_unlabeled(batch, cases=("u_0",)), 0.3)
     assert m.distillation_local.bank.count == 0
     m.after_step(batch, 0.3)
     assert m.distillation_local.bank.count == 3 * 4 and m.distillation_global.bank.count == 1
@@ -174,7 +175,7 @@ def test_classmix_mixes_images_and_labels_alike(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("nnssl.methods.action.classmix_mask", everything)
     batch, values = TASK_2D.batch(), []
     for order in ([0, 1], [1, 0]):
-        swapped = replace(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong))
+        swapped = with_unlabeled(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong))
         values.append(method()(swapped, 0.6)["pseudo"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] > 0
 

@@ -111,7 +111,7 @@ def test_pretraining_is_nnunets_loss_of_labeled_copy_paste_at_every_scale() -> N
     task = Task(channels=3)
     m, batch = method(task), task.batch()
     m.boxes = half_boxes  # type: ignore[assignment]
-    terms = m(replace(batch, weak=None, strong=()), 0.0)  # unlabeled patches are not even looked at
+    terms = m(replace(batch, unlabeled=None), 0.0)  # unlabeled patches are not even looked at
     images = torch.cat([batch.labeled.flip(0)[:, :, :4], batch.labeled[:, :, 4:]], 2)
     target = [
         torch.cat([y.flip(0)[:, :, : h // 2], y[:, :, h // 2 :]], 2)

@@ -11,7 +11,7 @@ from nnssl.losses.consistency import mse_consistency
 from nnssl.losses.pseudo_label import soft_dice_loss
 from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.networks.dropout import Walk
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 from tests.host_reads import HostReads
 from tests.reference import caml as reference
 
@@ -88,7 +88,7 @@ def test_labeled_and_unlabeled_images_see_each_other_in_the_auxiliary_only() -> 
         torch.nn.init.normal_(p, std=0.3)
     terms, others = (
         m(batch, 0.5),
-        m(replace(batch, strong=tuple(s + torch.randn_like(s) for s in batch.strong)), 0.5),
+        m(with_unlabeled(batch, strong=tuple(s + torch.randn_like(s) for s in batch.strong)), 0.5),
     )
     assert terms["supervised"].item() == others["supervised"].item()
     assert terms["supervised_aux"].item() != others["supervised_aux"].item()
@@ -146,7 +146,7 @@ def test_boxes_mix_images_and_targets_alike(monkeypatch: pytest.MonkeyPatch) -> 
     values = []
     for order in ([0, 1], [1, 0]):
         m, batch = method(), Task().batch()
-        batch = replace(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong))
+        batch = with_unlabeled(batch, weak=batch.weak[order], strong=tuple(s[order] for s in batch.strong))
         values.append(m(batch, 0.5)["consistency"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 

@@ -7,7 +7,7 @@ import torch
 
 from nnssl.method import SemiMethod, full_resolution
 from nnssl.methods.mcnet import MCNet, MCNetConfig, two_decoders
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 
 
 def method(task: Task = Task(), config: MCNetConfig = MCNetConfig()) -> SemiMethod:  # noqa: B008
@@ -89,4 +89,6 @@ def test_consistency_looks_at_labeled_and_unlabeled_patches() -> None:
         ].item()
         != value
     )
-    assert m(replace(batch, strong=(torch.randn_like(batch.weak),)), 0.5)["consistency"].item() != value
+    assert (
+        m(with_unlabeled(batch, strong=(torch.randn_like(batch.weak),)), 0.5)["consistency"].item() != value
+    )

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from nnssl.method import SemiMethod, full_resolution
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 
 
 def method(task: Task = Task(), config: MeanTeacherConfig = MeanTeacherConfig()) -> SemiMethod:  # noqa: B008
@@ -16,7 +14,7 @@ def method(task: Task = Task(), config: MeanTeacherConfig = MeanTeacherConfig())
 
 def test_consistency_is_zero_for_equal_networks_and_views() -> None:
     m, batch = method(), Task().batch()
-    assert m(replace(batch, strong=(batch.weak,)), 0.5)["consistency"].item() < 1e-12
+    assert m(with_unlabeled(batch, strong=(batch.weak,)), 0.5)["consistency"].item() < 1e-12
     assert m(batch, 0.5)["consistency"].item() > 1e-8
 
 

@@ -12,7 +12,7 @@ from nnssl.losses.affinity import confident_dice
 from nnssl.method import full_resolution
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.networks.dropout import forward_streams
-from tests.building import Task
+from tests.building import Task, with_unlabeled
 from tests.reference import semsim as reference
 
 SMALL = SemSimConfig(threshold=0.0, width=16, max_tokens=256)
@@ -65,7 +65,7 @@ def test_images_and_predictions_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -
     without = values(m, batch)
     boxes(monkeypatch, True, True)
     assert values(m, batch) == pytest.approx(without, rel=1e-4)
-    swapped = replace(batch, weak=batch.weak.roll(1, 0))
+    swapped = with_unlabeled(batch, weak=batch.weak.roll(1, 0))
     assert values(m, swapped) != pytest.approx(
         without, rel=1e-4
     )  # what forgetting one of the two would look like
@@ -77,7 +77,7 @@ def test_each_view_has_its_own_terms_and_its_own_box(view: int, kept: str) -> No
     before = values(m, batch)
     strong = list(batch.strong)
     strong[view] = torch.randn_like(strong[view])
-    after = values(m, replace(batch, strong=tuple(strong)))
+    after = values(m, with_unlabeled(batch, strong=tuple(strong)))
     assert {k for k in before if before[k] == pytest.approx(after[k], rel=1e-6)} == (
         {"supervised", "cross"} if kept == "cross" else {"supervised", "pseudo", "intra"}
     )
@@ -181,7 +181,7 @@ def test_weak_predictions_carry_no_gradient() -> None:
     m, batch = method(), Task().batch()
     weak = batch.weak.clone().requires_grad_()
     strong = tuple(s.clone().requires_grad_() for s in batch.strong)
-    terms = m(replace(batch, weak=weak, strong=strong), 0.5)
+    terms = m(with_unlabeled(batch, weak=weak, strong=strong), 0.5)
     sum(terms.values()).backward()
     assert weak.grad is None and all(s.grad is not None and s.grad.any() for s in strong)
 

@@ -136,7 +136,7 @@ class _ExactSimilarities(torch.autograd.Function):
         return torch.cat(products) / length
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, index, length = ctx.saved_tensors
         return (
             F.embedding_bag(index, rows, per_sample_weights=grad / length, mode="sum"),
