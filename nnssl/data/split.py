@@ -23,11 +23,11 @@ Fold = dict[str, list[str]]
 def load_splits(splits_file: str) -> list[Fold]:
     """The folds; ValueError naming the file if it is not a list of {train: [...], val: [...], unlabeled:
     [...] (optional)}."""
+    splits = read_json(splits_file)
     try:
-        splits = read_json(splits_file)
         keys = [(fold["train"], fold["val"], fold.get("unlabeled", [])) for fold in splits]
         fine = isinstance(splits, list) and all(isinstance(cases, list) for fold in keys for cases in fold)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         fine = False
     if not fine:
         raise ValueError(

@@ -72,11 +72,17 @@ def test_unknown_cases_are_refused_with_file_and_key(tmp_path: Path, key: str) -
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "{}", "[1]", '[{"train": []}]', '[{"train": "a", "val": []}]', '{"train": [], "val": []}'],
+    ["{}", "[1]", '[{"train": []}]', '[{"train": "a", "val": []}]', '{"train": [], "val": []}'],
 )
 def test_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "splits.json").write_text(content)
     with pytest.raises(ValueError, match=r"splits\.json: expected a list of folds"):
+        hidden_cases(str(tmp_path / "splits.json"), 0, [])
+
+
+def test_the_place_of_a_damage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "splits.json").write_text('[{"train": [],\n "val" []}]')
+    with pytest.raises(ValueError, match=r"splits\.json: no valid JSON \(line 2, column 8"):
         hidden_cases(str(tmp_path / "splits.json"), 0, [])
 
 
