@@ -189,6 +189,8 @@ def _unpacked(file: str) -> bytes:
     parts = []
     with open(file, "rb") as stream:
         packed = stream.read(chunk)
+        if not packed:
+            raise EOFError("the file is empty")
         if not (file.lower().endswith(".gz") and packed.startswith(magic)):
             return packed + stream.read()
         while packed.startswith(magic):
