@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[str]:
         named = [str(name) for name in (error.filename, error.filename2) if name is not None]
         if named and not any(SCRATCH.search(name) for name in named):
             raise  # another file's, e.g. the source of a copy
-        reason = f"{error.strerror or error} (not written; an older file stays as it was)"
+        reason = f"{error.strerror or error} (nothing was written; the previous file is unchanged)"
         if error.errno is None:
             raise OSError(f"{reason}: {path}") from error
         raise OSError(error.errno, reason, path) from error
@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
         before = content[: error.start]
         line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
         reason = "not UTF-8"
-    raise ValueError(f"{path}: no valid JSON (line {line}, column {column}: {reason}). Repair or remove it.")
+    raise ValueError(f"{path}: not valid JSON (line {line}, column {column}: {reason}). Repair or remove it.")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(
             print(error)
     """
     message, _ = start(code, path, source).communicate()
-    assert "File too large" in message and str(path) in message and "older file stays" in message
+    assert "File too large" in message and str(path) in message and "the previous file is unchanged" in message
     assert ".nnssl-" not in message
     assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "source"]
 
@@ -196,4 +196,4 @@ def test_damaged_json_names_file_line_and_column(tmp_path: Path, content: bytes,
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
         files.read_json(path)
-    assert str(caught.value).startswith(f"{path}: no valid JSON ({place}")
+    assert str(caught.value).startswith(f"{path}: not valid JSON ({place}")

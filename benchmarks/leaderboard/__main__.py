@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="submit to SLURM; submitit's parameters",
     )
-    run.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    run.add_argument("--minutes", type=float, help="stop after this many minutes; rerun to resume")
     report = commands.add_parser("report", help="table and pictures from the rows", allow_abbrev=False)
     for command in (run, report):
         command.add_argument("suite", help="a name in suites/ or a .toml file")
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -57,7 +57,7 @@ def convert(name: str, source: Path, raw: Path, lists: Path | None = None) -> Pa
     form = FORMATS[name]
     folder = raw / form.dataset
     if folder.exists():
-        raise ValueError(f"{folder} exists already: remove it to convert anew")
+        raise ValueError(f"{folder} already exists: remove it to convert again")
     names = [case for file in form.lists for case in read_list(lists or source, file)]
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(form.lists)}: a case stands in them twice")
@@ -114,7 +114,7 @@ def find(folder: Path, *patterns: str) -> Path:
             return found[0]
         if found:
             raise ValueError(f"{pattern} is below {folder} more than once: {found[0]}, {found[1]}")
-    raise ValueError(f"{' or '.join(patterns)} is nowhere below {folder}")
+    raise ValueError(f"{' or '.join(patterns)} not found in {folder} or its subfolders")
 
 
 def read_h5(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ def select(suite: Suite, work: Path, results: Path, only: Sequence[str]) -> list
     jobs = [Job(suite, row, work, results) for row in rows]
     if old := [job.result for job in jobs if job.state() == "outdated"]:
         raise SuiteError(
-            f"rows of other settings than the suite's are in the way, remove them to train anew: "
+            f"rows with other settings than the suite's exist; remove them to train again: "
             f"{' '.join(map(str, old))}"
         )
     return jobs
@@ -92,7 +92,7 @@ def run_suite(
     finished.
 
     jobs     rows at a time on this machine; on SLURM all are submitted at once
-    minutes  stop after so long, at a checkpoint's loss at most; the next call goes on
+    minutes  stop after so many; rerun to resume, at the loss of what follows the last checkpoint
     """
     end = time.monotonic() + 60 * (minutes or float("inf"))
     work, results = work.resolve(), results.resolve()

@@ -171,7 +171,7 @@ def load_suite(name: str) -> Suite:
     path = Path(name) if name.endswith(".toml") else FOLDER / "suites" / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (FOLDER / "suites").glob("*.toml")))
-        raise SuiteError(f"{path} is absent. Suites here: {known}; or give the path of a .toml file.")
+        raise SuiteError(f"{path} does not exist. Suites here: {known}; or give the path of a .toml file.")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

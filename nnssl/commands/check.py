@@ -62,8 +62,8 @@ def _versions() -> Iterator[Finding]:
         where = ", ".join(sorted(others)) or "distribution nnssl"
         yield (
             "warn",
-            f"another package is called nnssl too ({where}): both cannot share an environment, make a new "
-            f"one for nnunet-semi",
+            f"another package is called nnssl, too ({where}): the two cannot share an environment; make a "
+            f"new one for nnunet-semi",
         )
 
 
@@ -107,8 +107,8 @@ def _trainers() -> Iterator[Finding]:
         except Exception as error:
             yield (
                 "FAIL",
-                f"{name} cannot be imported, nor any trainer after it by nnU-Net: {type(error).__name__}: "
-                f"{error}",
+                f"{name} cannot be imported, which hides every trainer after it from nnU-Net: "
+                f"{type(error).__name__}: {error}",
             )
     yield "ok", f"trainers: {', '.join(names)}"
 
@@ -156,7 +156,7 @@ def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Ite
     if not (isfile(plans_file) and isfile(join(preprocessed, "dataset.json"))):
         yield (
             "FAIL",
-            f"no plan {plans_file} (there: {plans_in(preprocessed)}): nnssl plan-and-preprocess -d "
+            f"no plan {plans_file} (found: {plans_in(preprocessed)}): nnssl plan-and-preprocess -d "
             f"{dataset_id}, or name one with -p",
         )
         return
@@ -186,13 +186,13 @@ def _raw(name: str, raw: str) -> Iterator[Finding]:
     from nnssl.data.unlabeled import find_unlabeled_images
 
     if not isfile(join(raw, "dataset.json")):
-        yield "warn", f"{name}: no raw dataset at {raw}; training needs complete preprocessed data then"
+        yield "warn", f"{name}: no raw dataset at {raw}; the preprocessed data must then be complete"
         return
     try:
         dataset_json = read_json(join(raw, "dataset.json"))
         training, scans = training_files(raw, dataset_json), find_unlabeled_images(raw, dataset_json)
     except KeyError as error:
-        yield "FAIL", f"{join(raw, 'dataset.json')}: key {error} is absent"
+        yield "FAIL", f"{join(raw, 'dataset.json')}: key {error} is missing"
     except ValueError as error:
         yield "FAIL", str(error)
     else:
@@ -227,11 +227,11 @@ def _configuration(
             shown = ", ".join(without[:3])
             yield (
                 "FAIL",
-                f"{len(without)} cases of imagesTr lack their label ({shown}): add it, or move the scans "
+                f"{len(without)} cases of imagesTr have no label ({shown}): add it, or move the scans "
                 f"into imagesUn",
             )
         if not every:
-            yield "warn", f"imagesTr has no case; {len(known)} preprocessed ones are taken as they are"
+            yield "warn", f"imagesTr is empty; the {len(known)} preprocessed cases are used as they are"
         elif reasons:
             yield (
                 "FAIL",
@@ -270,7 +270,7 @@ def _configuration(
         elif stale:
             yield (
                 "warn",
-                f"{stale} of {len(cases)} unlabeled cases are missing or stale; a training preprocesses "
+                f"{stale} of {len(cases)} unlabeled cases are missing or stale; training preprocesses "
                 f"them at start, or: {remedy}",
             )
         else:

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "nnssl", description="Semi-supervised training for nnU-Net v2.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"nnssl {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     trainers = commands.add_parser(
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     trainers.add_argument(
         "--path",
         action="store_true",
-        help='print their folder: export nnUNet_extTrainer="$(nnssl trainers --path)"',
+        help='print the folder they are in: export nnUNet_extTrainer="$(nnssl trainers --path)"',
     )
     trainers.set_defaults(run=_trainers)
 
@@ -72,23 +72,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="validation cases, or a file of them (a name per line, or a JSON list)",
     )
     choice = split.add_mutually_exclusive_group()
-    choice.add_argument("--first", action="store_true", help="labeled are the first in name order")
+    choice.add_argument("--first", action="store_true", help="label the first cases in name order")
     choice.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="labeled are drawn at random (default: seed 0)"
+        "--seed", type=int, default=0, metavar="S", help="draw the labeled cases at random (default: seed 0)"
     )
     split.set_defaults(run=_split)
 
     check = commands.add_parser(
-        "check", help="look over installation, dataset and split, and say what to fix", allow_abbrev=False
+        "check", help="check installation, dataset and split, and say what to fix", allow_abbrev=False
     )
     check.add_argument("-d", type=int, metavar="ID", help="dataset ID")
-    check.add_argument("-c", metavar="CONFIG", help="configuration (default: those that are preprocessed)")
+    check.add_argument("-c", metavar="CONFIG", help="configuration (default: all that are preprocessed)")
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     check.set_defaults(run=_check)
 
     export = commands.add_parser(
         "export",
-        help="a trained model as one of plain nnU-Net, to predict where nnssl is not installed",
+        help="turn a trained model into one that plain nnU-Net can load",
         description="Writes DIR/nnUNetTrainer__PLANS__CONFIG for nnUNetv2_predict_from_modelfolder, and a "
         ".zip of the same name for "
         "nnUNetv2_install_pretrained_model_from_zip (which replaces a model that nnUNetTrainer trained with "
@@ -141,11 +141,11 @@ def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.Argum
         help="preprocessing processes, one number or one per configuration (default: nnU-Net's)",
     )
     plan = parser.add_mutually_exclusive_group()
-    plan.add_argument("-p", metavar="NAME", help="use this existing plan; plan nothing")
+    plan.add_argument("-p", metavar="NAME", help="use this existing plan instead of planning")
     plan.add_argument(
         "--replan",
         action="store_true",
-        help="plan anew even if there is a plan: backs it up, carries its key nnssl over",
+        help="make a new plan even if there is one; the old one is backed up, its key nnssl kept",
     )
     add("-fpe", default="DatasetFingerprintExtractor", metavar="CLASS", help="fingerprint extractor")
     add("-npfp", type=int, metavar="N", help="fingerprint processes (default: 8, or the number of cores)")
@@ -155,7 +155,7 @@ def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.Argum
         help="check the raw labeled data first; recommended once",
     )
     add("--no_pp", action="store_true", help="plan only")
-    add("--clean", action="store_true", help="extract the fingerprint anew when planning")
+    add("--clean", action="store_true", help="extract the fingerprint again when planning")
     add(
         "-pl",
         default="ExperimentPlanner",

@@ -51,8 +51,7 @@ def export_model(
     source = str(get_output_folder(dataset, trainer, plans_name, configuration))
     if not isdir(source):
         raise ValueError(
-            f"no trained model in {source}: it was never trained, or -tr, -p or -c are others. "
-            f"{_trained(source)}"
+            f"no trained model in {source}: train it first, or correct -tr, -p or -c. {_trained(source)}"
         )
     plans, dataset_json = (read_json(join(source, name)) for name in ("plans.json", "dataset.json"))
     plans = _plain(plans)
@@ -64,7 +63,7 @@ def export_model(
         found := [p for p in places if os.path.exists(p) and not (isdir(p) and not os.listdir(p))]
     ):
         raise FileExistsError(
-            f"{found[0]} is there already: choose another folder with -o, or replace it with --overwrite"
+            f"{found[0]} already exists: choose another folder with -o, or replace it with --overwrite"
         )
     os.makedirs(output, exist_ok=True)
     with scratch_folder(output) as temporary:
@@ -135,11 +134,10 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     )
     if different:
         raise RuntimeError(
-            f"{trainer} changed the planned network: {len(different)} tensors are not those that a plain "
-            f"nnU-Net builds from the plan, "
-            f"e.g. {different[0]}. Export with nnUNetv2_export_model_to_zip and install nnunet-semi where "
-            f"it predicts, or train with "
-            'a configuration that leaves the planned network as it is (Diff-CL: "hfm_stages": 0)'
+            f"{trainer} changed the planned network: {len(different)} tensors differ from what plain "
+            f"nnU-Net builds from the plan, e.g. {different[0]}. Export with nnUNetv2_export_model_to_zip "
+            f"and install nnunet-semi where you predict, or train with a configuration that keeps the "
+            'planned network (Diff-CL: "hfm_stages": 0)'
         )
 
 

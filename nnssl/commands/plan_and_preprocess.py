@@ -1,7 +1,7 @@
 """``nnssl plan-and-preprocess``: nnU-Net's fingerprint, plan and preprocessing of the labeled part, then
 imagesUn with the same plan.
 
-Unlike nnU-Net's own command it goes on with a plans file that is already there (``--replan`` plans anew,
+Unlike nnU-Net's own command it uses a plans file that already exists (``--replan`` makes a new one,
 keeps a backup and carries the key ``nnssl`` over), and redoes only cases that are missing or stale.
 """
 
@@ -49,7 +49,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
         if not isfile(join(raw, "dataset.json")):
             raise ValueError(
-                f"{join(raw, 'dataset.json')} is absent. Set nnUNet_raw to where the raw dataset is."
+                f"{join(raw, 'dataset.json')} does not exist. Set nnUNet_raw to the folder of raw datasets."
             )
         scans = find_unlabeled_images(
             raw, read_json(join(raw, "dataset.json"))
@@ -58,7 +58,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         if not args.no_pp:
             _preprocess(args, PlansManager(plans_file), raw, preprocessed)
             print(
-                f"{name}: labeled cases and {len(scans)} scans of imagesUn are preprocessed for "
+                f"{name}: the labeled cases and {len(scans)} scans of imagesUn are preprocessed for "
                 f"{os.path.basename(plans_file)}."
             )
         if not scans:
@@ -69,23 +69,21 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str) -> str:
-    """Path of the plans file to go on with, planned where it is absent or ``--replan`` is given."""
+    """Path of the plans file to use, which is made if it does not exist or ``--replan`` is given."""
     default_name = inspect.signature(_find_class(args.pl, "-pl")).parameters["plans_name"].default
     plans_file = join(preprocessed, (args.p or args.overwrite_plans_name or default_name) + ".json")
     if args.p and not isfile(plans_file):
         raise ValueError(
-            f"-p {args.p}: {plans_file} is absent. Plans here: {plans_in(preprocessed)}; without -p a plan "
-            f"is made."
+            f"-p {args.p}: {plans_file} does not exist. Plans here: {plans_in(preprocessed)}; leave "
+            f"-p out to make one."
         )
     processes = args.npfp or min(8, usable_cores())
     if isfile(plans_file) and not args.replan:
         unused = [f"-{option}" for option in PLANNING_OPTIONS if getattr(args, option)] + [
             "--clean"
         ] * args.clean
-        ignored = f"; {', '.join(unused)}: without effect" if unused else ""
-        print(
-            f"Going on with the existing plan {plans_file} (--replan plans anew and keeps a backup{ignored})."
-        )
+        ignored = f"; ignored: {', '.join(unused)}" if unused else ""
+        print(f"Using the existing plan {plans_file} (--replan makes a new one and keeps a backup{ignored}).")
         _check_plan(plans_file, name, raw, preprocessed)
         if args.verify_dataset_integrity:
             verify_dataset_integrity(raw, processes)
@@ -106,7 +104,7 @@ def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, prepro
     kept: dict[str, Any] = {}
     if isfile(plans_file):
         kept = {key: value for key, value in read_json(plans_file).items() if key == "nnssl"}
-        print(f"The old plan is kept as {backup(plans_file)}.")
+        print(f"The old plan was saved as {backup(plans_file)}.")
     print("Experiment planning ...")
     preprocessor = args.preprocessor_name or "DefaultPreprocessor"
     plan_experiments(
@@ -126,7 +124,7 @@ def _find_class(name: str, option: str) -> type:
     folder = join(nnunetv2.__path__[0], "experiment_planning")
     found = recursive_find_python_class(folder, name, "nnunetv2.experiment_planning")
     if found is None:
-        raise ValueError(f"{option} {name}: nnU-Net has no such class below {folder}.")
+        raise ValueError(f"{option} {name}: nnU-Net has no such class in {folder}.")
     return found
 
 
@@ -137,7 +135,7 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
     if planned_for != name:
         raise ValueError(
             f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
-            f"nnUNetv2_move_plans_between_datasets moves a plan."
+            f"Use nnUNetv2_move_plans_between_datasets to move a plan."
         )
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
@@ -162,8 +160,8 @@ def _check_split(source: str, copy: str) -> None:
     )
     if ours[: len(theirs)] != theirs:
         raise ValueError(
-            f"{source} and {copy} differ. Planning needs one truth: remove the former (or the latter to get "
-            f"it back)."
+            f"{source} and {copy} differ. Keep one: remove the former to use the latter, or the latter to "
+            f"use the former."
         )
 
 
@@ -186,7 +184,7 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
         args.c, processes if len(processes) > 1 else processes * len(args.c), strict=True
     ):
         if configuration not in plans_manager.available_configurations:
-            print(f"Configuration {configuration} is not in the plan, skipped.")
+            print(f"Configuration {configuration} is not in the plan and was skipped.")
             continue
         identifier = plans_manager.get_configuration(configuration).data_identifier
         if identifier not in done:

@@ -19,7 +19,7 @@ def split(args: argparse.Namespace) -> None:
     splits_file = os.path.join(nnUNet_preprocessed, name, "splits_final.json")
     saved = write_splits(splits, splits_file)
     if saved:
-        print(f"The old split is kept as {saved}.")
+        print(f"The old split was saved as {saved}.")
     print(f"{splits_file}:")
     for index, fold in enumerate(splits):
         print(
@@ -28,7 +28,7 @@ def split(args: argparse.Namespace) -> None:
         )
     if any(fold["unlabeled"] for fold in splits):
         print(
-            "A training preprocesses the unlabeled images at its start; `nnssl plan-and-preprocess` does it "
+            "Training preprocesses the unlabeled images when it starts; `nnssl plan-and-preprocess` does it "
             "now."
         )
 
@@ -45,6 +45,6 @@ def _read_cases(values: list[str]) -> list[str]:
     names = read_json(values[0])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(
-            f"--val: {values[0]} holds no list of names. Give a JSON list of names, or one name per line."
+            f"--val: {values[0]} is not a list of names. Give a JSON list of names, or one name per line."
         )
     return names

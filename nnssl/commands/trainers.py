@@ -11,10 +11,7 @@ def trainers_folder() -> str:
     """Folder of the installed trainer files, found without importing them."""
     spec = importlib.util.find_spec("nnssl_trainers")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(
-            "The package nnssl_trainers is not installed. Install nnunet-semi again (pip install "
-            "nnunet-semi)."
-        )
+        raise RuntimeError("The package nnssl_trainers is not installed. Reinstall nnunet-semi.")
     return os.path.abspath(next(iter(spec.submodule_search_locations)))
 
 

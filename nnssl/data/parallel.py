@@ -53,8 +53,8 @@ def unordered(
             yield future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "A worker process was killed, most likely because memory ran out. Finished work stays; start "
-            "again with fewer processes "
+            "A worker process was killed, most likely because memory ran out. Finished work is kept; "
+            "rerun with fewer processes "
             "(-np 1, or nnUNet_def_n_proc=1)."
         ) from error
     finally:

@@ -105,7 +105,7 @@ def bring_up_to_date(
         shown = "\n".join(f"  - {error}" for error in sorted(errors)[:20])
         raise ValueError(
             f"{len(errors)} of {len(todo)} cases could not be preprocessed (the others are done and "
-            f"stay):\n{shown}\n"
-            "Repair, replace or remove these files and start again: only what is missing is redone."
+            f"kept):\n{shown}\n"
+            "Repair, replace or remove these files and rerun: only missing cases are redone."
         )
     return len(todo)

@@ -133,7 +133,7 @@ class CheckedPlans(PlansManager):
 
 def _not_finite(files: Sequence[str]) -> SourceError:
     return SourceError(
-        f"{', '.join(files)}: NaN or infinite voxels. Replace them by finite values, or remove the case."
+        f"{', '.join(files)}: NaN or infinite voxels. Replace them with finite values, or remove the case."
     )
 
 

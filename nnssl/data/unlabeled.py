@@ -93,8 +93,8 @@ def unlabeled_cases(
     for name in scans:
         if isfile(join(labeled_folder, name + ".pkl")):
             raise ValueError(
-                f"{name}: in imagesUn, and still among the labeled cases in {labeled_folder}. If its label "
-                f"was taken away, run "
+                f"{name}: in imagesUn, but still among the labeled cases in {labeled_folder}. If its label "
+                f"was removed, run "
                 "`nnssl plan-and-preprocess` once (or remove the case's files there); else rename the "
                 "unlabeled scan."
             )

@@ -3,7 +3,7 @@ works on real data too.
 
 Everything is written below one folder. nnU-Net's environment variables are set for the commands started here
 only, so nothing that they already point at is read or written. Finished stages are skipped on the next call;
-an interrupted training goes on from its last checkpoint.
+an interrupted training resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Demo:
             found = read_json(state)
             if found["settings"] != self.settings:
                 raise ValueError(
-                    f"{self.folder} holds a demo with {found['settings']}, asked for {self.settings}: "
-                    f"choose another --folder, or --fresh"
+                    f"{self.folder} holds a demo with {found['settings']}, but {self.settings} was asked "
+                    f"for: choose another --folder, or --fresh"
                 )
             self.done = found["done"]
         for name in ("raw", "preprocessed", "results", "logs"):
@@ -102,7 +102,7 @@ class Demo:
         ):
             title = f"[{number}/{len(stages)}] {stage.__doc__}"
             if stage.__name__ in self.done:
-                print(f"{title}: done before", flush=True)
+                print(f"{title}: already done", flush=True)
                 continue
             print(title, flush=True)
             start = time.monotonic()
@@ -184,7 +184,7 @@ class Demo:
         self.command("predict", "nnUNetv2_predict", *folders, *model, "-npp", "1", "-nps", "1", bar=bar)
 
     def evaluate(self) -> None:
-        """Compare with the truth"""
+        """Compare with the ground truth"""
         files = ["-djfile", str(self.raw / "dataset.json"), "-pfile", str(self.plans), "-np", "1"]
         self.command(
             "evaluate",
@@ -330,8 +330,7 @@ class Demo:
                 raise
         if process.returncode:
             raise RuntimeError(
-                f"{command[0]} ended with status {process.returncode}; its last lines (all of them: "
-                f"{log}):\n{''.join(lines)}"
+                f"{command[0]} failed with status {process.returncode}; the end of {log}:\n{''.join(lines)}"
             )
 
 
@@ -340,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m nnssl.demo", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("demo"), help="everything goes in here (default: %(default)s)"
+        "--folder", type=Path, default=Path("demo"), help="folder for everything (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the scans and of the training (default: %(default)s)"
@@ -355,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of {SCHEDULE['num_iterations_per_epoch']} steps (default: %(default)s)",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="remove an earlier demo in this folder and start over"
+        "--fresh", action="store_true", help="remove the previous demo in this folder and start over"
     )
     given = parser.parse_args(arguments)
     try:
@@ -366,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

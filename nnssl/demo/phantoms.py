@@ -146,9 +146,7 @@ def write_dataset(
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(
-            f"{folder} exists already and is left as it is: choose another folder, or remove this one first"
-        )
+        raise ValueError(f"{folder} already exists: choose another folder, or remove it first")
     if labeled < 1 or unlabeled < 0 or test < 0:
         raise ValueError(
             f"found labeled={labeled}, unlabeled={unlabeled}, test={test}; expected labeled >= 1 and no "

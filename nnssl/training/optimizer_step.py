@@ -100,5 +100,5 @@ class OptimizationStep:
                 f"weight, and the checkpoints in "
                 'the output folder are the last good ones. Lower "initial_lr" or set "amp" to bfloat16 or '
                 'float32 under "nnssl" in '
-                "the plans file, check the images, then continue with --c"
+                "the plans file, check the images, then resume with --c"
             )

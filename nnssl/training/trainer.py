@@ -470,7 +470,7 @@ class SemiTrainer(nnUNetTrainer):
             name = source if isinstance(source, str) else "the checkpoint"
             raise RuntimeError(
                 f"{name} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and "
-                f"banks could not be continued. Start from its weights with -pretrained_weights instead"
+                f"banks cannot be resumed. Start from its weights with -pretrained_weights instead"
             )
         state = checkpoint["nnssl"]
         self.my_init_kwargs = checkpoint["init_args"]
@@ -482,9 +482,9 @@ class SemiTrainer(nnUNetTrainer):
         missing, unexpected = load_method(self.method, self.network, state["method"])
         if missing or unexpected:
             raise RuntimeError(
-                f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) does "
-                f"not fit this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. Continue "
-                f"with the plans file that the run was started with"
+                f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) is "
+                f"incompatible with this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. "
+                f"Resume with the plans file that the run was started with"
             )
         restore_buffers(self.method, state.get("buffers", []))
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])

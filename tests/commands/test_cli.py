@@ -90,7 +90,7 @@ def test_planning_from_nothing_then_replanning(
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     tiny = Tiny(write_dataset(tmp_path / "raw"), tmp_path / "preprocessed" / "Dataset777_Tiny")
     assert preprocess("-c", "3d_fullres", "3d_lowres", "--verify_dataset_integrity") == 0
-    assert "Configuration 3d_lowres is not in the plan, skipped" in capsys.readouterr().out
+    assert "Configuration 3d_lowres is not in the plan and was skipped" in capsys.readouterr().out
     plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
     assert sorted(file.stem for file in tiny.labeled.glob("*.pkl")) == [f"lab_0{index}" for index in range(6)]
     assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == ["scan_00", "scan_01", "scan_02"]
@@ -104,7 +104,7 @@ def test_planning_from_nothing_then_replanning(
     assert preprocess("-c", "3d_fullres", "-overwrite_target_spacing", "3", "3", "3") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "existing plan" in line)
     assert str(tiny.plans_file) in line
-    assert "-overwrite_target_spacing: without effect" in line
+    assert "ignored: -overwrite_target_spacing" in line
     assert stamps(tiny.preprocessed) == before
 
     assert preprocess("-c", "3d_fullres", "--replan", "-overwrite_target_spacing", "3", "1.8", "1.8") == 0
@@ -129,7 +129,7 @@ def test_existing_plan_preprocesses_labeled_and_unlabeled_once(
     }
     before = stamps(tiny.preprocessed)
     assert preprocess() == 0
-    assert "Going on with the existing plan" in capsys.readouterr().out
+    assert "Using the existing plan" in capsys.readouterr().out
     assert stamps(tiny.preprocessed) == before
     assert tiny.plans_file.read_bytes() == content
 
@@ -154,7 +154,10 @@ def test_hidden_cases_of_a_split_are_preprocessed_too(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-p", "nnUNetOther"], r"-p nnUNetOther: .*nnUNetOther\.json is absent\. Plans here: nnUNetPlans;"),
+        (
+            ["-p", "nnUNetOther"],
+            r"-p nnUNetOther: .*nnUNetOther\.json does not exist\. Plans here: nnUNetPlans;",
+        ),
         (["-c", "3d_fulres"], "-c 3d_fulres: the plan has 2d, 3d_fullres"),
         (["-np", "1", "2"], "-np: 2 numbers for 3 configurations"),
         (["-pl", "NoPlanner"], "-pl NoPlanner: nnU-Net has no such class"),
@@ -194,7 +197,7 @@ def test_damaged_plan_or_dataset_json_is_named_and_kept(
     for file in (tiny.plans_file, tiny.raw / "dataset.json"):
         file.write_text("{half")
         assert preprocess() == 1
-        assert f"{file}: no valid JSON" in error(capsys)
+        assert f"{file}: not valid JSON" in error(capsys)
         assert file.read_text(encoding="utf-8") == "{half"
 
 
@@ -390,7 +393,7 @@ def test_check_tells_a_scan_without_label_from_one_that_was_taken_out(
     label.unlink()
     capsys.readouterr()
     _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
-    assert any("1 cases of imagesTr lack their label (lab_02)" in line for line in lines["FAIL"])
+    assert any("1 cases of imagesTr have no label (lab_02)" in line for line in lines["FAIL"])
     assert not any("not in imagesTr" in line for level in lines.values() for line in level)
     for folder in ("imagesTr", "labelsTr"):
         for file in (tiny.raw / folder).iterdir():

@@ -206,7 +206,7 @@ def test_an_earlier_export_is_replaced_on_request_only_and_survives_a_failure(
     assert export(output) == 0
     first = files(output)
     assert export(output) == 1
-    assert f"{output / MODEL} is there already" in capsys.readouterr().err and files(output) == first
+    assert f"{output / MODEL} already exists" in capsys.readouterr().err and files(output) == first
     (output / MODEL / "fold_0" / "mine.txt").write_text("stale")
     assert export(output, "--overwrite", folds=("0", "3")) == 1  # there is no fold 3
     assert files(output).keys() == {*first, f"{MODEL}/fold_0/mine.txt"}

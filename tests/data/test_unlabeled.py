@@ -319,7 +319,7 @@ def with_voxel(path: Path, value: float) -> None:
 def test_unusable_scan_is_named_and_the_others_are_done(tiny: Tiny, spoil: Any, message: str) -> None:
     guilty = tiny.raw / "imagesUn" / "scan_01_0001.nii.gz"
     spoil(guilty)
-    with pytest.raises(ValueError, match=rf"1 of 3 cases(.|\n)*{guilty}.*{message}(.|\n)*start again"):
+    with pytest.raises(ValueError, match=rf"1 of 3 cases(.|\n)*{guilty}.*{message}(.|\n)*rerun"):
         ensure(tiny)
     assert {file.name for file in tiny.unlabeled.iterdir()} == {
         f"{case}{end}" for case in SCANS[::2] for end in (".b2nd", "_seg.b2nd", ".pkl")
@@ -393,7 +393,7 @@ def test_scan_that_is_still_preprocessed_as_labeled_is_refused(tiny: Tiny) -> No
     tiny.labeled.mkdir()
     (tiny.labeled / "scan_00.pkl").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"scan_00: in imagesUn, and still among the labeled cases .* plan-and-preprocess"
+        ValueError, match=r"scan_00: in imagesUn, but still among the labeled cases .* plan-and-preprocess"
     ):
         ensure(tiny)
 

@@ -58,7 +58,7 @@ def test_commands_see_the_demo_folder_and_nothing_of_the_users_nnunet(
 def test_a_failing_command_is_reported_with_its_last_lines_and_log(tmp_path: Path) -> None:
     running = demo.Demo(tmp_path, SETTINGS)
     with pytest.raises(
-        RuntimeError, match=r"nnssl ended with status 2.*logs/plan\.log[\s\S]*invalid choice: 'nonsense'"
+        RuntimeError, match=r"nnssl failed with status 2.*logs/plan\.log[\s\S]*invalid choice: 'nonsense'"
     ):
         running.command("plan", "nnssl", "nonsense")
     assert "nonsense" in (tmp_path / "logs" / "plan.log").read_text(encoding="utf-8")
