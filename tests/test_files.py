@@ -126,7 +126,9 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(
             print(error)
     """
     message, _ = start(code, path, source).communicate()
-    assert "File too large" in message and str(path) in message and "the previous file is unchanged" in message
+    assert (
+        "File too large" in message and str(path) in message and "the previous file is unchanged" in message
+    )
     assert ".nnssl-" not in message
     assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "source"]
 

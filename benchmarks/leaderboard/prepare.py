@@ -172,7 +172,7 @@ def run(log: Path, command: Sequence[str], environment: Mapping[str, str]) -> No
         ).returncode
     if status:
         shown = next((c for c in command if c.startswith("nnUNetv2_")), " ".join(command[2:]))
-        raise RuntimeError(f"{shown} ended with status {status}, see {log}; its last lines:\n{tail(log)}")
+        raise RuntimeError(f"{shown} failed with status {status}, see {log}; its last lines:\n{tail(log)}")
 
 
 def tail(log: Path, lines: int = 20) -> str:

@@ -400,7 +400,7 @@ def test_check_tells_a_scan_without_label_from_one_that_was_taken_out(
             file.unlink()
     _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
     assert any(
-        "imagesTr has no case; 6 preprocessed ones are taken as they are" in line for line in lines["warn"]
+        "imagesTr is empty; the 6 preprocessed cases are used as they are" in line for line in lines["warn"]
     )
     assert not any("imagesTr" in line for line in lines["FAIL"])
 

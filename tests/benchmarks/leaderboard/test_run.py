@@ -370,5 +370,5 @@ def test_a_failing_command_is_a_failed_row_with_the_end_of_its_log(
     assert one.run() == "failed"
     row = json.loads(one.result.read_text(encoding="utf-8"))
     assert row["status"] == "failed"
-    assert row["error"].startswith("RuntimeError: nnUNetv2_train ended with status 1")
+    assert row["error"].startswith("RuntimeError: nnUNetv2_train failed with status 1")
     assert any("TypeError" in line for line in row["log"])
