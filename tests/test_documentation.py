@@ -64,3 +64,11 @@ def test_the_tree_of_contributing_names_every_part_of_the_package() -> None:
 def test_the_citation_is_of_this_version() -> None:
     assert f"\nversion: {__version__}\n" in read("CITATION.cff")
     assert read("CHANGELOG.md").partition("\n## ")[2].startswith(__version__)
+
+
+def test_every_committed_picture_is_shown_by_a_page() -> None:
+    """The strips in `panels` are what `report` makes the overlays of."""
+    shown = "".join(page.read_text(encoding="utf-8") for page in PROSE)
+    pictures = [path for path in (ROOT / "benchmarks").glob("*/results/*.png")]
+    assert len(pictures) > 5
+    assert not [path.name for path in pictures if f"results/{path.name})" not in shown]
