@@ -104,14 +104,17 @@ class GeneralConfig(Config):
     seed: Seed | None = None  # seed of Python, NumPy and PyTorch; null: unseeded (nnU-Net)
     # unlabeled patches per step, over all GPUs; null: as many as labeled ones
     unlabeled_batch_size: Annotated[int, Range(1, 4096)] | None = None
-    # array axes that may be mirrored, in training and prediction; []: none; null: all (nnU-Net)
-    mirror_axes: Annotated[tuple[Axis, ...], Distinct()] | None = None
+    # array axes that may be mirrored, in training and prediction; []: none; null: all (nnU-Net); auto: those
+    # along which no class would take another's place in the labels
+    mirror_axes: Literal["auto"] | Annotated[tuple[Axis, ...], Distinct()] | None = None
     # precision of the forward pass: float16 (on CUDA only; nnU-Net), bfloat16 (on a CPU, too) or float32
     amp: Literal["float16", "bfloat16", "float32"] = "float16"
     # networks and features in PyTorch's channels_last format; faster on a CPU with fewer than 16 features
     channels_last: bool = False
     # network that becomes the model; teacher: only with methods that average one
     deploy: Literal["student", "teacher"] = "student"
+    # whether unlabeled terms count as far as their gradients agree with the labels'; null: the method's own
+    agreement: bool | None = None
     max_nonfinite_steps: Count = 25  # steps in a row with a non-finite loss before the run stops (ours)
 
 

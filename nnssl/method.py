@@ -73,6 +73,7 @@ class SemiMethod(nn.Module):
     config_class       its keys: a frozen dataclass with the base `Config`
     needs_unlabeled    whether there is an unlabeled stream at all
     num_strong_views   strong views per unlabeled patch
+    agreement          value of the key `agreement` where the plans file leaves it open
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
 
@@ -85,6 +86,7 @@ class SemiMethod(nn.Module):
     config_class: ClassVar[type[Config]]
     needs_unlabeled: ClassVar[bool] = True
     num_strong_views: ClassVar[int] = 1
+    agreement: ClassVar[bool] = False
 
     student: Any  # a planned network: nn.Module with encoder and decoder
 
@@ -111,6 +113,10 @@ class SemiMethod(nn.Module):
     def make_copies(self) -> None:
         """(Re)make what is a copy of the student; called once before the first step of a fresh run, after any
         pretrained weights."""
+
+    def is_unlabeled(self, term: str) -> bool:
+        """Whether a term teaches the student from unlabeled scans: then the key `agreement` weighs it."""
+        return not term.startswith("supervised")
 
     def before_step(self, t: float) -> None:
         """Before the step at progress t: changes of phase. Default: nothing."""

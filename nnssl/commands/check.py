@@ -298,3 +298,26 @@ def _configuration(
             )
         else:
             yield "ok", f"{what}: {counts}"
+            yield from _mirroring(plans_manager, configuration, folder, fold["train"], label_manager, what)
+
+
+def _mirroring(
+    plans_manager: Any, configuration: str, folder: str, cases: list[str], label_manager: Any, what: str
+) -> Iterator[Finding]:
+    """Axes whose mirroring swaps classes, where the plans file does not say what may be mirrored."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    from nnssl.data.mirroring import allowed_axes, offsets_of
+
+    if plans_manager.plans.get("nnssl", {}).get("mirror_axes") is not None:
+        return
+    dim = len(plans_manager.get_configuration(configuration).patch_size)
+    offsets = offsets_of(infer_dataset_class(folder)(folder, list(cases)), cases, label_manager, dim)
+    if harmful := [o for o in offsets if o.harmful]:
+        shown = "; ".join(map(str, harmful[:3])) + ("; ..." if len(harmful) > 3 else "")
+        yield (
+            "warn",
+            f"{what}: mirroring looks harmful, it may swap classes ({shown}). Compare with "
+            f'"nnssl": {{"mirror_axes": "auto"}} in the plans file, here '
+            f"{list(allowed_axes(offsets, dim))}",
+        )

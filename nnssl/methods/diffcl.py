@@ -199,6 +199,9 @@ class DiffCL(SemiMethod):
             "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f, certain_f),
         }
 
+    def is_unlabeled(self, term: str) -> bool:
+        return term in ("pseudo", "contrast", "diffusion_pseudo")
+
     def weights(self, t: float) -> dict[str, float]:
         mu = self.config.weight_pseudo * gaussian_ramp(t, self.config.ramp_fraction)
         return {

@@ -19,7 +19,8 @@ x        in half of the steps x_l beside R x_s with CutMix boxes between its sam
          weighted form over the voxels that come from x_l
 f drops channels of its encoder features in the unlabeled stream.
 
-Every ingredient is a key and can be switched off.
+`"agreement"` is on unless the plans file says otherwise: lambda(t) is multiplied by the running cosine of the
+gradients of both terms, cut at 0. Every ingredient is a key and can be switched off.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Semi(TeacherMethod):
     name = "Semi"
     config_class = SemiConfig
     config: SemiConfig
+    agreement = True
 
     confidence: Tensor
     observed: Tensor
@@ -88,9 +90,7 @@ class Semi(TeacherMethod):
         )  # steps in which the class was seen
         self.pending: tuple[Tensor, Tensor] | None = None
         self.walk = self.planned.compiled(forward_streams)
-        c, axes = self.config, self.planned.mirror_axes
-        self.planes = square_planes(self.planned.patch_size, self.planned.spacing, axes) if c.turns else []
-        self.scale_weights = self.planned.scale_weights if c.deep_supervision else (1.0,)
+        self.scale_weights = self.planned.scale_weights if self.config.deep_supervision else (1.0,)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         pseudo = self.pseudo_labels(batch.weak)
@@ -187,11 +187,17 @@ class Semi(TeacherMethod):
     def move(self, images: Tensor, pseudo: PseudoLabels) -> tuple[Tensor, PseudoLabels]:
         """R of every sample, alike for image, labels and weights."""
         axes = self.planned.mirror_axes if self.config.mirrorings else ()
-        if not (self.planes or axes):
+        planes = self.planes()
+        if not (planes or axes):
             return images, pseudo
-        orientations = [random_orientation(images.ndim - 2, self.planes, axes) for _ in images]
+        orientations = [random_orientation(images.ndim - 2, planes, axes) for _ in images]
         images, labels, weight = (apply_each(x, orientations) for x in (images, *pseudo))
         return images, PseudoLabels(labels, weight)
+
+    def planes(self) -> list[tuple[int, int]]:
+        """Planes in which R turns."""
+        p = self.planned
+        return square_planes(p.patch_size, p.spacing, p.mirror_axes) if self.config.turns else []
 
     def side_by_side(self, batch: SemiBatch, x_u: Tensor, pseudo: PseudoLabels) -> dict[str, Tensor]:
         """x_l beside x_u, the latter with CutMix."""

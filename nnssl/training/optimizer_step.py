@@ -63,6 +63,10 @@ class OptimizationStep:
             else nullcontext()
         )
 
+    def loss_scale(self) -> float:
+        """What the scaler multiplies the loss with."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
     def take(self, loss: Tensor) -> bool:
         """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike."""
         finite = torch.isfinite(loss.detach()).float()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nnssl.batch import SemiBatch
 from nnssl.config import resolve
+from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.split import absent_classes, hidden_cases
 from nnssl.data.streams import (
     TwoStreams,
@@ -34,6 +35,7 @@ from nnssl.files import save_torch
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
+from nnssl.training.agreement import Agreement
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.checkpoint import (
     from_all_ranks,
@@ -83,6 +85,8 @@ class SemiTrainer(nnUNetTrainer):
         ):
             setattr(self, key, getattr(self.general, key))
         self.history = History()
+        self.agreement: Agreement | None = None
+        self._auto_axes: tuple[int, ...] | None = None
         self._resumed: dict | None = None
         self._iteration = 0
         self._bar: tqdm | None = None
@@ -155,7 +159,12 @@ class SemiTrainer(nnUNetTrainer):
             self.general.max_nonfinite_steps,
             [list(network.parameters()) for network in self.method.children()],
         )
+        wanted = self.general.agreement
+        if self.method.agreement if wanted is None else wanted:
+            self.agreement = Agreement(self.method)
         if self._do_i_compile():
+            if self.agreement is not None:  # it goes through the graph twice
+                torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
             for network in self.method.children():
                 if hasattr(network, "decoder") or hasattr(network, "network"):
                     network.compile()
@@ -249,8 +258,12 @@ class SemiTrainer(nnUNetTrainer):
         return rotation, dummy_2d, initial_patch_size, axes
 
     def mirror_axes(self) -> tuple[int, ...]:
-        """Axes of a patch that may be mirrored."""
+        """Axes of a patch that may be mirrored; "auto": read once off the labels of the training cases."""
         axes, dimensions = self.general.mirror_axes, len(self.configuration_manager.patch_size)
+        if axes == "auto":
+            if self._auto_axes is None:
+                self._auto_axes = self._axes_from_labels(dimensions)
+            return self._auto_axes
         if axes is None:
             return tuple(range(dimensions))  # nnU-Net
         if max(axes, default=0) >= dimensions:
@@ -258,6 +271,17 @@ class SemiTrainer(nnUNetTrainer):
                 f'"nnssl.mirror_axes" of the plans file: {list(axes)}, but patches of '
                 f"{self.configuration_name} have {dimensions} axes"
             )
+        return axes
+
+    def _axes_from_labels(self, dimensions: int) -> tuple[int, ...]:
+        cases = self.do_split()[0]
+        dataset = infer_dataset_class(self.preprocessed_dataset_folder)(
+            self.preprocessed_dataset_folder, list(cases)
+        )
+        offsets = offsets_of(dataset, cases, self.label_manager, dimensions)
+        axes = allowed_axes(offsets, dimensions)
+        figures = "; ".join(map(str, worst(offsets))) or "no case has two classes"
+        self.print_to_log_file(f"mirror_axes: auto is {list(axes)} ({figures})")
         return axes
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -360,9 +384,11 @@ class SemiTrainer(nnUNetTrainer):
                     f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the "
                     f"same keys"
                 )
-            # on several GPUs every parameter must take part in the backward pass, those of unweighted terms
-            # too
-            loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
+        if self.agreement is not None:
+            step = self.current_epoch * self.num_iterations_per_epoch + self._iteration
+            weights = self.agreement.weigh(terms, weights, step, self.step.loss_scale())
+        # on several GPUs every parameter must take part in the backward pass, those of unweighted terms too
+        loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
         if self.step.take(loss):
             self.method.after_step(data, t)
         self._iteration += 1
@@ -370,6 +396,8 @@ class SemiTrainer(nnUNetTrainer):
             self._bar.update()
         logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
         logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
+        if self.agreement is not None:
+            logged["diagnostic/agreement"] = torch.tensor(self.agreement.factor, device=self.device)
         return dict(
             zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True)
         )
@@ -448,6 +476,8 @@ class SemiTrainer(nnUNetTrainer):
                 if self.is_ddp
                 else [],
                 "history": self.history.rows,
+                "mirror_axes": self._auto_axes,
+                "agreement": None if self.agreement is None else self.agreement.state_dict(),
                 "config": {
                     "general": dataclasses.asdict(self.general),
                     "method": dataclasses.asdict(self.method_config),
@@ -491,4 +521,9 @@ class SemiTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self.history.rows = list(state["history"])
+        if self.general.mirror_axes == "auto" and state.get("mirror_axes") is not None:
+            self._auto_axes = tuple(state["mirror_axes"])  # the labels may have changed since
+            self.method.planned = dataclasses.replace(self.method.planned, mirror_axes=self._auto_axes)
+        if self.agreement is not None and state.get("agreement"):
+            self.agreement.load_state_dict(state["agreement"])
         self._resumed = state

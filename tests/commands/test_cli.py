@@ -320,6 +320,16 @@ def test_check_is_content_with_a_preprocessed_dataset(tiny: Tiny, capsys: pytest
     assert stamps(tiny.preprocessed) == before
 
 
+@pytest.mark.usefixtures("trainers_set")
+def test_check_warns_where_mirroring_looks_harmful(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two classes lie side by side along the middle axis of the volumes."""
+    assert preprocess("-c", "3d_fullres") == 0
+    capsys.readouterr()
+    found = [line for line in checked(capsys, "-d", "777")[1]["warn"] if "mirroring looks harmful" in line]
+    assert len(found) == 1 and "axis 1: class 2 lies +" in found[0]
+    assert '"nnssl": {"mirror_axes": "auto"} in the plans file, here [0, 2]' in found[0]
+
+
 @pytest.mark.parametrize("value", [None, "", "elsewhere"])
 def test_check_gives_the_export_line_for_the_trainers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str | None

@@ -106,7 +106,7 @@ def test_thresholds_follow_each_class_up_to_the_common_one() -> None:
 
 def test_images_labels_and_weights_move_together() -> None:
     m = method(planned={"patch_size": (8, 12, 12)})
-    assert m.planes == [(1, 2)]
+    assert m.planes() == [(1, 2)]
     images = torch.randn(3, 1, 8, 12, 12)
     moved, (labels, weight) = m.move(images, PseudoLabels(torch.cat([images, -images], 1), images.abs()))
     assert torch.equal(labels, torch.cat([moved, -moved], 1)) and torch.equal(weight, moved.abs())
@@ -116,7 +116,7 @@ def test_images_labels_and_weights_move_together() -> None:
 
 def test_nothing_moves_along_axes_that_may_not_be_mirrored() -> None:
     m = method(planned={"patch_size": (12, 12, 12), "mirror_axes": (0,)})
-    assert m.planes == []
+    assert m.planes() == []
     for _ in range(10):
         images = torch.randn(1, 1, 12, 12, 12)
         moved, _ = m.move(images, PseudoLabels(images, images))

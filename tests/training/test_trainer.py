@@ -3,6 +3,7 @@ cannot do."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -73,7 +74,7 @@ def test_another_seed_gives_another_run(place: Place) -> None:
     assert losses(run(place.trainer(plans="Other")))[0]["loss/supervised"] != first[0]["loss/supervised"]
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerDiffCL", "nnUNetTrainerSupervised"])
+@pytest.mark.parametrize("name", ["nnUNetTrainerDiffCL", "nnUNetTrainerSupervised", "nnUNetTrainerSemi"])
 def test_a_continued_run_equals_an_uninterrupted_one(place: Place, name: str) -> None:
     place.plan(**{**SHORT, "num_epochs": 4}, DiffCL=SMALL)
     whole = losses(run(place.trainer(name)))
@@ -189,7 +190,16 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
             os.path.join(trainer.output_folder, f"checkpoint_{name}.pth"), weights_only=False
         )
         state = checkpoint["nnssl"]
-        assert set(state) == {"method", "rng", "buffers", "history", "config", "versions"}
+        assert set(state) == {
+            "method",
+            "rng",
+            "buffers",
+            "history",
+            "agreement",
+            "mirror_axes",
+            "config",
+            "versions",
+        }
         kept = {k.split(".")[0] for k in state["method"]}
         assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
         assert set(checkpoint["network_weights"]) == set(trainer.network.state_dict())
@@ -269,6 +279,40 @@ def test_mirror_axes_that_a_patch_does_not_have_are_refused(place: Place) -> Non
     trainer = place.trainer(config="2d")
     with pytest.raises(ValueError, match=r"mirror_axes.*\[1, 2\].*patches of 2d have 2 axes"):
         trainer.initialize()
+
+
+@pytest.mark.parametrize(("config", "expected"), [("3d_fullres", (0, 2)), ("2d", (1,))])
+def test_auto_mirror_axes_come_from_the_training_labels_and_stay_with_the_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch, config: str, expected: tuple[int, ...]
+) -> None:
+    """The two classes lie side by side along the middle axis of the volumes."""
+    read: list[list[str]] = []
+    module = "nnssl.training.trainer"
+    original = importlib.import_module(module).offsets_of
+
+    def spy(dataset: Any, cases: list[str], *args: Any) -> Any:
+        read.append(list(cases))
+        return original(dataset, cases, *args)
+
+    monkeypatch.setattr(f"{module}.offsets_of", spy)
+    place.plan(**SHORT, DiffCL=SMALL, mirror_axes="auto")
+    place.split()
+    trainer = place.trainer(config=config)
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert trainer.method.planned.mirror_axes == trainer.inference_allowed_mirroring_axes == expected
+    assert read == [trainer.do_split()[0]] and len(read[0]) == 3  # once, and no hidden label
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    assert f"mirror_axes: auto is {list(expected)} (axis 0: class 2 lies" in log
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=False)["inference_allowed_mirroring_axes"] == expected
+
+    monkeypatch.setattr(f"{module}.offsets_of", lambda *args: [])  # labels changed since: all axes
+    resumed = place.trainer(config=config, resume=True)
+    resumed.load_checkpoint(path)
+    resumed.get_dataloaders()
+    assert resumed.method.planned.mirror_axes == resumed.inference_allowed_mirroring_axes == expected
 
 
 def test_labels_of_unlabeled_cases_are_never_opened(place: Place) -> None:

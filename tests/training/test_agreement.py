@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl.methods import method_classes
+from nnssl.training.agreement import EVERY, HORIZON, Agreement
+from tests.building import Task
+from tests.teacher_method import Averaging, AveragingConfig
+
+WITHOUT = {"Supervised", "FilterMatch"}  # labels alone; one loss over both
+
+
+def method(seed: int = 0) -> Any:
+    return Task().method(Averaging, AveragingConfig(), seed=seed)
+
+
+def last_stage(m: Any) -> list[Tensor]:
+    return list(m.student.decoder.stages[-1].parameters())
+
+
+def pulls(m: Any, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+    """Terms with the stated gradients on the first kernel of the last stage."""
+    kernel = last_stage(m)[0]
+    return {"supervised": (kernel * labeled).sum(), "consistency": (kernel * unlabeled).sum()}
+
+
+def test_the_factor_is_the_cosine_of_the_gradients_on_the_last_stage() -> None:
+    m, task = method(), Task()
+    agreement = Agreement(m)
+    assert agreement.factor == 1.0
+    terms = m(task.batch(), 0.5)
+    weights = agreement.weigh(terms, {"supervised": 1.0, "consistency": 0.25}, 0)
+    g = {}
+    for name, term in terms.items():
+        m.zero_grad()
+        term.backward(retain_graph=True)
+        g[name] = torch.cat([p.grad.flatten() for p in last_stage(m)])
+    cosine = cosine_similarity(g["supervised"], g["consistency"], dim=0).item()
+    assert agreement.mean == pytest.approx(cosine, abs=1e-5)
+    assert weights == {"supervised": 1.0, "consistency": 0.25 * max(0.0, agreement.mean)}
+
+
+def test_it_does_not_touch_the_backward_pass() -> None:
+    m, task = method(), Task()
+    gradients = []
+    for agreement in (None, Agreement(m)):
+        torch.manual_seed(0)
+        terms = m(task.batch(), 0.5)
+        if agreement is not None:
+            agreement.weigh(terms, {"supervised": 1.0, "consistency": 1.0}, 0)
+            assert all(p.grad is None for p in m.parameters())
+        sum(terms.values()).backward()  # type: ignore[union-attr]
+        gradients.append([p.grad.clone() for p in m.student.parameters()])
+        m.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_running_mean_is_cut_at_zero_and_forgets() -> None:
+    m = method()
+    agreement = Agreement(m)
+    g = torch.randn_like(last_stage(m)[0])
+    weights = {"supervised": 1.0, "consistency": 2.0}
+    assert agreement.weigh(pulls(m, g, -g), weights, 0)["consistency"] == 0.0
+    assert agreement.mean == pytest.approx(-1)
+    agreement.weigh(pulls(m, g, 3 * g), weights, EVERY)
+    assert agreement.mean == pytest.approx(0, abs=1e-6)
+    for i in range(2, 2 + HORIZON):
+        agreement.weigh(pulls(m, g, 3 * g), weights, i * EVERY)
+    before = agreement.mean
+    assert 0.5 < before < 1
+    agreement.weigh(pulls(m, g, g), weights, 100 * EVERY)
+    assert agreement.mean == pytest.approx(before + (1 - before) / HORIZON)
+
+
+def test_it_is_measured_at_every_tenth_step_where_unlabeled_terms_weigh() -> None:
+    m = method()
+    agreement = Agreement(m)
+    g = torch.randn_like(last_stage(m)[0])
+    for step in range(3 * EVERY):
+        agreement.weigh(pulls(m, g, g), {"supervised": 1.0, "consistency": float(step >= EVERY)}, step)
+    assert agreement.measurements == 2
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_gradients_that_say_nothing_leave_it_as_it_was(value: float) -> None:
+    m = method()
+    agreement = Agreement(m)
+    g = torch.randn_like(last_stage(m)[0])
+    agreement.weigh(pulls(m, g, torch.full_like(g, value)), {"supervised": 1.0, "consistency": 1.0}, 0)
+    assert (agreement.measurements, agreement.factor) == (0, 1.0)
+
+
+def test_the_state_comes_back() -> None:
+    m = method()
+    agreement, other = Agreement(m), Agreement(m)
+    g = torch.randn_like(last_stage(m)[0])
+    agreement.weigh(pulls(m, g, g + torch.randn_like(g)), {"supervised": 1.0, "consistency": 1.0}, 0)
+    other.load_state_dict(agreement.state_dict())
+    assert other.factor == agreement.factor and other.state_dict() == agreement.state_dict()
+
+
+@pytest.mark.parametrize("name", sorted(method_classes()))
+def test_every_method_can_be_weighed_or_says_why_not(name: str) -> None:
+    cls = method_classes()[name]
+    task = Task()
+    m = task.method(cls, cls.config_class())
+    if name in WITHOUT:
+        with pytest.raises(ValueError, match=f'"agreement".*{name} has .* alone: set it to false'):
+            Agreement(m)
+        return
+    agreement = Agreement(m)
+    batch = task.batch()
+    m.before_step(0.9)
+    terms, weights = m(batch, 0.9), m.weights(0.9)
+    found = agreement.weigh(terms, weights, 0)
+    assert found.keys() == weights.keys()
+    assert all(found[k] == weights[k] for k in weights if not m.is_unlabeled(k))
+    assert agreement.unlabeled and all(not k.startswith("supervised") for k in agreement.unlabeled)
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    m, task = method(seed=rank), Task()
+    wrapped = DistributedDataParallel(m, broadcast_buffers=False)
+    agreement = Agreement(m)
+    batches = [task.batch(seed=r) for r in range(2)]
+    terms = wrapped(batches[rank], 0.5)
+    weights = agreement.weigh(terms, {"supervised": 1.0, "consistency": 1.0}, 0)
+    sum(weights[k] * v for k, v in terms.items()).backward()
+    found = [p.grad.clone() for p in m.student.parameters()]
+    m.zero_grad(set_to_none=True)
+    everything = [m(b, 0.5) for b in batches]
+    g = [
+        torch.cat([x.flatten() for x in torch.autograd.grad(sum(e[k] for e in everything), last_stage(m))])
+        for k in ("supervised", "consistency")
+    ]
+    assert agreement.mean == pytest.approx(cosine_similarity(*g, dim=0).item(), abs=1e-5)
+    total = sum(weights[k] * v for k, v in m(batches[0], 0.5).items())
+    total = total + sum(weights[k] * v for k, v in m(batches[1], 0.5).items())
+    (total / 2).backward()
+    for a, p in zip(found, m.student.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+    torch.save(agreement.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_on_several_gpus_all_gradients_are_summed_before_they_are_compared(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2, join=True)
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert a == b and a["measurements"] == 1
