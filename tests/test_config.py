@@ -286,7 +286,9 @@ def assert_sensible(config: Config, section: dict[str, Any]) -> None:
             elif number is None:
                 assert field.default is None, field.name
             elif isinstance(number, str):
-                assert isinstance(field.default, str), field.name
+                assert isinstance(field.default, str) or number == "auto", field.name
+            elif isinstance(number, bool):
+                assert field.name == "agreement"
             else:
                 assert type(number) in (int, float), field.name
                 assert math.isfinite(number) and 0 <= number < 2**32, field.name
