@@ -164,7 +164,7 @@ class SemiTrainer(nnUNetTrainer):
             self.agreement = Agreement(self.method)
         if self._do_i_compile():
             if self.agreement is not None:  # it goes through the graph twice
-                torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+                torch._functorch.config.donated_buffer = False
             for network in self.method.children():
                 if hasattr(network, "decoder") or hasattr(network, "network"):
                     network.compile()

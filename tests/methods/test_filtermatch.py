@@ -12,7 +12,7 @@ from nnssl.methods.filtermatch import FilterMatch, FilterMatchConfig
 from tests.building import Task
 
 
-def method(task: Task, config: FilterMatchConfig | None = None, **planned: Any) -> FilterMatch:
+def method(task: Task, config: FilterMatchConfig | None = None, **planned: Any) -> Any:
     torch.manual_seed(0)
     m = FilterMatch(task.network(), config or FilterMatchConfig(), replace(task.planned(), **planned))
     return m.train()
@@ -85,7 +85,7 @@ def test_entropies_are_summed_over_the_voxels_of_a_patch(regions: bool) -> None:
     assert total.tolist() == pytest.approx([2 * voxels, voxels] if regions else [voxels, 0.0], abs=1e-5)
 
 
-def pool(n: int = 20, **config: Any) -> FilterMatch:
+def pool(n: int = 20, **config: Any) -> Any:
     return method(Task(), FilterMatchConfig(**config), unlabeled_cases=tuple(f"u_{i:02}" for i in range(n)))
 
 
@@ -124,8 +124,8 @@ def test_one_scan_always_stays_and_nothing_leaves_at_share_0() -> None:
 def test_the_choice_comes_at_every_interval() -> None:
     task = Task()
     m = method(task, FilterMatchConfig(filter_every=0.25), steps=100)
-    calls = []
-    m.shrink_pool = lambda: calls.append(None)  # type: ignore[method-assign]
+    calls: list[None] = []
+    m.shrink_pool = lambda: calls.append(None)
     for step in range(100):
         m.after_step(task.batch(), step / 100)
     assert len(calls) == 3
@@ -135,9 +135,14 @@ def test_patches_of_scans_that_have_left_give_way_to_others() -> None:
     task = Task()
     m, batch = method(task), task.batch()
     m.left[0] = True
-    seen = []
+    seen: list[torch.Tensor] = []
     forward = m.student.forward
-    m.student.forward = lambda x: (seen.append(x), forward(x))[1]
+
+    def spy(x: torch.Tensor) -> Any:
+        seen.append(x)
+        return forward(x)
+
+    m.student.forward = spy
     m(batch, 0.2)
     assert torch.equal(seen[-1][2:], batch.weak[[1, 1]].flip(-1, -2))
     m.left[1], m._outside = True, None

@@ -11,10 +11,15 @@ from nnssl.methods.semi import PseudoLabels, Semi, SemiConfig
 from nnssl.orientations import Orientation
 from tests.building import Task
 
-PLAIN = {"channel_dropout": 0.0, "turns": False, "mirrorings": False, "cutmix_probability": 0.0}
+PLAIN: dict[str, Any] = {
+    "channel_dropout": 0.0,
+    "turns": False,
+    "mirrorings": False,
+    "cutmix_probability": 0.0,
+}
 
 
-def method(task: Task | None = None, planned: dict[str, Any] | None = None, **config: Any) -> Semi:
+def method(task: Task | None = None, planned: dict[str, Any] | None = None, **config: Any) -> Any:
     task = task or Task()
     torch.manual_seed(0)
     m = Semi(task.network(), SemiConfig(**config), replace(task.planned(), **(planned or {})))
@@ -22,9 +27,9 @@ def method(task: Task | None = None, planned: dict[str, Any] | None = None, **co
     return m.train()
 
 
-def answer(m: Semi, *probabilities: torch.Tensor) -> None:
+def answer(m: Any, *probabilities: torch.Tensor) -> None:
     """Let the teacher give these instead, pass after pass."""
-    m.teach = lambda images: torch.cat(probabilities)  # type: ignore[method-assign]
+    m.teach = lambda images: torch.cat(probabilities)
 
 
 def test_the_teacher_is_the_mean_of_all_students_first_and_of_a_share_of_the_run_later() -> None:
@@ -74,7 +79,7 @@ def test_regions_take_the_least_certain_channel_and_the_widest_gap() -> None:
 def test_the_mirrored_pass_is_undone_for_every_draw() -> None:
     """A teacher that looks at voxels alone gives the same either way."""
     m = method()
-    m.teach = lambda images: torch.cat([images, -images], 1).softmax(1)  # type: ignore[method-assign]
+    m.teach = lambda images: torch.cat([images, -images], 1).softmax(1)
     weak = Task().batch().weak
     drawn = set()
     for _ in range(60):
@@ -123,10 +128,10 @@ def test_nothing_moves_along_axes_that_may_not_be_mirrored() -> None:
         assert any(torch.equal(moved, o.apply(images)) for o in (Orientation(), Orientation(mirrored=(-3,))))
 
 
-def fixed_pseudo_labels(m: Semi, task: Task) -> PseudoLabels:
+def fixed_pseudo_labels(m: Any, task: Task) -> PseudoLabels:
     labels = m.labels.harden(torch.rand(2, task.channels, *task.patch_size))
     pseudo = PseudoLabels(labels, torch.rand(2, 1, *task.patch_size))
-    m.pseudo_labels = lambda weak: pseudo  # type: ignore[method-assign]
+    m.pseudo_labels = lambda weak: pseudo
     return pseudo
 
 
@@ -136,13 +141,11 @@ def test_side_by_side_it_is_nnunets_loss_and_its_weighted_form() -> None:
     pseudo = fixed_pseudo_labels(m, task)
     terms = m(batch, 0.5)
     supervised = m.supervised_loss(m.student(batch.labeled), batch.target)
-    unlabeled = deep_supervision_loss(m.student(batch.strong[0]), *pseudo_first(pseudo, m), (2 / 3, 1 / 3))
+    unlabeled = deep_supervision_loss(
+        m.student(batch.strong[0]), pseudo.labels, m.labels, pseudo.weight, (2 / 3, 1 / 3)
+    )
     torch.testing.assert_close(terms["supervised"], supervised)
     torch.testing.assert_close(terms["pseudo"], unlabeled)
-
-
-def pseudo_first(pseudo: PseudoLabels, m: Semi) -> tuple[Any, ...]:
-    return pseudo.labels, m.labels, pseudo.weight
 
 
 def test_with_full_weights_the_weighted_form_is_nnunets_own() -> None:
@@ -171,18 +174,21 @@ def test_pasted_patches_carry_the_labels_and_weights_they_came_with(
     m, batch = method(task, paste_share=1.0, **PLAIN), task.batch(labeled, unlabeled)
     pseudo = fixed_pseudo_labels(m, task)
     pseudo = PseudoLabels(pseudo.labels[:unlabeled], pseudo.weight[:unlabeled])
-    m.pseudo_labels = lambda weak: pseudo  # type: ignore[method-assign]
+    m.pseudo_labels = lambda weak: pseudo
 
     def half_boxes(x: torch.Tensor) -> torch.Tensor:
         box = torch.zeros(len(x), 1, *x.shape[2:], dtype=torch.bool)
         box[:, :, :4] = True
         return box
 
-    m.boxes = half_boxes  # type: ignore[method-assign]
+    m.boxes = half_boxes
     terms = m(batch, 0.5)
     onehot, known = m.labels.encode(batch.full_target())
     known = torch.ones_like(onehot[:, :1]) if known is None else known.float()
-    images, y, seen, weight = [], [], [], []
+    images: list[torch.Tensor] = []
+    y: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    weight: list[torch.Tensor] = []
     pairs = [(i, i % unlabeled, True) for i in range(labeled)]
     pairs += [((j + 1) % labeled, j, False) for j in range(unlabeled)]
     for l, u, box_is_unlabeled in pairs:
@@ -209,9 +215,10 @@ def test_pasted_patches_carry_the_labels_and_weights_they_came_with(
 
 def test_half_of_the_steps_paste() -> None:
     task = Task(dim=2)
-    m, batch, calls = method(task), task.batch(), []
-    m.pasted = lambda *args: calls.append("pasted")  # type: ignore[method-assign]
-    m.side_by_side = lambda *args: calls.append("side by side")  # type: ignore[method-assign]
+    m, batch = method(task), task.batch()
+    calls: list[str] = []
+    m.pasted = lambda *args: calls.append("pasted")
+    m.side_by_side = lambda *args: calls.append("side by side")
     for _ in range(100):
         m.terms(batch, 0.5)
     assert 35 <= calls.count("pasted") <= 65
