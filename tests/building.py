@@ -41,7 +41,8 @@ class Task:
     def patch_size(self) -> tuple[int, ...]:
         return (8, 12, 16)[-self.dim :]
 
-    def network(self, inputs: int | None = None, outputs: int | None = None, divisor: int = 1) -> nn.Module:
+    def network(self, inputs: int | None = None, outputs: int | None = None, divisor: int = 1) -> Any:
+        """A planned network: an nn.Module with encoder and decoder."""
         conv = nn.Conv3d if self.dim == 3 else nn.Conv2d
         norm = nn.InstanceNorm3d if self.dim == 3 else nn.InstanceNorm2d
         cls = ResidualEncoderUNet if self.residual else PlainConvUNet
@@ -151,3 +152,9 @@ def gradient(x: torch.Tensor) -> torch.Tensor:
     """x.grad, which must be there."""
     assert x.grad is not None
     return x.grad
+
+
+def put(owner: Any, **attributes: Any) -> None:
+    """Functions of a test in the place of an object's own."""
+    for name, value in attributes.items():
+        setattr(owner, name, value)

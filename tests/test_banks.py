@@ -74,7 +74,8 @@ def test_too_many_rows_at_once_are_refused() -> None:
 
 def test_bank_keeps_the_last_rows_per_class() -> None:
     bank = ClassBank(2, 4, 1)
-    rng, kept = np.random.default_rng(0), ([], [])
+    rng = np.random.default_rng(0)
+    kept: tuple[list[float], list[float]] = ([], [])
     for _ in range(20):
         rows = torch.from_numpy(rng.normal(size=(2, 3, 1))).float()
         valid = torch.from_numpy(rng.random((2, 3)) < 0.5)

@@ -40,7 +40,18 @@ FIELDS = [
     for section, cls in CONFIGS.items()
     for field in constraints(cls)
 ]
-NOT_A_NUMBER_OF_OURS = (math.nan, math.inf, -math.inf, 2**70, -(2**70), 10**400, "1", True, [], {})
+NOT_A_NUMBER_OF_OURS: tuple[Any, ...] = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    2**70,
+    -(2**70),
+    10**400,
+    "1",
+    True,
+    [],
+    {},
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ def test_rules_across_fields_name_their_section_too() -> None:
 def test_lists_and_whole_numbers_are_converted() -> None:
     for example in (
         build(Example, {"rate": 1, "phases": [0, 1], "limit": None, "axes": [0, 2]}, "here"),
-        Example(rate=1, phases=[0, 1], axes=[0, 2]),  # type: ignore[arg-type]
+        Example(rate=1, phases=[0, 1], axes=[0, 2]),  # type: ignore[arg-type]  # lists, as JSON gives them
     ):
         assert (example.rate, example.phases, example.axes) == (1.0, (0.0, 1.0), (0, 2))
         assert isinstance(example.rate, float) and all(isinstance(p, float) for p in example.phases)
@@ -175,7 +186,7 @@ def test_keys_without_a_default_must_be_there() -> None:
 
 def test_sections_must_be_objects() -> None:
     with pytest.raises(ValueError, match="JSON object, found list"):
-        resolve([], "Example", Example, set())  # type: ignore[arg-type]
+        resolve([], "Example", Example, set())  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match=r'"nnssl.Example" in .*JSON object, found int'):
         resolve({"Example": 3}, "Example", Example, set())
 

@@ -111,7 +111,7 @@ def test_wheel_holds_packages_trainers_licence_and_command_and_nothing_else(
         for package in ("nnssl", "nnssl_trainers")
         for f in (source / package).rglob("*.py")
     }
-    assert modules <= names
+    assert {*modules, "nnssl/py.typed"} <= names
     assert {n.split("/")[0] for n in names} == {"nnssl", "nnssl_trainers", info}
     assert f"{info}/licenses/LICENSE" in names
 
@@ -128,9 +128,9 @@ def test_installed_project_finds_its_trainers(source: Path, tmp_path: Path, kind
 
 def test_sdist_holds_tests_and_licence_and_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
     with tarfile.open(build(source, "sdist", tmp_path)) as archive:
-        archive.extractall(
-            tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
-        )
+        if hasattr(tarfile, "data_filter"):
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(tmp_path / "unpacked")
     tree = tmp_path / "unpacked" / f"nnunet_semi-{__version__}"
     for name in (
         "LICENSE",

@@ -70,7 +70,7 @@ class Part:
         right = agreed[:, :n] & labels.classes(labels.encode(self.label[:, None])[0])
         f_v, f_a = self.features
         method.pending = method.labeled_rows(f_v[:n], f_a[:n], right)
-        loss = method.correlation(f_v[n:], f_a[n:], p_v[n:], agreed[:, n:])
+        loss = method.correlation_term(f_v[n:], f_a[n:], p_v[n:].detach(), agreed[:, n:])
         torch.autograd.grad(
             loss,
             [*self.features, *method.head_v.parameters(), *method.head_a.parameters()],

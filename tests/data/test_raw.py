@@ -131,7 +131,7 @@ HEADERS: dict[str, tuple[type, dict[int, tuple[str, float]]]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_header_fields_that_simpleitk_repairs_are_repaired_alike(tmp_path: Path, case: str) -> None:
     dtype, fields = HEADERS[case]
-    image = (100 * np.random.default_rng(0).normal(size=(26, 28, 10))).astype(dtype)
+    image: np.ndarray = (100 * np.random.default_rng(0).normal(size=(26, 28, 10))).astype(dtype)
     nib.save(nib.Nifti1Image(image, np.diag([1, 1, 1.5, 1])), tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
     for position, (kind, value) in fields.items():

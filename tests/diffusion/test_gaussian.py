@@ -74,10 +74,12 @@ def test_x_tau_has_the_stated_mean_and_variance() -> None:
 
 def test_the_chain_starts_at_the_last_step_and_gets_every_step_once() -> None:
     seen, diffusion = [], GaussianDiffusion()
-    taus = diffusion.trailing_steps(10)
-    diffusion.ddim_sample(
-        lambda x, tau: (seen.append(tau[0].item()), torch.zeros_like(x))[1], torch.randn(2, 1, 3, 3), taus
-    )
+
+    def model(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        seen.append(tau[0].item())
+        return torch.zeros_like(x)
+
+    diffusion.ddim_sample(model, torch.randn(2, 1, 3, 3), diffusion.trailing_steps(10))
     assert seen == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
 
 

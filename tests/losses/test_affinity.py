@@ -19,6 +19,7 @@ from nnssl.losses.affinity import (
     purest,
     refine,
 )
+from tests.building import gradient
 from tests.reference import semsim as reference
 
 REGION = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
@@ -74,7 +75,7 @@ def test_gradients_of_the_refinement_are_right() -> None:
 def test_zero_features_keep_gradients_finite() -> None:
     e = torch.zeros(1, 3, 4, requires_grad=True)  # ReLU may silence a voxel in all channels
     refine(e, torch.rand(1, 2, 4), 20.0).sum().backward()
-    assert torch.isfinite(e.grad).all()
+    assert torch.isfinite(gradient(e)).all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -210,14 +211,14 @@ def test_unknown_classes_and_unlabeled_images_keep_gradients_finite(labeled: boo
     loss = cross_image_loss(log_p, target, agreement(m, known[:, None], 10.0))
     loss.backward()
     assert loss.item() == pytest.approx(0 if labeled else math.log(2), abs=1e-6)
-    assert torch.isfinite(e_u.grad).all() and torch.isfinite(e_l.grad).all()
+    assert torch.isfinite(gradient(e_u)).all() and torch.isfinite(gradient(e_l)).all()
 
 
 def test_masked_voxels_get_no_gradient() -> None:
     logits = randn(1, 1, 2, 4).requires_grad_()
     target = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
     cross_image_loss(logits.log_softmax(2), target, torch.tensor([[[1.0, 0.0, 0.0, 0.5]]])).backward()
-    assert not logits.grad[..., 1:3].any() and logits.grad[..., [0, 3]].all()
+    assert not gradient(logits)[..., 1:3].any() and gradient(logits)[..., [0, 3]].all()
 
 
 # confident Dice
@@ -231,7 +232,7 @@ def test_confident_dice_looks_at_certain_voxels_only() -> None:
     loss = confident_dice(source, prediction, LabelSpace(2), 0.95)
     loss.backward()
     assert loss.item() == pytest.approx(1 - 2 * (0.8 + 0.4) / (2 + 0.8 + 0.4 + 0.3), abs=1e-5)
-    assert not prediction.grad[..., [2, 4]].any()
+    assert not gradient(prediction)[..., [2, 4]].any()
 
 
 def test_confident_dice_of_regions_counts_every_region() -> None:

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 from nnssl.losses.anatomical import anatomical_contrast, class_chances, draw_classes
 from nnssl.sampling import gather_voxels
+from tests.building import gradient
 from tests.reference import action as reference
 
-SMALL = {"num_queries": 8, "num_negatives": 6, "temperature": 0.5}
+SMALL: dict[str, Any] = {"num_queries": 8, "num_negatives": 6, "temperature": 0.5}
 
 
-def example(classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def example(classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Representation (2, 5, 6, 7), one-hot label, mask, probabilities; classes differ and lie at unequal
     distances."""
     g = torch.Generator().manual_seed(seed)
@@ -75,15 +76,13 @@ def test_gradients_agree_in_the_mean_with_the_published_algorithm(
     member, hard = members(onehot, mask, p, 0.6)
     rep.requires_grad_()
     torch.manual_seed(0)
-    options = {"num_queries": 100, "num_negatives": 40}
-    found = sum(torch.autograd.grad(contrast(rep, member, hard, **options), rep)[0] for _ in range(20)) / 20
-    loop = (
-        sum(
-            torch.autograd.grad(reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), rep)[0]
-            for _ in range(4)
-        )
-        / 4
-    )
+    options: dict[str, Any] = {"num_queries": 100, "num_negatives": 40}
+
+    def mean_gradient(loss: Callable[[], torch.Tensor], n: int) -> torch.Tensor:
+        return torch.stack([torch.autograd.grad(loss(), rep)[0] for _ in range(n)]).mean(0)
+
+    found = mean_gradient(lambda: contrast(rep, member, hard, **options), 20)
+    loop = mean_gradient(lambda: reference.anatomical_contrast(rep, onehot, mask, p, 0.6, 200, 40), 4)
     untouched = ~(member & hard).any(0).view(2, 6, 7)
     assert not found.movedim(1, -1)[untouched].any()
     assert F.cosine_similarity(found.flatten(), loop.flatten(), dim=0) > 0.97
@@ -116,7 +115,7 @@ def test_keys_carry_no_gradient() -> None:
     hard[1:] = False  # queries of class 0 alone: every other class is only a key
     rep.requires_grad_()
     on_map(rep, member, hard, **SMALL).backward()
-    touched = rep.grad.movedim(1, -1).reshape(-1, 5).any(1)
+    touched = gradient(rep).movedim(1, -1).reshape(-1, 5).any(1)
     assert touched.any() and not touched[~(member[0] & hard[0])].any()
 
 
@@ -164,7 +163,7 @@ def test_degenerate_batches_give_a_differentiable_zero(case: str) -> None:
     rep.requires_grad_()
     loss = on_map(rep, member, hard, **SMALL)
     loss.backward()
-    assert loss.item() == 0 and not rep.grad.any() and torch.isfinite(rep.grad).all()
+    assert loss.item() == 0 and not gradient(rep).any() and torch.isfinite(gradient(rep)).all()
 
 
 def test_bfloat16_embeddings_are_compared_in_float32() -> None:

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from nnssl.losses.correlation import class_correlation, omni_correlation
 from tests.reference import caml as reference
 
+Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-def example(n: int = 7, m: int = 5, e: int = 3, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+
+def example(n: int = 7, m: int = 5, e: int = 3, dtype: torch.dtype = torch.float64) -> Example:
     g = torch.Generator().manual_seed(0)
     v, a, rows = (0.3 * torch.randn(k, e, generator=g, dtype=dtype) for k in (n, n, m))
-    return [v, a, rows, torch.arange(n) % 3 != 1, torch.arange(m) != 2]
+    return v, a, rows, torch.arange(n) % 3 != 1, torch.arange(m) != 2
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
@@ -26,9 +28,10 @@ def test_it_equals_the_loop(chunk: int | None) -> None:
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_gradients_are_right(chunk: int | None) -> None:
-    v, a, *rest = example()
+    v, a, rows, certain, known = example()
     assert torch.autograd.gradcheck(
-        lambda x, y: 3 * omni_correlation(x, y, *rest, 0.5, chunk), (v.requires_grad_(), a.requires_grad_())
+        lambda x, y: 3 * omni_correlation(x, y, rows, certain, known, 0.5, chunk),
+        (v.requires_grad_(), a.requires_grad_()),
     )
 
 
@@ -143,9 +146,8 @@ def test_pointing_at_one_row_costs_the_class_correlation_but_not_the_published_o
     rows = F.normalize(torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     query = 100 * rows[:1, :1].expand(2, 6, 4)  # of both classes, at one row of class 0
     everything = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
-    collapsed = omni_correlation(
-        query.flatten(0, 1), query.flatten(0, 1), rows.flatten(0, 1), *(e.flatten() for e in everything), 0.1
-    )
+    q, filled = query.flatten(0, 1), rows.flatten(0, 1)
+    collapsed = omni_correlation(q, q, filled, everything[0].flatten(), everything[1].flatten(), 0.1)
     assert collapsed.item() < 1e-3 < 0.3 < class_correlation(query, query, rows, *everything, 0.1).item()
 
 

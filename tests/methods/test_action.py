@@ -14,7 +14,7 @@ from nnssl.method import full_resolution
 from nnssl.methods.action import ACTION, ACTIONConfig, crop_cells, pool
 from nnssl.networks.dropout import Walk
 from nnssl.sampling import gather_voxels
-from tests.building import Task, with_unlabeled
+from tests.building import Task, put, with_unlabeled
 
 SMALL = ACTIONConfig(
     threshold_pseudo=0.0,
@@ -54,7 +54,9 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
         ((0.4, 0.6, 0.0), {0.0: 1, 0.4: 2, 1.0: 2}),
     ],
 )
-def test_phases_follow_their_fractions(fractions: tuple[float, ...], phases: dict[float, int]) -> None:
+def test_phases_follow_their_fractions(
+    fractions: tuple[float, float, float], phases: dict[float, int]
+) -> None:
     m = method(config=replace(SMALL, phase_fractions=fractions))
     assert {t: m.phase_at(t) for t in phases} == phases
 
@@ -139,10 +141,10 @@ def test_the_pseudo_term_is_the_cross_entropy_of_each_sample_times_its_share_of_
     certain = torch.rand(2, 12, 16, generator=g) < torch.tensor([0.8, 0.1]).view(2, 1, 1)
     p = torch.where(certain, 0.99, 0.6)
     p_w = torch.stack([p, 1 - p], 1)
-    m.labels = _Fixed(m.labels, p_w)  # type: ignore[assignment]
+    put(m, labels=_Fixed(m.labels, p_w))
     seen: dict[str, Walk] = {}
     walk = m.walk
-    m.walk = lambda *a: seen.setdefault("out", walk(*a))  # type: ignore[assignment, arg-type, return-value]
+    put(m, walk=lambda *a: seen.setdefault("out", walk(*a)))
     torch.manual_seed(0)
     value = m(batch, 0.6)["pseudo"]
     logits = full_resolution(seen["out"].outputs)[2:]
@@ -151,8 +153,8 @@ def test_the_pseudo_term_is_the_cross_entropy_of_each_sample_times_its_share_of_
         certain.float().mean((1, 2)).roll(1),
         torch.tensor([1.0, 0]).view(1, 2, 1, 1).expand(1, 2, 12, 16),
     )
-    expected = sum(share[b] * cross_entropy(logits[b : b + 1], target, m.labels) for b in range(2)) / 2
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and value.item() > 0
+    expected = torch.stack([share[b] * cross_entropy(logits[b : b + 1], target, m.labels) for b in range(2)])
+    assert value.item() == pytest.approx(expected.mean().item(), rel=1e-5) and value.item() > 0
 
 
 class _Fixed:
@@ -185,9 +187,10 @@ def test_classmix_leaves_out_a_share_of_the_samples(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nnssl.methods.action.classmix_mask", everything)
     batch = TASK_2D.batch(unlabeled=8)
     for probability, neighbours in ((0.0, (0, 0)), (0.5, (1, 7)), (1.0, (8, 8))):
-        m, seen = method(config=replace(SMALL, classmix_probability=probability)), []
+        m = method(config=replace(SMALL, classmix_probability=probability))
+        seen: list[torch.Tensor] = []
         walk = m.walk
-        m.walk = lambda f, x, *a, walk=walk, seen=seen: seen.append(x) or walk(f, x, *a)  # type: ignore[assignment, misc]
+        put(m, walk=lambda f, x, *a, walk=walk, seen=seen: seen.append(x) or walk(f, x, *a))
         torch.manual_seed(0)
         m(batch, 0.6)
         x_m, strong = seen[0][-8:], batch.strong[0]
@@ -226,7 +229,12 @@ def test_contrast_at_sampled_voxels_equals_contrast_on_the_dense_representation(
             value = m.contrast(features, logits, onehot, counted)
         else:
             embed = partial(gather_voxels, dense)
-            options = {"num_queries": 16, "num_negatives": 32, "temperature": 0.5, "num_candidates": 64}
+            options: dict[str, Any] = {
+                "num_queries": 16,
+                "num_negatives": 32,
+                "temperature": 0.5,
+                "num_candidates": 64,
+            }
             value = anatomical_contrast(embed, member, hard, **options)
         values.append(value.item())
         gradients.append(torch.autograd.grad(value, m.representation.weight, retain_graph=True)[0])

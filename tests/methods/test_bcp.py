@@ -9,10 +9,10 @@ import torch
 from nnssl.losses.pseudo_label import cross_entropy_dice
 from nnssl.method import SemiMethod, full_resolution
 from nnssl.methods.bcp import BCP, BCPConfig
-from tests.building import Task
+from tests.building import Task, gradient, put
 
 
-def method(task: Task = Task(), config: BCPConfig = BCPConfig()) -> SemiMethod:  # noqa: B008
+def method(task: Task = Task(), config: BCPConfig = BCPConfig()) -> BCP:  # noqa: B008
     return task.method(BCP, config)
 
 
@@ -41,7 +41,7 @@ def half_boxes(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("labeled", "unlabeled"), [(2, 2), (2, 1), (1, 2)])
 def test_patches_are_pasted_both_ways_and_batches_are_cycled(labeled: int, unlabeled: int) -> None:
     m, batch = method(), Task().batch(labeled, unlabeled)
-    m.boxes = half_boxes  # type: ignore[assignment]
+    put(m, boxes=half_boxes)
     spy = Spy(m)
     m(batch, 0.5)
     assert len(spy.images) == labeled + unlabeled
@@ -58,7 +58,7 @@ def test_each_part_is_compared_with_the_labels_it_came_with() -> None:
     """The teacher calls everything class 1: the halves of the mixed labels are written out by hand."""
     task = Task(channels=3)
     m, batch = method(task), task.batch()
-    m.boxes = half_boxes  # type: ignore[assignment]
+    put(m, boxes=half_boxes)
     with torch.no_grad():
         m.teacher.decoder.seg_layers[-1].bias.copy_(torch.tensor([-50.0, 50.0, -50.0]))
     spy = Spy(m)
@@ -82,19 +82,20 @@ def test_each_part_is_compared_with_the_labels_it_came_with() -> None:
 @pytest.mark.parametrize("task", [Task(channels=3, ignore=True), Task(channels=2, regions=True, ignore=True)])
 def test_ignored_voxels_carry_no_loss_wherever_they_are_pasted(task: Task) -> None:
     m, batch = method(task), task.batch()
-    m.boxes = half_boxes  # type: ignore[assignment]
+    put(m, boxes=half_boxes)
     spy = Spy(m)
     m(batch, 0.5)["supervised"].backward()
-    gradient = spy.logits.grad.abs().sum(1)
-    known = m.labels.encode(batch.full_target())[1][:, 0].bool()
-    assert not known.all()
+    size = gradient(spy.logits).abs().sum(1)
+    mask = m.labels.encode(batch.full_target())[1]
+    assert mask is not None and not mask.all()
+    known = mask[:, 0].bool()
     for sample, source, half in (
         (0, 0, slice(4, 8)),
         (1, 1, slice(4, 8)),
         (2, 1, slice(0, 4)),
         (3, 0, slice(0, 4)),
     ):
-        assert torch.equal(gradient[sample, half] > 0, known[source, half])
+        assert torch.equal(size[sample, half] > 0, known[source, half])
 
 
 def test_a_box_takes_two_thirds_of_every_edge() -> None:
@@ -110,7 +111,7 @@ def test_a_box_takes_two_thirds_of_every_edge() -> None:
 def test_pretraining_is_nnunets_loss_of_labeled_copy_paste_at_every_scale() -> None:
     task = Task(channels=3)
     m, batch = method(task), task.batch()
-    m.boxes = half_boxes  # type: ignore[assignment]
+    put(m, boxes=half_boxes)
     terms = m(replace(batch, unlabeled=None), 0.0)  # unlabeled patches are not even looked at
     images = torch.cat([batch.labeled.flip(0)[:, :, :4], batch.labeled[:, :, 4:]], 2)
     target = [
@@ -141,4 +142,4 @@ def test_every_scale_learns_in_every_phase(t: float) -> None:
     m = method()
     sum(m(Task().batch(), t).values()).backward()
     assert all(p.grad is not None for p in m.student.parameters())
-    assert all(layer.weight.grad.any() for layer in m.student.decoder.seg_layers)
+    assert all(gradient(layer.weight).any() for layer in m.student.decoder.seg_layers)

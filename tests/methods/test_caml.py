@@ -9,9 +9,11 @@ import torch
 from nnssl.batch import SemiBatch
 from nnssl.losses.consistency import mse_consistency
 from nnssl.losses.pseudo_label import soft_dice_loss
+from nnssl.method import weighted_sum
 from nnssl.methods.caml import CAML, CAMLConfig
 from nnssl.networks.dropout import Walk
-from tests.building import Task, with_unlabeled
+from nnssl.sampling import top_members
+from tests.building import Task, put, with_unlabeled
 from tests.host_reads import HostReads
 from tests.reference import caml as reference
 
@@ -40,9 +42,9 @@ def say(
 ) -> None:
     """Let the two networks answer this for all images; weak: on the weak views, where it differs."""
     f = features or tuple(torch.randn(len(z), 4, *z.shape[2:]) for z in (logits_v, logits_a))
-    m.walk = lambda *_: Walk(outputs(logits_v), [], [f[0]])  # type: ignore[method-assign, assignment, misc]
-    m.walk_auxiliary = lambda *_: Walk(outputs(logits_a), [], [f[1]])  # type: ignore[method-assign, assignment, misc]
-    m.weak_logits = lambda _: weak or (logits_v[2:].detach(), logits_a[2:].detach())  # type: ignore[method-assign]
+    put(m, walk=lambda *_: Walk(outputs(logits_v), [], [f[0]]))
+    put(m, walk_auxiliary=lambda *_: Walk(outputs(logits_a), [], [f[1]]))
+    put(m, weak_logits=lambda _: weak or (logits_v[2:].detach(), logits_a[2:].detach()))
 
 
 def outputs(logits: torch.Tensor) -> list[torch.Tensor]:
@@ -62,7 +64,12 @@ def test_the_student_is_the_planned_network_and_the_auxiliary_another_one() -> N
 def test_attention_stands_behind_the_second_deepest_stage_and_starts_as_the_identity() -> None:
     m, seen = method(), []
     forward = m.attention.forward
-    m.attention.forward = lambda x: seen.append(x.shape) or forward(x)  # type: ignore[method-assign, func-returns-value]
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape)
+        return forward(x)
+
+    put(m.attention, forward=look)
     x = torch.randn(4, 1, *Task().patch_size)
     out, *_ = m.walk_auxiliary(m.auxiliary, x, m.attention, m.stage)
     assert seen == [(4, 6, 4, 6, 8)]
@@ -334,11 +341,12 @@ def test_choosing_voxels_before_the_heads_gives_the_published_loss() -> None:
 
 def test_queries_are_at_most_a_share_of_the_unlabeled_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = __import__("nnssl.methods.caml", fromlist=["top_members"]).top_members
-    monkeypatch.setattr(
-        "nnssl.methods.caml.top_members",
-        lambda score, member, n: asked.append(n) or original(score, member, n),
-    )
+
+    def look(score: torch.Tensor, member: torch.Tensor, n: int) -> Any:
+        asked.append(n)
+        return top_members(score, member, n)
+
+    monkeypatch.setattr("nnssl.methods.caml.top_members", look)
     for share, queries, expected in (
         (0.01, 12_800, 31),
         (0.01, 20, 20),
@@ -378,9 +386,8 @@ def test_descending_the_correlation_makes_the_networks_correlate_alike() -> None
     with torch.no_grad():
         for p, g in zip(parameters, gradient, strict=True):
             p.sub_(1e-3 * g)
-    assert (loss() - before).item() == pytest.approx(
-        -1e-3 * sum(g.square().sum() for g in gradient).item(), rel=0.1
-    )
+    steepness = sum(g.square().sum().item() for g in gradient)
+    assert (loss() - before).item() == pytest.approx(-1e-3 * steepness, rel=0.1)
 
 
 # the step
@@ -392,7 +399,7 @@ def test_a_step_reads_nothing_back_to_the_host(task: Task) -> None:
     step(m, batch)
     with HostReads() as reads:
         terms = m(batch, 0.5)
-        sum(m.weights(0.5)[k] * v for k, v in terms.items()).backward()  # type: ignore[union-attr]
+        weighted_sum(terms, m.weights(0.5)).backward()
         m.after_step(batch, 0.5)
     assert reads.found == []
 

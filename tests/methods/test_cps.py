@@ -5,14 +5,14 @@ import torch
 
 from nnssl.ema import copy_weights
 from nnssl.losses.pseudo_label import cross_entropy_dice
-from nnssl.method import SemiMethod, full_resolution
+from nnssl.method import full_resolution
 from nnssl.methods.cps import CPS, CPSConfig
 from tests.building import Task
 
 PLAIN = CPSConfig(cutmix_probability=0.0)
 
 
-def method(task: Task = Task(), config: CPSConfig = PLAIN) -> SemiMethod:  # noqa: B008
+def method(task: Task = Task(), config: CPSConfig = PLAIN) -> CPS:  # noqa: B008
     return task.method(CPS, config)
 
 
@@ -29,7 +29,8 @@ def test_each_network_learns_what_the_other_says_of_the_weak_view(task: Task) ->
     the second's."""
     m, batch = method(task), task.batch()
     with torch.no_grad():
-        m.second.decoder.seg_layers[-1].bias.copy_(torch.tensor([-50.0, 50.0, -50.0][: task.channels]))
+        *_, bias = (p for n, p in m.second.named_parameters() if "seg_layers" in n and n.endswith("bias"))
+        bias.copy_(torch.tensor([-50.0, 50.0, -50.0][: task.channels]))
     terms = m(batch, 0.5)
     constant = torch.zeros(2, task.channels, *task.patch_size)
     constant[:, 1] = 1

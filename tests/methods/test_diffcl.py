@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from nnssl.methods import diffcl
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
-from tests.building import Task
+from tests.building import Task, put
 
 SMALL = DiffCLConfig(
     ddim_steps=2,
@@ -77,7 +78,7 @@ def test_g_teaches_where_it_is_certain_and_f_is_not_certain_of_another_label() -
         (sure.flip(1), sure, False, True),
         (sure, unsure, False, True),
     ):
-        m.pseudo_probabilities = lambda weak, p=(p_f, p_g): p  # type: ignore[method-assign]
+        put(m, pseudo_probabilities=lambda weak, p=(p_f, p_g): p)
         values = []
         for bias in ([0.0, 100.0], [100.0, 0.0]):  # both networks call everything 1, then 0
             with torch.no_grad():
@@ -102,7 +103,12 @@ def test_channel_dropout_perturbs_the_strong_stream_of_f_alone() -> None:
 @pytest.mark.parametrize(("start", "sees_estimate"), [(0.002, True), (1.0, False)])
 def test_sampling_starts_from_the_noised_estimate_or_from_noise(start: float, sees_estimate: bool) -> None:
     m, seen = method(config=replace(SMALL, sampling_start=start, ddim_steps=1, label_scale=1.0)), []
-    m.denoiser.forward = lambda x, tau, image: (seen.append((x, tau)), [x])[1]  # type: ignore[method-assign]
+
+    def forward(x: torch.Tensor, tau: torch.Tensor, image: torch.Tensor) -> list[torch.Tensor]:
+        seen.append((x, tau))
+        return [x]
+
+    put(m.denoiser, forward=forward)
     noise = torch.randn(4, 2, 8, 12, 16)
     p_f, _ = m.pseudo_probabilities(Task().batch().weak, noise)
     x, tau = seen[0]
@@ -130,7 +136,7 @@ def test_boxes_cut_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatc
         )
         noise = torch.randn(2, 2, 8, 12, 16, generator=torch.Generator().manual_seed(0))
         original = m.pseudo_probabilities
-        m.pseudo_probabilities = lambda weak, f=original, n=noise: f(weak, n)  # type: ignore[method-assign]
+        put(m, pseudo_probabilities=partial(original, noise=noise))
         values.append(m(Task().batch(), 0.5)["pseudo"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
@@ -144,7 +150,7 @@ def test_the_noisy_label_is_zero_where_labels_are_ignored() -> None:
         seen["x_0"] = x_0
         return forward(x_0, tau, eps)
 
-    m.diffusion.q_sample = spy  # type: ignore[method-assign]
+    put(m.diffusion, q_sample=spy)
     m(batch, 0.5)
     ignored = (batch.full_target() == 3).expand(-1, 3, -1, -1, -1)
     assert not seen["x_0"][:2][ignored].any() and set(seen["x_0"][:2][~ignored].unique().tolist()) == {
@@ -212,7 +218,7 @@ def test_negatives_of_a_region_lie_outside_of_it_where_regions_overlap(
     core = whole.clone()
     core[:, 2:4] = 0  # within whole
     called = torch.stack([whole, core], 1)
-    m.projector = torch.nn.Identity()  # type: ignore[assignment]
+    put(m, projector=torch.nn.Identity())
     features = torch.cat(
         [called, torch.ones(4, SMALL.embedding - 2, *task.patch_size)], 1
     )  # an embedding tells its regions
@@ -253,8 +259,8 @@ def test_descending_the_contrast_pulls_positives_pushes_negatives_and_keeps_clas
     with torch.no_grad():
         for p, g in zip(parameters, gradient, strict=True):
             p.sub_(1e-3 * g)
-    expected = -1e-3 * sum(g.square().sum() for g in gradient)
-    assert (loss() - before).item() == pytest.approx(expected.item(), rel=0.1)
+    steepness = sum(g.square().sum().item() for g in gradient)
+    assert (loss() - before).item() == pytest.approx(-1e-3 * steepness, rel=0.1)
 
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
     for _ in range(60):
@@ -277,18 +283,23 @@ def test_hidden_noise_does_not_reach_the_deployed_student(task: Task) -> None:
 def test_label_maps_have_the_configured_scale_in_training_and_sampling() -> None:
     m, seen = method(config=replace(SMALL, label_scale=0.25)), []
     q_sample = m.diffusion.q_sample
-    m.diffusion.q_sample = lambda x, tau, eps: (seen.append(x), q_sample(x, tau, eps))[1]  # type: ignore[method-assign]
+
+    def look(x: torch.Tensor, tau: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return q_sample(x, tau, eps)
+
+    put(m.diffusion, q_sample=look)
     m(Task().batch(), 0.5)
     assert torch.equal(seen[0].abs(), torch.full_like(seen[0], 0.25))
     call = torch.tensor([1e3, -1e3]).view(-1, 1, 1, 1)
-    m.denoiser.forward = lambda x, tau, image: call.expand_as(x)  # type: ignore[method-assign]
+    put(m.denoiser, forward=lambda x, tau, image: call.expand_as(x))
     _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16))
     torch.testing.assert_close(p_g, torch.tensor([1.0, 0.0]).view(-1, 1, 1, 1).expand_as(p_g))
 
 
 def test_samples_that_disagree_are_not_certain() -> None:
     m = method(config=replace(SMALL, ddim_steps=1))
-    m.denoiser.forward = lambda x, tau, image: torch.sign(x) * 1e3  # type: ignore[method-assign]
+    put(m.denoiser, forward=lambda x, tau, image: torch.sign(x) * 1e3)
     noise = torch.ones(4, 2, 8, 12, 16)
     noise[:2, 1], noise[2:, 0] = -1, -1  # the first sample calls every voxel 0, the second 1
     _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16), noise)

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from nnssl.method import SemiMethod, full_resolution
+from nnssl.method import full_resolution
 from nnssl.methods.mcnet import MCNet, MCNetConfig, two_decoders
-from tests.building import Task, with_unlabeled
+from tests.building import Task, put, with_unlabeled
 
 
-def method(task: Task = Task(), config: MCNetConfig = MCNetConfig()) -> SemiMethod:  # noqa: B008
+def method(task: Task = Task(), config: MCNetConfig = MCNetConfig()) -> MCNet:  # noqa: B008
     return task.method(MCNet, config)
 
 
@@ -69,13 +70,13 @@ def test_ignored_voxels_do_not_count(task: Task) -> None:
     values = []
     for labeled_columns in (slice(0, 0), slice(0, 2), slice(2, 3)):
 
-        def disturbed(*args: object, columns: slice = labeled_columns) -> object:
+        def disturbed(*args: Any, columns: slice = labeled_columns) -> Any:
             first, second = both(*args)
             logits = first[0].clone()
             logits[:2, 0, ..., columns] += 3.0
             return [logits, *first[1:]], second
 
-        m.both = disturbed
+        put(m, both=disturbed)
         values.append(m(batch, 0.5)["consistency"].item())
     assert values[1] == values[0] and values[2] != pytest.approx(values[0], rel=1e-4)
 

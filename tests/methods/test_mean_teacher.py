@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnssl.method import SemiMethod, full_resolution
+from nnssl.method import full_resolution
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from tests.building import Task, with_unlabeled
 
 
-def method(task: Task = Task(), config: MeanTeacherConfig = MeanTeacherConfig()) -> SemiMethod:  # noqa: B008
+def method(task: Task = Task(), config: MeanTeacherConfig = MeanTeacherConfig()) -> MeanTeacher:  # noqa: B008
     return task.method(MeanTeacher, config)
 
 

@@ -96,7 +96,9 @@ def test_pseudo_and_intra_equal_the_loops() -> None:
         for p, skips in ((p_w, skips_w), (p_s, skips_s)):
             coarse, e = F.avg_pool3d(p, 2).flatten(2), m.fusion(skips).flatten(2)
             refined.append(reference.refine(e, coarse, STILL.scale))
-        assert terms["intra"] == pytest.approx(confident_dice(*refined, m.labels, 0.0).item(), rel=1e-4)
+        assert terms["intra"] == pytest.approx(
+            confident_dice(refined[0], refined[1], m.labels, 0.0).item(), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(

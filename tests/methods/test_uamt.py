@@ -7,12 +7,12 @@ import torch
 
 from nnssl.labels import LabelSpace
 from nnssl.losses.consistency import mse_consistency
-from nnssl.method import SemiMethod, full_resolution
+from nnssl.method import full_resolution
 from nnssl.methods.uamt import UAMT, UAMTConfig, normalized_entropy
-from tests.building import Task
+from tests.building import Task, put
 
 
-def method(task: Task = Task(), config: UAMTConfig = UAMTConfig()) -> SemiMethod:  # noqa: B008
+def method(task: Task = Task(), config: UAMTConfig = UAMTConfig()) -> UAMT:  # noqa: B008
     return task.method(UAMT, config)
 
 
@@ -63,7 +63,7 @@ def test_only_certain_voxels_count() -> None:
     m, batch = method(), Task().batch()
     low = torch.ones(2, 1, *Task().patch_size)
     low[:, :, :3] = 0.1
-    m.uncertainty = lambda x: low  # type: ignore[assignment]
+    put(m, uncertainty=lambda x: low)
     term = m(batch, 0.5)["consistency"]
     with torch.no_grad():
         found, wanted = (
@@ -76,7 +76,7 @@ def test_only_certain_voxels_count() -> None:
 
 def test_without_a_certain_voxel_the_term_is_a_differentiable_zero() -> None:
     m = method()
-    m.uncertainty = lambda x: torch.ones(2, 1, *Task().patch_size)  # type: ignore[assignment]
+    put(m, uncertainty=lambda x: torch.ones(2, 1, *Task().patch_size))
     term = m(Task().batch(), 0.5)["consistency"]
     term.backward()
     assert term.item() == 0 and all(

@@ -4,6 +4,7 @@ else."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ FEATURES = (3, 5, 6)
 
 
 def fusion(
-    features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, **kwargs: object
+    features: tuple[int, ...] = FEATURES, grids: tuple[tuple[int, ...], ...] = GRIDS, **kwargs: Any
 ) -> SpatialAwareFusion:
     """With a transformer block that does something: fresh ones are the identity."""
     torch.manual_seed(0)
-    module = SpatialAwareFusion(features, grids, **{"width": 8, "heads": 2, **kwargs})  # type: ignore[arg-type]
-    for layer in (module.block.out, module.block.mlp[-1]):
-        nn.init.normal_(layer.weight)  # type: ignore[arg-type]
+    module = SpatialAwareFusion(features, grids, **{"width": 8, "heads": 2, **kwargs})
+    for name in ("out.weight", "mlp.2.weight"):
+        nn.init.normal_(module.block.get_parameter(name))
     return module
 
 
@@ -94,18 +95,21 @@ def test_any_grid_is_fused_in_2d_and_3d(grids: tuple[tuple[int, ...], ...]) -> N
 def test_a_fresh_fusion_is_convolutions_of_the_resized_scales() -> None:
     torch.manual_seed(0)
     module, x = SpatialAwareFusion(FEATURES, GRIDS, width=8, max_tokens=96), maps()
-    kernel = lambda linear: linear.weight[..., None, None, None]  # noqa: E731
+
+    def conv(x: torch.Tensor, linear: Any) -> torch.Tensor:
+        return F.conv3d(x, linear.weight[..., None, None, None], linear.bias)
+
     scales = [F.avg_pool3d(x[0], 2), x[1], x[2]]
-    projected = [F.conv3d(s, kernel(p), p.bias) for s, p in zip(scales, module.project, strict=True)]
+    projected = [conv(s, p) for s, p in zip(scales, module.project, strict=True)]
     joint = torch.cat([F.interpolate(p, GRIDS[1], mode="trilinear") for p in projected], 1)
-    expected = F.relu(F.instance_norm(F.conv3d(joint, kernel(module.merge))))
+    expected = F.relu(F.instance_norm(conv(joint, module.merge)))
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_window_sees_the_same_place_at_all_scales_and_nothing_else() -> None:
+def test_a_window_sees_the_same_place_at_all_scales_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = ((4, 6), (4, 6), (4, 6))  # nothing is resized, and without the norm nothing else mixes voxels
     module = fusion(FEATURES, grids, windows=2)
-    module.norm = nn.Identity()
+    monkeypatch.setattr(module.norm, "forward", lambda joint: joint)
     x = maps(FEATURES, grids)
     before = module(x)
     x[2] = x[2].clone()
@@ -123,18 +127,21 @@ def test_the_transformer_sees_the_tokens_of_corresponding_windows_of_every_scale
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every scale paints each voxel with the number of its window: then every sequence is of one colour."""
-    module, seen = fusion(windows=2), {}
+    module = fusion(windows=2)
+    seen: dict[str, torch.Tensor] = {}
     paint = []
     for grid in GRIDS:
         index, place = cut_windows(grid, module.windows)
         paint.append((place // index.shape[1]).view(1, 1, *grid).float())
-    for layer in module.project:
-        nn.init.ones_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for name, p in module.project.named_parameters():
+        nn.init.constant_(p, float(name.endswith("weight")))
     block = module.block.forward
-    monkeypatch.setattr(
-        module.block, "forward", lambda tokens: seen.setdefault("tokens", tokens) * 0 + block(tokens)
-    )
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        seen["tokens"] = tokens
+        return block(tokens)
+
+    monkeypatch.setattr(module.block, "forward", forward)
     module([p.expand(1, f, *p.shape[2:]) / f for p, f in zip(paint, FEATURES, strict=True)])
     count = math.prod(module.windows)
     assert module.windows == (2, 1, 1) and seen["tokens"].shape == (count, (768 + 96 + 24) // count, 8)

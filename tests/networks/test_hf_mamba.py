@@ -4,6 +4,7 @@ networks."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nnssl.networks.hf_mamba import (
     high_pass,
     insert_hfm,
 )
+from tests.building import gradient
 
 STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
 PATCH, SPACING = (16, 24, 32), (3.0, 1.0, 1.0)
@@ -49,7 +51,7 @@ def planned(kind: str = "plain", dimensions: int = 3) -> nn.Module:
     return ResidualEncoderUNet(n_blocks_per_stage=2, **settings)
 
 
-def with_hfm(kind: str = "plain", dimensions: int = 3, **options: int) -> nn.Module:
+def with_hfm(kind: str = "plain", dimensions: int = 3, **options: Any) -> Any:
     return insert_hfm(
         planned(kind, dimensions), PATCH[-dimensions:], SPACING[-dimensions:], max_tokens=200, **options
     )
@@ -129,12 +131,12 @@ def test_the_gate_learns_first_and_then_everything_behind_it() -> None:
     hfm, x, weight = HighFrequencyMamba(8, (1, 1, 1)), torch.randn(2, 8, 4, 5, 6), torch.randn(2, 8, 4, 5, 6)
     optimizer = torch.optim.SGD(hfm.parameters(), 0.1)
     (hfm(x) * weight).sum().backward()
-    assert hfm.gate.grad.abs().min() > 0
-    assert all(p.grad.abs().max() == 0 for p in hfm.mixers.parameters())
+    assert gradient(hfm.gate).abs().min() > 0
+    assert all(gradient(p).abs().max() == 0 for p in hfm.mixers.parameters())
     optimizer.step()
     optimizer.zero_grad()
     (hfm(x) * weight).sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in hfm.parameters())
+    assert all(gradient(p).abs().max() > 0 for p in hfm.parameters())
 
 
 def test_the_attention_depends_on_high_frequencies_only_and_not_on_their_scale() -> None:
@@ -223,11 +225,11 @@ def test_gradients_reach_the_gate_at_once_and_the_mixer_as_soon_as_it_opens(kind
     network = with_hfm(kind)
     blocks = [m for m in network.modules() if isinstance(m, HighFrequencyMamba)]
     assert len(blocks) == 1
-    sum(y.square().sum() for y in network(torch.randn(1, 1, *PATCH))).backward()
-    assert blocks[0].gate.grad.abs().max() > 0 and blocks[0].mixers[0].A_log.grad.abs().max() == 0
+    torch.stack([y.square().sum() for y in network(torch.randn(1, 1, *PATCH))]).sum().backward()
+    assert gradient(blocks[0].gate).abs().max() > 0 and gradient(blocks[0].mixers[0].A_log).abs().max() == 0
     nn.init.constant_(blocks[0].gate, 0.1)
-    sum(y.square().sum() for y in network(torch.randn(1, 1, *PATCH))).backward()
-    assert all(p.grad.abs().max() > 0 for p in blocks[0].parameters())
+    torch.stack([y.square().sum() for y in network(torch.randn(1, 1, *PATCH))]).sum().backward()
+    assert all(gradient(p).abs().max() > 0 for p in blocks[0].parameters())
 
 
 @pytest.mark.parametrize("tile", [(8, 16, 16), (16, 24, 32), (24, 40, 48)])

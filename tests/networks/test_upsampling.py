@@ -59,7 +59,7 @@ def test_anisotropic_strides_are_kept() -> None:
 
 def test_every_upsampling_is_smaller_by_the_kernel_of_the_transposed_convolution() -> None:
     old, new = Task().network(), interpolate_instead_of_transposing(Task().network())
-    for a, b in zip(old.decoder.transpconvs, new.decoder.transpconvs, strict=True):  # type: ignore[arg-type]
+    for a, b in zip(old.decoder.transpconvs, new.decoder.transpconvs, strict=True):
         assert b.conv.weight.numel() == a.weight.numel() // 8
 
 

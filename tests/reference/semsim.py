@@ -40,7 +40,7 @@ def prototype(features: Tensor, member: Tensor, region: Tensor, r: int) -> Tenso
     for inside in (region == r, torch.ones_like(region, dtype=torch.bool)):
         voxels = [v for v in range(len(region)) if inside[v] and member[v]]
         if voxels:
-            return sum(features[:, v] for v in voxels) / len(voxels)  # type: ignore[return-value]
+            return features[:, voxels].mean(1)
     return None
 
 
@@ -49,7 +49,8 @@ def cross_image(
 ) -> tuple[list[list[list[float]]], list[list[float]]]:
     """p[u][v][c] and weight[u][v]. e_u (U, D, V), e_l (B, D, V), member (B, K, V), region (V,)."""
     b, k, _ = member.shape
-    p, weight = [], []
+    p: list[list[list[float]]] = []
+    weight: list[list[float]] = []
     for u in range(len(e_u)):
         p.append([])
         weight.append([])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnssl.ssm import Mamba2Mixer, available_backends, mamba, ssd_scan
+from tests.building import put
 from tests.reference.ssm import mamba2, mamba2_mix, mamba2_output
 
 
@@ -89,7 +92,7 @@ def test_output_and_gradients_equal_the_formulas_token_by_token(
             b,
             rtol=1e-5,
             atol=1e-5 * float(b.detach().abs().max()) + 1e-7,
-            msg=lambda m, n=name: f"{n}: {m}",
+            msg=partial("{}: {}".format, name),
         )
 
 
@@ -161,9 +164,9 @@ def test_two_steps_of_two_equal_mixers_are_equal_bit_for_bit() -> None:
         ({"headdim": 16, "ngroups": 3}, "its heads one of ngroups = 3"),
     ],
 )
-def test_impossible_settings_are_refused(arguments: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Mamba2Mixer(16, **arguments)  # type: ignore[arg-type]
+        Mamba2Mixer(16, **arguments)
 
 
 def test_mamba_ssm_without_cuda_is_reported_and_refused_but_auto_goes_on(
@@ -217,7 +220,7 @@ def test_the_call_of_mamba_ssm_means_the_same_scan(reverse: bool, monkeypatch: p
         return ssd_scan(x, dt, A, B, C, D, chunk_size)
 
     fake = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
-    fake.mamba_chunk_scan_combined = mamba_chunk_scan_combined  # type: ignore[attr-defined]
+    put(fake, mamba_chunk_scan_combined=mamba_chunk_scan_combined)
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, fake.__name__, fake)

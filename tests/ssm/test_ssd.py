@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from nnssl.ssm import ssd, ssd_scan
 from tests.reference.ssm import sequential_scan
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": torch.zeros_like,
     "tiny": lambda u: 1e-4 * u,
@@ -22,6 +24,11 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "large between tiny": lambda u: torch.where(u < 0.2, 500 * u, 1e-3 * u),
     "zero between usual": lambda u: torch.where(u < 0.5, 0.0, u),
 }
+
+
+def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    x, dt, A, B, C, D = map(change, inputs)
+    return x, dt, A, B, C, D
 
 
 def draw(
@@ -33,7 +40,7 @@ def draw(
     state: int,
     step: str = "usual",
     seed: int = 0,
-) -> list[Tensor]:
+) -> Inputs:
     """x, dt, A, B, C, D in float32."""
     g = torch.Generator().manual_seed(seed)
     x, B, C = (
@@ -41,21 +48,22 @@ def draw(
         for shape in ((heads, width), (groups, state), (groups, state))
     )
     dt = STEPS[step](torch.rand(batch, length, heads, generator=g))
-    return [x, dt, -5 * torch.rand(heads, generator=g) - 0.1, B, C, torch.randn(heads, generator=g)]
+    return x, dt, -5 * torch.rand(heads, generator=g) - 0.1, B, C, torch.randn(heads, generator=g)
 
 
-def errors(inputs: list[Tensor], chunk_size: int | None, reverse: bool) -> dict[str, float]:
+def errors(inputs: Inputs, chunk_size: int | None, reverse: bool) -> dict[str, float]:
     """Largest error of y and of every gradient, relative to the largest reference value.
 
     The gradients of A and D are sums of one term of either sign per token: relative to the sum of their
     magnitudes.
     """
-    ours = [v.clone().requires_grad_() for v in inputs]
+    ours = each(inputs, lambda v: v.clone().requires_grad_())
     y = ssd_scan(*ours, chunk_size=chunk_size, reverse=reverse)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     found = [y.detach(), *torch.autograd.grad(y, ours, grad)]
-    per_token = [v.double().expand(inputs[1].shape) if v.ndim == 1 else v.double() for v in inputs]
-    exact = [v.clone().requires_grad_() for v in per_token]
+    steps = inputs[1].shape
+    per_token = each(inputs, lambda v: v.double().expand(steps) if v.ndim == 1 else v.double())
+    exact = each(per_token, lambda v: v.clone().requires_grad_())
     y_exact = sequential_scan(*exact, reverse=reverse)
     expected = [y_exact.detach(), *torch.autograd.grad(y_exact, exact, grad.double())]
     scales = [v.abs().max() for v in expected]
@@ -115,12 +123,12 @@ def test_bfloat16_inputs_are_scanned_within_one_percent(step: str, reverse: bool
     x, dt, A, B, C, D = draw(2, 200, 4, 8, 2, 6, step)
     x, B, C = (v.bfloat16() for v in (x, B, C))
     assert ssd_scan(x, dt, A, B, C, D).dtype == torch.bfloat16
-    found = errors([x, dt, A, B, C, D], 32, reverse)
+    found = errors((x, dt, A, B, C, D), 32, reverse)
     assert max(found.values()) <= 1e-2, found
 
 
 def test_autocast_changes_nothing() -> None:
-    inputs = [v.requires_grad_() for v in draw(2, 100, 2, 8, 1, 4)]
+    inputs = each(draw(2, 100, 2, 8, 1, 4), torch.Tensor.requires_grad_)
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -132,15 +140,11 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 def test_gradcheck_in_float64(reverse: bool, skip: bool) -> None:
-    inputs = [v.double().requires_grad_() for v in draw(2, 11, 4, 3, 2, 2)]
-    inputs[1] = (inputs[1].detach() + 0.05).requires_grad_()
+    x, dt, *rest = (v.double() for v in draw(2, 11, 4, 3, 2, 2))
+    inputs = tuple(v.requires_grad_() for v in (x, dt + 0.05, *rest))
     with mock.patch.dict(ssd.SEGMENT_TOKENS, cpu=16):
-        if skip:
-            assert torch.autograd.gradcheck(lambda *v: ssd_scan(*v, chunk_size=4, reverse=reverse), inputs)
-        else:
-            assert torch.autograd.gradcheck(
-                lambda *v: ssd_scan(*v, chunk_size=4, reverse=reverse), inputs[:5]
-            )
+        scan = partial(ssd_scan, chunk_size=4, reverse=reverse)
+        assert torch.autograd.gradcheck(scan, inputs if skip else inputs[:5])
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100, 1000])
@@ -170,11 +174,12 @@ def test_a_huge_step_forgets_everything_before_it() -> None:
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
-    inputs = [v.requires_grad_() for v in draw(2, 1000, 4, 16, 1, 16)]
-    first, second = (
-        [y := ssd_scan(*inputs), *torch.autograd.grad(y.square().sum(), inputs)] for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    inputs = each(draw(2, 1000, 4, 16, 1, 16), torch.Tensor.requires_grad_)
+    runs = []
+    for _ in range(2):
+        y = ssd_scan(*inputs)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_strided_inputs_equal_contiguous_ones() -> None:
@@ -186,9 +191,14 @@ def test_strided_inputs_equal_contiguous_ones() -> None:
 
 
 def test_backward_keeps_the_inputs_and_one_state_per_segment_only() -> None:
-    inputs = [v.requires_grad_() for v in draw(1, 8192, 2, 8, 1, 4)]
+    inputs = each(draw(1, 8192, 2, 8, 1, 4), torch.Tensor.requires_grad_)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: (kept.append(v), v)[1], lambda v: v):
+
+    def keep(v: Tensor) -> Tensor:
+        kept.append(v)
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
         ssd_scan(*inputs)
     assert sum(v.numel() for v in kept) == sum(v.numel() for v in inputs) + 2 * (2 * 8 * 4)
 
@@ -209,10 +219,11 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
     ],
 )
 def test_shapes_that_disagree_are_named(position: int, shape: tuple[int, ...], message: str) -> None:
-    inputs = draw(2, 10, 2, 4, 1, 3)
-    inputs[position] = torch.zeros(shape)
+    x, dt, A, B, C, D = (
+        torch.zeros(shape) if i == position else v for i, v in enumerate(draw(2, 10, 2, 4, 1, 3))
+    )
     with pytest.raises(ValueError, match=message):
-        ssd_scan(*inputs)
+        ssd_scan(x, dt, A, B, C, D)
 
 
 def test_heads_that_are_no_multiple_of_the_groups_and_chunks_without_tokens_are_refused() -> None:

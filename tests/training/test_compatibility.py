@@ -46,6 +46,7 @@ def method_class(name: str) -> Any:
 def test_every_key_of_an_old_plans_file_is_taken_as_it_stands(name: str) -> None:
     cls = method_class(name)
     general, config = resolve(PLANS["nnssl"], name, cls.config_class, known_methods())
+    assert general is not None and config is not None
     given = {k: v for k, v in PLANS["nnssl"].items() if k not in METHODS}
     assert len(given) == 12 and PLANS["nnssl"][name].keys() <= asdict(config).keys()
     for found, wanted in ((asdict(general), given), (asdict(config), PLANS["nnssl"][name])):

@@ -4,7 +4,9 @@ nnU-Net dataset."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -197,13 +199,13 @@ def test_a_pancreas_label_that_lies_elsewhere_is_an_error(tmp_path: Path) -> Non
     ],
 )
 def test_incomplete_sources_are_refused_and_leave_no_dataset(
-    tmp_path: Path, break_it: object, message: str
+    tmp_path: Path, break_it: Callable[[Path], Any], message: str
 ) -> None:
     source = tmp_path / "source"
     write_lists(source)
     for case in ("zeta", "alpha", "mid"):
         write_h5(source / "data" / case / "mri_norm2.h5", *volume(0))
-    break_it(source)  # type: ignore[operator]
+    break_it(source)
     with pytest.raises((ValueError, OSError), match=message):
         convert("la_h5", source, tmp_path / "raw")
     assert not (tmp_path / "raw" / "Dataset511_LA").exists()

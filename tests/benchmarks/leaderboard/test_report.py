@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ GAIN = {"supervised": 0.0, "supervised_all": 0.2, "self_training": 0.05, "DiffCL
 
 
 def suite() -> Suite:
-    published = [
+    published: list[Mapping[str, Any]] = [
         {
             "method": "nnUNetTrainerDiffCL",
             "labeled": 2,
@@ -278,7 +279,7 @@ def test_a_strip_shows_image_labels_prediction_and_error_on_the_slice_with_most_
     arrays = {"imagesTr/a_0000": truth.astype(np.float32), "labelsTr/a": truth, "validation/a": prediction}
     for name, array in arrays.items():
         (tmp_path / name).parent.mkdir()
-        picture = sitk.GetImageFromArray(array)
+        picture = sitk.GetImageFromArray(np.asarray(array))
         picture.SetSpacing((1.0, 3.0, 5.0))
         sitk.WriteImage(picture, str(tmp_path / f"{name}.nii.gz"))
     (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "MRI"}}', encoding="utf-8")
