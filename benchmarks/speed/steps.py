@@ -36,6 +36,7 @@ from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
+from nnssl.training.agreement import EVERY, Agreement
 from nnssl.training.optimizer_step import OptimizationStep
 
 CLASSES, IMAGES = 2, 1
@@ -221,6 +222,14 @@ def make(
     )
 
 
+def agreement_measurement(setting: Setting) -> Callable[[], None]:
+    """Both gradients on the last decoder stage, of a graph that is kept."""
+    cls = method_class("semi")
+    method, _, batch = make(cls, cls.config_class(), setting)
+    agreement, weights = Agreement(method), method.weights(0.5)
+    return partial(agreement.measure, method(batch, 0.5), weights)
+
+
 def data_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
     """Augmentation of one labeled and one unlabeled batch, from cropped patches on."""
     initial = [round(p * 1.35) for p in setting.patch]
@@ -265,6 +274,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         image = torch.randn(setting.batch, IMAGES, *setting.patch, device=device)
         parts["train HFM 2B"] = partial(training_pass, networks["DiffCL"], context, torch.cat([image] * 2))
         parts["infer HFM B"] = partial(forward_pass, networks["DiffCL"], context, image)
+    if "Semi" in chosen:
+        parts["agreement"] = agreement_measurement(setting)
     parts |= {f"data, {k}": v for k, v in data_parts(setting).items()}
     tile = torch.randn(1, IMAGES, *setting.patch, device=device)
     parts["prediction of a tile"] = partial(forward_pass, networks["Supervised"].eval(), context, tile)
@@ -331,6 +342,12 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
         "peak, MiB",
     ]
     parts.append(table(header, lines))
+    if measured := [r["seconds"] for r in results.values() if "agreement" in r["seconds"]]:
+        shares = ", ".join(f"{s['agreement'] / EVERY / s['step Supervised']:.3f}" for s in measured)
+        parts.append(
+            f"The key agreement, which Semi has on, adds {shares} supervised steps per step on average: one "
+            f"measurement in {EVERY} steps."
+        )
     if split:
         parts.append(table(["allocator", "part of a Diff-CL step", "ms", "share of the step"], split))
     names = [

@@ -58,10 +58,11 @@ class Agreement:
             scale: of the losses, against underflow of float16 gradients.
         """
         if step % EVERY == 0 and any(weights[k] for k in self.unlabeled):
-            self._measure(terms, weights, scale)
+            self.measure(terms, weights, scale)
         return {k: w * self.factor if k in self.unlabeled else w for k, w in weights.items()}
 
-    def _measure(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], scale: float) -> None:
+    def measure(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], scale: float = 1.0) -> None:
+        """One more cosine into the running mean."""
         labeled = [scale * weights[k] * v for k, v in terms.items() if k not in self.unlabeled]
         unlabeled = [scale * weights[k] * v for k, v in terms.items() if k in self.unlabeled]
         g_l, g_u = self._gradient(labeled), self._gradient(unlabeled)
