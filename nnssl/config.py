@@ -116,6 +116,9 @@ class GeneralConfig(Config):
     # whether unlabeled terms count as far as their gradients agree with the labels'; null: the method's own
     agreement: bool | None = None
     max_nonfinite_steps: Count = 25  # steps in a row with a non-finite loss before the run stops (ours)
+    # steps, spread evenly over the training, in which the gradient of every weighted term on the student is
+    # measured, a backward pass each (`gradient/...` in losses.csv); 0: none
+    term_gradients: Annotated[int, Range(0, 1_000_000)] = 0
 
 
 def resolve(

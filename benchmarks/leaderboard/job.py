@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.leaderboard.prepare import BASE_PLAN, ROOT, Workspace, link, lock, run, tail
 from benchmarks.leaderboard.suite import Row, Suite
+from benchmarks.quality.terms import read_losses, term_table
 from nnssl.commands.launch import launcher
 from nnssl.files import copy_file, read_json, write_json, write_text
 
@@ -66,7 +67,12 @@ class Job:
                     if self.row.kind == "self_training"
                     else self.train(self.space, self.plans, self.row.settings)
                 )
-                row = {**self.identity("finished"), **self.scores(folder), **self.provenance(folder, begun)}
+                row = {
+                    **self.identity("finished"),
+                    **self.scores(folder),
+                    **self.terms(folder),
+                    **self.provenance(folder, begun),
+                }
             except Exception as error:
                 with open(self.log, "a", encoding="utf-8") as file:
                     traceback.print_exc(file=file)
@@ -280,6 +286,17 @@ class Job:
             "per_case": table,
             "panel": {"case": middle, "aspect": aspect},
         }
+
+    def terms(self, folder: Path) -> dict[str, Any]:
+        """Value, weight and gradient of every term in each fifth of the training, where the suite asks for
+        gradients and the method has several terms."""
+        if not self.row.settings.get("term_gradients"):
+            return {}
+        table = {
+            term: {k: [v and float(f"{v:.4g}") for v in values] for k, values in entry.items()}
+            for term, entry in term_table(read_losses(folder)).items()
+        }
+        return {"terms": table} if len(table) > 1 else {}
 
     def provenance(self, folder: Path, begun: float) -> dict[str, Any]:
         """Curves, resolved configuration, plan, versions, hardware, time and memory.

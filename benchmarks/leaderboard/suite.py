@@ -139,6 +139,8 @@ class Suite:
                     settings = {**self.schedule, **own.get("schedule", {}), "seed": seed}
                     if own.get("options"):
                         settings[trainer.removeprefix("nnUNetTrainer")] = own["options"]
+                    # what is only measured decides nothing
+                    deciding = {k: v for k, v in settings.items() if k != "term_gradients"}
                     decides = [
                         self.dataset,
                         self.configuration,
@@ -148,7 +150,7 @@ class Suite:
                         trainer,
                         kind,
                         labeled,
-                        settings,
+                        deciding,
                     ]
                     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
                     found.append(

@@ -9,8 +9,8 @@ from nnssl.files import replacing, write_text
 
 
 class History:
-    """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "weight/<term>"}; saved in the checkpoint: the
-    file always matches it.
+    """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "gradient/<term>", "weight/<term>"}; saved in
+    the checkpoint: the file always matches it.
 
     Times are not in here (nnU-Net's log has them): the same run writes the same file.
     """
@@ -19,8 +19,8 @@ class History:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, epoch: int, lr: float, losses: dict[str, float], weights: dict[str, float]) -> None:
-        """losses: epoch means keyed `loss/<term>` or `diagnostic/<name>`; weights: at the end of the
-        epoch."""
+        """losses: epoch means keyed `loss/<term>`, `diagnostic/<name>` or `gradient/<term>`; weights: at the
+        end of the epoch."""
         self.rows = [r for r in self.rows if r["epoch"] < epoch]
         self.rows.append(
             {"epoch": epoch, "lr": lr, **losses, **{f"weight/{k}": v for k, v in weights.items()}}
@@ -39,8 +39,10 @@ class History:
 
     def write(self, folder: str) -> None:
         """losses.csv and losses.png into `folder`."""
-        columns = list(self.rows[0])
-        lines = [",".join(columns), *(",".join(f"{r[c]:.10g}" for c in columns) for r in self.rows)]
+        # a continued run may have other columns than it began with
+        columns = list(dict.fromkeys(c for row in self.rows for c in row))
+        lines = [",".join(f"{r.get(c, float('nan')):.10g}" for c in columns) for r in self.rows]
+        lines.insert(0, ",".join(columns))
         write_text("\n".join(lines) + "\n", os.path.join(folder, "losses.csv"))
         self._plot(os.path.join(folder, "losses.png"))
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -46,6 +46,7 @@ from nnssl.training.checkpoint import (
     restore_buffers,
     versions,
 )
+from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.optimizer_step import OptimizationStep
@@ -163,7 +164,8 @@ class SemiTrainer(nnUNetTrainer):
         if self.method.agreement if wanted is None else wanted:
             self.agreement = Agreement(self.method)
         if self._do_i_compile():
-            if self.agreement is not None:  # it goes through the graph twice
+            # either goes through the graph twice
+            if self.agreement is not None or self.general.term_gradients:
                 torch._functorch.config.donated_buffer = False
             for network in self.method.children():
                 if hasattr(network, "decoder") or hasattr(network, "network"):
@@ -384,11 +386,12 @@ class SemiTrainer(nnUNetTrainer):
                     f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the "
                     f"same keys"
                 )
+        step = self.current_epoch * self.num_iterations_per_epoch + self._iteration
         if self.agreement is not None:
-            step = self.current_epoch * self.num_iterations_per_epoch + self._iteration
             weights = self.agreement.weigh(terms, weights, step, self.step.loss_scale())
         # on several GPUs every parameter must take part in the backward pass, those of unweighted terms too
         loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
+        gradients = self._term_gradients(terms, weights, step)
         if self.step.take(loss):
             self.method.after_step(data, t)
         self._iteration += 1
@@ -398,9 +401,22 @@ class SemiTrainer(nnUNetTrainer):
         logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
         if self.agreement is not None:
             logged["diagnostic/agreement"] = torch.tensor(self.agreement.factor, device=self.device)
+        logged |= {f"gradient/{k}": v for k, v in gradients.items()}
         return dict(
             zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True)
         )
+
+    def _term_gradients(
+        self, terms: dict[str, Tensor], weights: dict[str, float], step: int
+    ) -> dict[str, Tensor]:
+        """Of every term in the steps that `term_gradients` asks for, NaN in the others; before the backward
+        pass."""
+        n, steps = self.general.term_gradients, self.num_epochs * self.num_iterations_per_epoch
+        if n == 0:
+            return {}
+        if is_measured(step, steps, n):
+            return term_gradients(terms, weights, self.method.student, self.step.loss_scale())
+        return {k: v.detach().new_full((), float("nan")) for k, v in terms.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         if self._bar is not None:
@@ -408,7 +424,11 @@ class SemiTrainer(nnUNetTrainer):
             self._bar = None
         sums = {k: np.array([o[k] for o in train_outputs], dtype=np.float64) for k in train_outputs[0]}
         finite = np.isfinite(sums["loss"])
-        means = {k: float(v[finite].mean()) if finite.any() else float("nan") for k, v in sums.items()}
+        means = {}
+        for k, v in sums.items():
+            # gradients are measured in some steps only
+            kept = v[finite & np.isfinite(v)] if k.startswith("gradient/") else v[finite]
+            means[k] = float(kept.mean()) if kept.size else float("nan")
         if self.is_ddp:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)

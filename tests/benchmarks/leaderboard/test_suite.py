@@ -82,6 +82,7 @@ def test_seeds_by_budget_leave_the_other_budgets_at_the_seeds_of_the_suite(tmp_p
     [
         ('title = "t"', 'title = "other"', False),
         ("budgets = [1, 2]", "budgets = [2, 1]", False),
+        ("num_epochs = 4", "num_epochs = 4\nterm_gradients = 20", False),
         ("num_epochs = 4", "num_epochs = 5", True),
         ("num_epochs = 4", "num_epochs = 4\nchannels_last = true", True),
         ("spacing = [2.5", "spacing = [3.5", True),
