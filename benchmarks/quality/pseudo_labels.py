@@ -1,4 +1,4 @@
-"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (S = 1, 2, 4, 10 sampling steps, from the
+"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (one sample in S = 1, 2, 4, 10 steps, from the
 noised estimate of f and from noise) against the labels that the split hid.
 
     python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p PLANS --checkpoint checkpoint_final.pth
@@ -22,6 +22,7 @@ from nnssl.method import full_resolution, inference
 from nnssl.training.randomness import seed_everything
 
 STEPS = (1, 2, 4, 10)
+STARTS = (0.25, 1.0)  # `sampling_start`; 1: noise
 
 
 def central_patch(array: np.ndarray, size: list[int], fill: float) -> np.ndarray:
@@ -72,19 +73,19 @@ def main() -> None:
             p_f = method.probabilities(full_resolution(method.student(image)))
             record("y_f", p_f)
             noise = torch.randn_like(p_f)
-            for share in (method.config.sampling_start, 1.0):
+            for share in STARTS:
                 for steps in STEPS:
                     taus = method.diffusion.trailing_steps(steps, share)
                     x = (
                         noise
                         if share == 1
-                        else method.diffusion.q_sample(2 * p_f - 1, torch.tensor(taus[:1]), noise)
+                        else method.diffusion.q_sample(method.label_map(p_f), torch.tensor(taus[:1]), noise)
                     )
                     x = method.diffusion.ddim_sample(
                         lambda x, tau, i=image: method.estimate(method.denoiser(x, tau, i)), x, taus
                     )
                     origin = "noise" if share == 1 else f"p_f at tau = {taus[0]}"
-                    record(f"y_g from {origin}, S = {steps}", (x + 1) / 2)
+                    record(f"y_g from {origin}, S = {steps}", method.shares(x))
     print("| pseudo-label | mean Dice | sd |\n|---|---|---|")
     for key, values in scores.items():
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} |")
