@@ -40,4 +40,3 @@ def term_gradients(
             if each := [g.norm() for g in found if g is not None]:
                 norms[k] = torch.stack(each).norm() / scale
     return norms
-

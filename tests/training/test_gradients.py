@@ -11,7 +11,7 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import nn
 
-from nnssl.training.gradients import allow_repeated_backward, is_measured, term_gradients
+from nnssl.training.gradients import is_measured, term_gradients
 from tests.building import Task
 from tests.place import SHORT, Place, dies_in_epoch, losses, run
 from tests.teacher_method import AveragingTrainer
@@ -85,22 +85,6 @@ def test_measuring_leaves_the_gradients_of_a_step_as_they_are(name: str) -> None
             gradients(False, only=term)
             own = [p.grad.norm() for p in method.student.parameters() if p.grad is not None]
             assert norm == pytest.approx(torch.stack(own).norm().item(), rel=1e-4)
-
-
-@pytest.mark.nightly
-def test_compiled_networks_can_be_measured_after_ordinary_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", True)
-    allow_repeated_backward()
-    assert not torch._functorch.config.donated_buffer
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
-    x, norms, weights = torch.randn(2, 1, 8, 8), [], {"mean": 1.0, "square": 1.0}
-    for forward in (network, torch.compile(network)):
-        forward(x).mean().backward()
-        y = forward(x)
-        terms = {"mean": y.mean(), "square": y.square().mean()}
-        norms.append([v.item() for v in term_gradients(terms, weights, network).values()])
-        sum(terms.values()).backward()
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.slow
