@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnssl.labels import LabelSpace
+from tests.building import gradient
 
 
 def test_classes_are_softmax_and_regions_sigmoid_in_float32() -> None:
@@ -56,3 +57,11 @@ def test_every_voxel_belongs_to_a_class_also_with_regions() -> None:
 def test_encode_refuses_what_is_no_label_map() -> None:
     with pytest.raises(ValueError, match=r"\(B, 1, \.\.\.\)"):
         LabelSpace(3).encode(torch.zeros(2, 3, 4, 4))
+
+
+def test_probabilities_are_differentiable_and_normalised() -> None:
+    logits = torch.randn(2, 5, 4, 4, 4, requires_grad=True)
+    p = LabelSpace(5).probabilities(logits)
+    torch.testing.assert_close(p.sum(1), torch.ones(2, 4, 4, 4))
+    p[:, 0].sum().backward()
+    assert gradient(logits).any()
