@@ -10,7 +10,7 @@ SOURCES := nnssl nnssl_trainers tests benchmarks docs
 # nothing of the caller's nnU-Net is read or written; one thread per process
 ISOLATED := env $(patsubst %,-u %,$(filter nnUNet_%,$(.VARIABLES))) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-PYTEST = $(ISOLATED) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(ISOLATED) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 .PHONY: demo test test-fast test-nightly lint docs clean

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # nnU-Net takes seconds to import, and most tests need little
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first where several processes share the work, so that none is left over at the end."""
+    """Files with slow tests first where several processes share the work: none is left over at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

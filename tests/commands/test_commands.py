@@ -30,12 +30,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 
 def on(dataset: str) -> pytest.ParameterSet:
-    """The `shell` of a dataset; all tests of one dataset run in the same process, which prepares it once."""
-    marks = [pytest.mark.xdist_group(dataset)]
+    """The `shell` of a dataset; real scans are for the nightly run."""
+    marks = []
     if dataset != PHANTOMS:
         absent = not (SCANS / dataset).is_dir()
         reason = f"no {dataset} below {SCANS} (set NNSSL_TEST_DATA)"
-        marks += [pytest.mark.nightly, pytest.mark.skipif(absent, reason=reason)]
+        marks = [pytest.mark.nightly, pytest.mark.skipif(absent, reason=reason)]
     return pytest.param(dataset, marks=marks, id=dataset)
 
 

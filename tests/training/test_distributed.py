@@ -16,7 +16,7 @@ from nnssl.training.checkpoint import from_all_ranks, own_buffers, restore_buffe
 from tests.building import Task
 from tests.test_method_contract import ROWS, Row
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # one start of two processes serves all
+pytestmark = pytest.mark.slow
 
 
 def _worker(rank: int, folder: str) -> None:
