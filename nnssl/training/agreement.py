@@ -1,9 +1,11 @@
 """Key `agreement`: unlabeled terms count as far as they pull the student the way the labels do.
 
-    c = max(0, running mean of cos(g_l, g_u))
+    c = max(0, cos(m_l, m_u)),   m <- m + (g / |g| - m) / min(measurements, 20)
     g_l, g_u  gradients of the weighted labeled and unlabeled terms on the student's last decoder stage,
               summed over all GPUs
 
+The directions are averaged before they are compared: single batches are so noisy that their cosines are near
+0 whatever the terms agree on.
 c multiplies the weights of the unlabeled terms. It is measured at every tenth step, so that it costs little;
 before the first measurement it is 1.
 """
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from nnssl.method import SemiMethod
 
@@ -39,12 +42,13 @@ class Agreement:
                 f'"agreement" compares labeled with unlabeled terms, and {method.name} has '
                 f"{', '.join(sorted(names))} alone: set it to false"
             )
-        self.mean, self.measurements = 0.0, 0
+        self.directions: Tensor | None = None  # m_l and m_u
+        self.cosine, self.measurements = 1.0, 0
 
     @property
     def factor(self) -> float:
         """c, in [0, 1]."""
-        return max(0.0, self.mean) if self.measurements else 1.0
+        return max(0.0, self.cosine)
 
     def weigh(
         self, terms: Mapping[str, Tensor], weights: Mapping[str, float], step: int, scale: float = 1.0
@@ -62,15 +66,17 @@ class Agreement:
         return {k: w * self.factor if k in self.unlabeled else w for k, w in weights.items()}
 
     def measure(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], scale: float = 1.0) -> None:
-        """One more cosine into the running mean."""
+        """One more pair of directions into the running means."""
         labeled = [scale * weights[k] * v for k, v in terms.items() if k not in self.unlabeled]
         unlabeled = [scale * weights[k] * v for k, v in terms.items() if k in self.unlabeled]
-        g_l, g_u = self._gradient(labeled), self._gradient(unlabeled)
-        norms = (g_l @ g_l).sqrt() * (g_u @ g_u).sqrt()
-        cosine = float(g_l @ g_u / norms)  # NaN where a gradient is zero or not finite: nothing was measured
-        if cosine == cosine:
-            self.measurements += 1
-            self.mean += (cosine - self.mean) / min(self.measurements, HORIZON)
+        found = torch.stack([self._gradient(labeled), self._gradient(unlabeled)])
+        found = found / found.norm(dim=1, keepdim=True)
+        if not bool(found.isfinite().all()):  # a gradient that is zero or not finite says nothing
+            return
+        self.measurements += 1
+        old = torch.zeros_like(found) if self.directions is None else self.directions
+        self.directions = old + (found - old) / min(self.measurements, HORIZON)
+        self.cosine = float(cosine_similarity(self.directions[0], self.directions[1], dim=0))
 
     def _gradient(self, losses: list[Tensor]) -> Tensor:
         found = torch.autograd.grad(
@@ -90,7 +96,10 @@ class Agreement:
         return flat
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "measurements": self.measurements}
+        directions = None if self.directions is None else self.directions.cpu()
+        return {"directions": directions, "cosine": self.cosine, "measurements": self.measurements}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.mean, self.measurements = float(state["mean"]), int(state["measurements"])
+        directions = state["directions"]
+        self.directions = None if directions is None else directions.to(self.parameters[0].device)
+        self.cosine, self.measurements = float(state["cosine"]), int(state["measurements"])
