@@ -19,7 +19,7 @@ x        in half of the steps x_l beside R x_s with CutMix boxes between its sam
          weighted form over the voxels that come from x_l
 f drops channels of its encoder features in the unlabeled stream.
 
-`"agreement"` is on unless the plans file says otherwise: lambda(t) is multiplied by the cosine between the mean
+`"agreement"` is on unless the plans file says otherwise: lambda(t) is multiplied by the cosine of the mean
 gradients of both terms, cut at 0. Every ingredient is a key and can be switched off.
 """
 
