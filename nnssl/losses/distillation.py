@@ -31,8 +31,8 @@ def bank_distillation(
         valid: (N, R) bool, rows that a query is compared with.
         temperature_student: T_s > 0.
         temperature_teacher: T_t > 0, usually the smaller.
-        own_key: whether z_i itself is one more row for its query. Without it, embeddings that are all the
-            same have similarities that are all the same, and a loss of 0; with it they do not.
+        own_key: whether z_i itself is one more row for its query. To the teacher it is the most similar one,
+            so the student learns to tell z_i from the bank.
     """
     with torch.autocast(
         student.device.type, enabled=False

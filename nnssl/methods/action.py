@@ -24,7 +24,8 @@ Differs from the paper:
 - Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
 - ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
 - The encoder features of x_m lose channels: planned networks have no dropout layers.
-- z itself is a row: without it, embeddings that are all the same have no loss, and L_g ends there.
+- z itself is a row, which the student has to tell from the others: without it, L_g falls to 0 as all
+  embeddings become the same.
 - Crops are the cells of a regular grid, pooled to 8 x 8 or 4 x 4 x 4 logits each: as many in any plan.
 - L_a moves its head at full rate and the shared features at lambda_a: a small weight alone would slow both.
 - One view of a labeled patch, the same for student and teacher: nnU-Net's augmentation gives one.

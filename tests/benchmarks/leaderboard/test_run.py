@@ -356,6 +356,22 @@ def test_the_seconds_of_a_row_leave_out_the_time_between_its_processes(
     assert row["commit"].rstrip("+") == head
 
 
+def test_rows_of_a_suite_that_asks_for_gradients_say_what_each_term_does(tmp_path: Path) -> None:
+    suite = load_suite("smoke")
+    rows = {row.name: row for row in suite.rows()}
+    quiet = dataclasses.replace(rows["DiffCL_n1_s0"], settings={"num_epochs": 1})
+    one, off = (Job(suite, r, tmp_path, tmp_path / "results") for r in (rows["DiffCL_n1_s0"], quiet))
+    names = "loss/supervised,loss/pseudo,gradient/supervised,gradient/pseudo,weight/supervised,weight/pseudo"
+    (tmp_path / "losses.csv").write_text(f"epoch,{names}\n0,1.5,3,3,1,1,0.5\n", encoding="utf-8")
+    table = one.terms(tmp_path)["terms"]
+    assert table["pseudo"] == {"value": [3.0] * 5, "weight": [0.5] * 5, "gradient": [0.3333] * 5}
+    assert off.terms(tmp_path) == {}
+    (tmp_path / "losses.csv").write_text(
+        "epoch,loss/supervised,weight/supervised\n0,1.5,1\n", encoding="utf-8"
+    )
+    assert one.terms(tmp_path) == {}
+
+
 def test_a_failing_command_is_a_failed_row_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
