@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
+import json
 import os
 import platform
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from os.path import isdir, isfile, join, realpath, samefile
 from typing import Any
 
 from nnunetv2.paths import nnUNet_extTrainer
+from tqdm import tqdm
 
 import nnssl
 from nnssl.commands.trainers import list_trainers, trainers_folder
+from nnssl.data.findings import ERROR, OK, WARNING, Finding, errors_of, listed
+from nnssl.data.inspection import (
+    inspect_contents,
+    inspect_files,
+    inspect_preprocessed,
+    inspect_split,
+    read_dataset_json,
+)
+from nnssl.data.names import unlabeled_files
 from nnssl.data.raw import num_channels, plans_in, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
 from nnssl.files import read_json
 
-Finding = tuple[str, str]  # "ok" | "warn" | "FAIL", text
+PREFIX = {OK: "ok", WARNING: "warn", ERROR: "FAIL"}
 
 
 def run_checks(
-    dataset_id: int | None = None, configuration: str | None = None, plans_name: str = "nnUNetPlans"
+    dataset_id: int | None = None,
+    configuration: str | None = None,
+    plans_name: str = "nnUNetPlans",
+    as_json: bool = False,
 ) -> int:
-    """Print every finding as it is made; 1 if something must be fixed before a training can run, else 0."""
-    failed = False
-    for level, text in _findings(dataset_id, configuration, plans_name):
-        print(f"{level:4}  {text}", flush=True)
-        failed |= level == "FAIL"
-    return int(failed)
+    """Print all findings, the gravest last; 1 if something must be fixed before a training, else 0."""
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net's readers print
+        findings = list(_findings(dataset_id, configuration, plans_name))
+    number = {level: sum(finding.level == level for finding in findings) for level in PREFIX}
+    if as_json:
+        content = {"errors": number[ERROR], "warnings": number[WARNING]}
+        print(json.dumps({**content, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2))
+    else:
+        for finding in sorted(findings, key=lambda finding: list(PREFIX).index(finding.level)):
+            print(f"{PREFIX[finding.level]:4}  {finding}")
+    return int(number[ERROR] > 0)
 
 
 def _findings(dataset_id: int | None, configuration: str | None, plans_name: str) -> Iterator[Finding]:
@@ -44,14 +66,18 @@ def _findings(dataset_id: int | None, configuration: str | None, plans_name: str
 
 def _versions() -> Iterator[Finding]:
     names = ("torch", "nnunetv2", "batchgeneratorsv2", "dynamic-network-architectures")
-    yield (
-        "ok",
-        f"nnssl {nnssl.__version__}, python {platform.python_version()}, "
-        + ", ".join(f"{n} {metadata.version(n)}" for n in names),
+    versions = ", ".join(f"{n} {metadata.version(n)}" for n in names)
+    yield Finding(
+        OK, "installation", f"nnssl {nnssl.__version__}, python {platform.python_version()}, {versions}"
     )
     version = metadata.version("nnunetv2")
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 8):
-        yield "FAIL", f"nnunetv2 {version} has no nnUNet_extTrainer: pip install 'nnunetv2>=2.8,<3'"
+        yield Finding(
+            ERROR,
+            "installation",
+            f"nnunetv2 {version} has no nnUNet_extTrainer",
+            remedy="pip install 'nnunetv2>=2.8,<3'",
+        )
     own = realpath(nnssl.__path__[0])
     others = {
         realpath(join(path or ".", "nnssl"))
@@ -60,10 +86,11 @@ def _versions() -> Iterator[Finding]:
     } - {own}
     if others or _installed("nnssl"):
         where = ", ".join(sorted(others)) or "distribution nnssl"
-        yield (
-            "warn",
-            f"another package is called nnssl, too ({where}): the two cannot share an environment; make a "
-            f"new one for nnunet-semi",
+        yield Finding(
+            WARNING,
+            "installation",
+            f"another package is called nnssl, too ({where})",
+            remedy="The two cannot share an environment; make a new one for nnunet-semi",
         )
 
 
@@ -78,39 +105,42 @@ def _installed(distribution: str) -> bool:
 def _environment() -> Iterator[Finding]:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         value = os.environ.get(name)
-        if not value:
-            level = "warn" if name == "nnUNet_raw" else "FAIL"  # training can do with preprocessed data alone
-            yield level, f"{name} is not set: export {name}=/where/you/keep/{name}"
+        if not value:  # a training can do with preprocessed data alone
+            level, remedy = (
+                WARNING if name == "nnUNet_raw" else ERROR,
+                f"export {name}=/where/you/keep/{name}",
+            )
+            yield Finding(level, "environment", f"{name} is not set", remedy=remedy)
         elif not isdir(value):
-            yield "FAIL", f"{name}={value} does not exist: mkdir -p '{value}', or correct the variable"
+            remedy = f"mkdir -p '{value}', or correct the variable"
+            yield Finding(ERROR, "environment", f"{name}={value} does not exist", remedy=remedy)
         else:
-            yield "ok", f"{name}={value}"
+            yield Finding(OK, "environment", f"{name}={value}")
 
 
 def _trainers() -> Iterator[Finding]:
     folder = trainers_folder()
     export = f"export nnUNet_extTrainer='{folder}'"
     paths = [path for path in (nnUNet_extTrainer.get() or "").split(os.pathsep) if path.strip()]
+    given = f"nnUNet_extTrainer={os.pathsep.join(paths)}"
     if not paths:
-        yield "FAIL", f"nnUNet_extTrainer is not set: {export}"
+        yield Finding(ERROR, "environment", "nnUNet_extTrainer is not set", remedy=export)
     elif not any(isdir(path) and samefile(path, folder) for path in paths):
-        yield (
-            "FAIL",
-            f"nnUNet_extTrainer={os.pathsep.join(paths)} is not the folder of the trainers: {export}",
-        )
+        yield Finding(ERROR, "environment", f"{given} is not the folder of the trainers", remedy=export)
     else:
-        yield "ok", f"nnUNet_extTrainer={os.pathsep.join(paths)}"
+        yield Finding(OK, "environment", given)
     names = list_trainers(folder)
     for name in names:
         try:
             importlib.import_module(f"nnssl_trainers.{name}")
         except Exception as error:
-            yield (
-                "FAIL",
-                f"{name} cannot be imported, which hides every trainer after it from nnU-Net: "
-                f"{type(error).__name__}: {error}",
-            )
-    yield "ok", f"trainers: {', '.join(names)}"
+            found = f"cannot be imported, which hides every trainer after it from nnU-Net: {_named(error)}"
+            yield Finding(ERROR, name, found)
+    yield Finding(OK, "trainers", ", ".join(names))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _devices() -> Iterator[Finding]:
@@ -119,88 +149,113 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            yield "ok", f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            yield Finding(OK, f"cuda:{index}", f"{properties.name}, {memory}")
     elif torch.backends.mps.is_available():
-        yield "ok", "no CUDA device; train with -device mps"
+        yield Finding(OK, "device", "no CUDA device; train with -device mps")
     else:
-        yield (
-            "warn",
-            f"no GPU: train with -device cpu, {torch.get_num_threads()} threads; expect hours to days with "
-            f"nnU-Net's default plan",
+        yield Finding(
+            WARNING,
+            "device",
+            "no GPU",
+            remedy=f"Train with -device cpu, {torch.get_num_threads()} threads; expect hours to days with "
+            "nnU-Net's default plan",
         )
     try:
         from nnssl.ssm import available_backends
 
         for backend in available_backends():
-            broken = "broken" in backend.reason
             state = "usable" if backend.usable else f"not used ({backend.reason})"
-            yield "warn" if broken else "ok", f"state-space backend {backend.name}: {state}"
+            level = WARNING if "broken" in backend.reason else OK
+            yield Finding(level, f"state-space backend {backend.name}", state)
     except Exception as error:
-        yield "warn", f"state-space backends cannot be queried: {type(error).__name__}: {error}"
+        yield Finding(WARNING, "state-space backends", f"cannot be queried: {_named(error)}")
 
 
 def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Iterator[Finding]:
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnssl.methods import method_classes
+
     try:
         name = str(convert_id_to_dataset_name(dataset_id))
     except RuntimeError as error:
-        yield "FAIL", f"dataset {dataset_id}: {' '.join(str(error).split())}"
+        yield Finding(ERROR, f"dataset {dataset_id}", " ".join(str(error).split()))
         return
     raw, preprocessed = (
         join(os.environ.get(variable) or "", name) for variable in ("nnUNet_raw", "nnUNet_preprocessed")
     )
-    yield from _raw(name, raw)
+    sections = {section: method.config_class for section, method in method_classes().items()}
+    findings = list(inspect_files(raw, preprocessed, plans_name, sections))
+    yield from findings
     plans_file = join(preprocessed, plans_name + ".json")
+    plans = _sound_plans(plans_file)
+    yield from _raw(name, raw, preprocessed, plans, configuration)
     if not (isfile(plans_file) and isfile(join(preprocessed, "dataset.json"))):
-        yield (
-            "FAIL",
-            f"no plan {plans_file} (found: {plans_in(preprocessed)}): nnssl plan-and-preprocess -d "
-            f"{dataset_id}, or name one with -p",
+        yield Finding(
+            ERROR,
+            plans_file,
+            "no plan",
+            f"a plan (found: {plans_in(preprocessed)})",
+            f"Run nnssl plan-and-preprocess -d {dataset_id}, or name one with -p",
         )
         return
-    plans_manager, dataset_json = PlansManager(plans_file), read_json(join(preprocessed, "dataset.json"))
+    broken, dataset_json = read_dataset_json(join(preprocessed, "dataset.json"))
+    if plans is None or errors_of(broken):
+        return  # told above
+    plans_manager = PlansManager(plans)
     available = plans_manager.available_configurations
     if configuration is not None and configuration not in available:
-        yield "FAIL", f"-c {configuration} is not in {plans_file}, which has {', '.join(available)}"
+        yield Finding(ERROR, f"-c {configuration}", f"not in {plans_file}", f"one of {', '.join(available)}")
         return
     folders = {c: join(preprocessed, plans_manager.get_configuration(c).data_identifier) for c in available}
     chosen = [configuration] if configuration else [c for c in available if isdir(folders[c])]
-    yield "ok", f"plan {plans_file}: {', '.join(available)}"
+    yield Finding(OK, f"plan {plans_file}", ", ".join(available))
     if not any(isdir(folders[c]) for c in chosen):
         wanted = f" -c {configuration}" if configuration else ""
-        yield (
-            "FAIL",
-            f"nothing is preprocessed for {plans_name}: nnssl plan-and-preprocess -d {dataset_id} -p "
-            f"{plans_name}{wanted}",
+        yield Finding(
+            ERROR,
+            preprocessed,
+            f"nothing is preprocessed for {plans_name}",
+            remedy=f"Run nnssl plan-and-preprocess -d {dataset_id} -p {plans_name}{wanted}",
         )
         return
     for c in chosen:
         remedy = f"nnssl plan-and-preprocess -d {dataset_id} -p {plans_name} -c {c}"
-        for level, text in _configuration(plans_manager, c, dataset_json, raw, folders[c], remedy):
-            yield level, f"{c}: {text}"
+        yield from _configuration(plans_manager, c, dataset_json, raw, folders[c], remedy)
 
 
-def _raw(name: str, raw: str) -> Iterator[Finding]:
-    from nnssl.data.unlabeled import find_unlabeled_images
-
-    if not isfile(join(raw, "dataset.json")):
-        yield "warn", f"{name}: no raw dataset at {raw}; the preprocessed data must then be complete"
-        return
+def _sound_plans(plans_file: str) -> dict[str, Any] | None:
+    """The plan, where nothing is wrong with it but perhaps its section nnssl."""
     try:
-        dataset_json = read_json(join(raw, "dataset.json"))
-        training, scans = training_files(raw, dataset_json), find_unlabeled_images(raw, dataset_json)
-    except KeyError as error:
-        yield "FAIL", f"{join(raw, 'dataset.json')}: key {error} is missing"
-    except ValueError as error:
-        yield "FAIL", str(error)
-    else:
-        yield (
-            "ok",
-            f"{name}: {num_channels(dataset_json)} channel(s), {len(training)} labeled cases, {len(scans)} "
-            f"scans in imagesUn",
-        )
+        plans = read_json(plans_file)
+        reader, configurations = plans["image_reader_writer"], plans["configurations"]
+        identified = all("data_identifier" in c or "inherits_from" in c for c in configurations.values())
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return plans if isinstance(reader, str) and identified else None
+
+
+def _raw(
+    name: str, raw: str, preprocessed: str, plans: dict[str, Any] | None, configuration: str | None
+) -> Iterator[Finding]:
+    """The raw dataset: images and label maps, and how many there are."""
+    if not isfile(join(raw, "dataset.json")):
+        remedy = "The preprocessed data must then be complete"
+        yield Finding(WARNING, name, f"no raw dataset at {raw}", remedy=remedy)
+        return
+    findings, dataset_json = read_dataset_json(join(raw, "dataset.json"))
+    if errors_of(findings):
+        return  # told already
+    bar = partial(tqdm, desc="inspection", unit="file", mininterval=0.5, disable=None)
+    yield from inspect_contents(raw, preprocessed, dataset_json, plans, configuration, progress=bar)
+    yield Finding(
+        OK,
+        name,
+        f"{num_channels(dataset_json)} channel(s), {len(training_files(raw, dataset_json))} labeled cases, "
+        f"{len(unlabeled_files(raw, dataset_json)[0])} scans in imagesUn",
+    )
 
 
 def _configuration(
@@ -210,8 +265,8 @@ def _configuration(
     preprocesses."""
     from nnssl.data.freshness import stale_reason
     from nnssl.data.labeled import labeled_cases, removed_cases
-    from nnssl.data.unlabeled import unlabeled_cases
 
+    yield from inspect_preprocessed(folder)
     known = (
         sorted(file.removesuffix(".pkl") for file in os.listdir(folder) if file.endswith(".pkl"))
         if isdir(folder)
@@ -221,32 +276,27 @@ def _configuration(
         target, every = labeled_cases(plans_manager, configuration, dataset_json, raw)
         cases = [case for case in every if all(isfile(source) for source in case.sources)]
         reasons = [reason for case in cases if (reason := stale_reason(case, target))]
-        if lost := [source for case in every for source in case.images if not isfile(source)]:
-            yield "FAIL", f"{len(lost)} images are missing: {', '.join(lost[:3])}"
-        if without := [case.name for case in every if case.label and not isfile(case.label)]:
-            shown = ", ".join(without[:3])
-            yield (
-                "FAIL",
-                f"{len(without)} cases of imagesTr have no label ({shown}): add it, or move the scans "
-                f"into imagesUn",
-            )
         if not every:
-            yield "warn", f"imagesTr is empty; the {len(known)} preprocessed cases are used as they are"
+            found = f"imagesTr is empty; the {len(known)} preprocessed cases are used as they are"
+            yield Finding(WARNING, configuration, found)
         elif reasons:
-            yield (
-                "FAIL",
+            yield Finding(
+                ERROR,
+                configuration,
                 f"{len(reasons)} of {len(cases)} labeled cases are missing or stale "
-                f"({', '.join(sorted(set(reasons)))}): {remedy}",
+                f"({', '.join(sorted(set(reasons)))})",
+                remedy=f"Run {remedy}",
             )
         else:
-            yield "ok", f"{len(cases)} labeled cases preprocessed"
+            yield Finding(OK, configuration, f"{len(cases)} labeled cases preprocessed")
         removed = removed_cases(target, every)
         if every and removed:
-            shown = ", ".join(removed[:3])
-            yield (
-                "warn",
-                f"{len(removed)} preprocessed cases are not in imagesTr ({shown}) and would be trained on; "
-                f"{remedy} moves them aside",
+            yield Finding(
+                WARNING,
+                configuration,
+                f"{len(removed)} preprocessed cases are not in imagesTr ({listed(removed)}) and would be "
+                f"trained on",
+                remedy=f"{remedy} moves them aside",
             )
 
     splits_file = join(os.path.dirname(folder), "splits_final.json")
@@ -256,48 +306,29 @@ def _configuration(
         folds = load_splits(splits_file) if isfile(splits_file) else []
         for index in range(len(folds)):
             hidden.update(hidden_cases(splits_file, index, known))
-    except ValueError as error:
-        yield "FAIL", str(error)
-    try:
-        target, cases = unlabeled_cases(plans_manager, configuration, dataset_json, sorted(hidden))
-        stale = sum(bool(stale_reason(case, target)) for case in cases)
-        if not cases:
-            yield (
-                "FAIL",
-                f"no unlabeled case: put scans into {join(raw, 'imagesUn')}, or hide labels with `nnssl "
-                f"split`",
-            )
-        elif stale:
-            yield (
-                "warn",
-                f"{stale} of {len(cases)} unlabeled cases are missing or stale; training preprocesses "
-                f"them at start, or: {remedy}",
-            )
-        else:
-            yield (
-                "ok",
-                f"{len(cases)} unlabeled cases preprocessed ({len(hidden)} of them with hidden labels)",
-            )
-    except ValueError as error:
-        yield "FAIL", str(error)
-
+    except (ValueError, TypeError) as error:
+        yield Finding(ERROR, configuration, str(error))
+    yield from _unlabeled(plans_manager, configuration, dataset_json, raw, sorted(hidden), remedy)
     label_manager = plans_manager.get_label_manager(dataset_json)
     for index, fold in enumerate(folds or [{"train": known, "val": []}]):
+        if folds and errors_of(inspect_split(splits_file, known, only=index)):
+            continue  # told already
         what = f"fold {index}" if folds else "no splits_final.json yet (nnU-Net makes 5 folds)"
         counts = ", ".join(f"{len(fold.get(key, []))} {key}" for key in ("train", "val", "unlabeled"))
         try:
             absent = absent_classes(folder, fold["train"], label_manager)
         except ValueError as error:
-            yield "FAIL", f"{what}: {error}"
+            yield Finding(ERROR, configuration, f"{what}: {error}")
             continue
         if absent:
-            yield (
-                "FAIL",
-                f"{what}: {counts}; no labeled case has class {absent}: label one, or choose other labeled "
-                f"cases (`nnssl split`)",
+            yield Finding(
+                ERROR,
+                configuration,
+                f"{what}: {counts}; no labeled case has class {absent}",
+                remedy="Label one, or choose other labeled cases (`nnssl split`)",
             )
         else:
-            yield "ok", f"{what}: {counts}"
+            yield Finding(OK, configuration, f"{what}: {counts}")
             yield from _mirroring(plans_manager, configuration, folder, fold["train"], label_manager, what)
 
 
@@ -312,12 +343,54 @@ def _mirroring(
     if plans_manager.plans.get("nnssl", {}).get("mirror_axes") is not None:
         return
     dim = len(plans_manager.get_configuration(configuration).patch_size)
-    offsets = offsets_of(infer_dataset_class(folder)(folder, list(cases)), cases, label_manager, dim)
+    try:
+        offsets = offsets_of(infer_dataset_class(folder)(folder, list(cases)), cases, label_manager, dim)
+    except Exception:  # blosc2 has no error class of its own; incomplete cases are told already
+        return
     if harmful := [o for o in offsets if o.harmful]:
         shown = "; ".join(map(str, harmful[:3])) + ("; ..." if len(harmful) > 3 else "")
-        yield (
-            "warn",
-            f"{what}: mirroring looks harmful, it may swap classes ({shown}). Compare with "
-            f'"nnssl": {{"mirror_axes": "auto"}} in the plans file, here '
+        yield Finding(
+            WARNING,
+            configuration,
+            f"{what}: mirroring looks harmful, it may swap classes ({shown})",
+            remedy='Compare with "nnssl": {"mirror_axes": "auto"} in the plans file, here '
             f"{list(allowed_axes(offsets, dim))}",
+        )
+
+
+def _unlabeled(
+    plans_manager: Any,
+    configuration: str,
+    dataset_json: dict[str, Any],
+    raw: str,
+    hidden: list[str],
+    remedy: str,
+) -> Iterator[Finding]:
+    from nnssl.data.freshness import stale_reason
+    from nnssl.data.unlabeled import unlabeled_cases
+
+    try:
+        target, cases = unlabeled_cases(plans_manager, configuration, dataset_json, hidden)
+    except ValueError as error:
+        yield Finding(ERROR, configuration, str(error).replace("\n", " "))
+        return
+    if not cases:
+        yield Finding(
+            ERROR,
+            configuration,
+            "no unlabeled case",
+            remedy=f"Put scans into {join(raw, 'imagesUn')}, or hide labels with `nnssl split`",
+        )
+    elif stale := sum(bool(stale_reason(case, target)) for case in cases):
+        yield Finding(
+            WARNING,
+            configuration,
+            f"{stale} of {len(cases)} unlabeled cases are missing or stale",
+            remedy=f"Training preprocesses them when it starts, or: {remedy}",
+        )
+    else:
+        yield Finding(
+            OK,
+            configuration,
+            f"{len(cases)} unlabeled cases preprocessed ({len(hidden)} of them with hidden labels)",
         )

@@ -14,16 +14,31 @@ DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_a
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. What a user can put right is one message on stderr,
-    without traceback."""
-    args = build_parser().parse_args(arguments)
+    """Run the command line; returns the exit status. An error is one message on stderr, without traceback
+    unless --traceback stands anywhere on the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given
+    args = build_parser().parse_args([argument for argument in given if argument != "--traceback"])
     try:
         return args.run(args) or 0
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if args.traceback:
+    except KeyboardInterrupt:
+        if traceback:
             raise
-        print(f"nnssl {args.command}: error: {error}", file=sys.stderr)
+        print(f"nnssl {args.command}: interrupted. Rerun to resume.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if traceback:
+            raise
+        print(f"nnssl {args.command}: error: {_described(error)}", file=sys.stderr)
         return 1
+
+
+def _described(error: Exception) -> str:
+    """The message; of an error that nobody foresaw, on one line and with its kind."""
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and str(error):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}. This was not foreseen; --traceback shows where it comes from."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "split",
         help="hide labels: write splits_final.json with the key `unlabeled`",
         description="Without --val: nnU-Net's own 5 folds, in each of which N training cases keep their "
-        "label. With --val: one fold. "
+        "label (fewer than 5 cases: each fold leaves one out). With --val: one fold. "
         "An existing splits_final.json is kept as a backup.",
         allow_abbrev=False,
     )
@@ -84,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("-d", type=int, metavar="ID", help="dataset ID")
     check.add_argument("-c", metavar="CONFIG", help="configuration (default: all that are preprocessed)")
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.set_defaults(run=_check)
 
     export = commands.add_parser(
@@ -197,7 +213,7 @@ def _plan_and_preprocess(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     from nnssl.commands.check import run_checks
 
-    return run_checks(args.d, args.c, args.p)
+    return run_checks(args.d, args.c, args.p, args.json)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+from collections.abc import Iterable
+from functools import partial
 from os.path import isfile, join
 from typing import Any
 
@@ -20,13 +22,17 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
 
+from nnssl.data.findings import WARNING, Finding, raise_errors
+from nnssl.data.inspection import inspect_contents, inspect_files
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
 from nnssl.data.split import backup, load_splits
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
 from nnssl.files import copy_file, read_json, write_json
+from nnssl.methods import method_classes
 
 NNUNET_PROCESSES = {
     "2d": 8,
@@ -51,10 +57,12 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{join(raw, 'dataset.json')} does not exist. Set nnUNet_raw to the folder of raw datasets."
             )
-        scans = find_unlabeled_images(
-            raw, read_json(join(raw, "dataset.json"))
-        )  # bad names are refused before hours of work
-        plans_file = _plan(args, dataset_id, name, raw, preprocessed)
+        plans_name = args.p or args.overwrite_plans_name or _plans_name(args.pl)
+        plans_file = join(preprocessed, plans_name + ".json")
+        _check_options(args, raw, preprocessed, plans_file)
+        dataset_json = _inspect(args, raw, preprocessed, plans_name)  # before hours of work
+        scans = find_unlabeled_images(raw, dataset_json)
+        _plan(args, dataset_id, name, raw, preprocessed, plans_file)
         if not args.no_pp:
             _preprocess(args, PlansManager(plans_file), raw, preprocessed)
             print(
@@ -68,15 +76,52 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
             )
 
 
-def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str) -> str:
-    """Path of the plans file to use, which is made if it does not exist or ``--replan`` is given."""
-    default_name = inspect.signature(_find_class(args.pl, "-pl")).parameters["plans_name"].default
-    plans_file = join(preprocessed, (args.p or args.overwrite_plans_name or default_name) + ".json")
+def _check_options(args: argparse.Namespace, raw: str, preprocessed: str, plans_file: str) -> None:
+    """Refuse what the options name and is not there."""
     if args.p and not isfile(plans_file):
         raise ValueError(
             f"-p {args.p}: {plans_file} does not exist. Plans here: {plans_in(preprocessed)}; leave "
             f"-p out to make one."
         )
+    if args.replan or not isfile(plans_file):
+        _find_class(args.fpe, "-fpe")
+        _check_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
+
+
+def _inspect(args: argparse.Namespace, raw: str, preprocessed: str, plans_name: str) -> dict[str, Any]:
+    """Print what is odd about a dataset and refuse what is wrong, before anything is written; its
+    dataset.json."""
+    sections = {name: method.config_class for name, method in method_classes().items()}
+    _report(inspect_files(raw, preprocessed, plans_name, sections, planning=True))
+    dataset_json: dict[str, Any] = read_json(join(raw, "dataset.json"))
+    if not args.no_pp:
+        plans_file = join(preprocessed, plans_name + ".json")
+        plans = read_json(plans_file) if isfile(plans_file) and not args.replan else None
+        if plans and not any(configuration in plans["configurations"] for configuration in args.c):
+            raise ValueError(f"-c {' '.join(args.c)}: the plan has {', '.join(plans['configurations'])}.")
+        bar = partial(tqdm, desc="inspection", unit="file", disable=args.no_pbar, mininterval=0.5)
+        processes = max(args.np) if args.np else None
+        _report(
+            inspect_contents(
+                raw, preprocessed, dataset_json, plans, args.c[0], num_processes=processes, progress=bar
+            )
+        )
+    return dataset_json
+
+
+def _report(findings: Iterable[Finding]) -> None:
+    """Print the warnings; ValueError with all errors."""
+    found = list(findings)
+    for finding in found:
+        if finding.level == WARNING:
+            print(f"WARNING: {finding}")
+    raise_errors(found)
+
+
+def _plan(
+    args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str, plans_file: str
+) -> None:
+    """Plan where the plan is absent or ``--replan`` is given; else check the plan that is there."""
     processes = args.npfp or min(8, usable_cores())
     if isfile(plans_file) and not args.replan:
         unused = [f"-{option}" for option in PLANNING_OPTIONS if getattr(args, option)] + [
@@ -87,10 +132,8 @@ def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, prepro
         _check_plan(plans_file, name, raw, preprocessed)
         if args.verify_dataset_integrity:
             verify_dataset_integrity(raw, processes)
-        return plans_file
+        return
 
-    _find_class(args.fpe, "-fpe")
-    _check_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
     print("Fingerprint extraction ...")
     extract_fingerprints(
         [dataset_id],
@@ -117,7 +160,10 @@ def _plan(args: argparse.Namespace, dataset_id: int, name: str, raw: str, prepro
     )
     if kept:
         write_json({**read_json(plans_file), **kept}, plans_file)
-    return plans_file
+
+
+def _plans_name(planner: str) -> str:
+    return str(inspect.signature(_find_class(planner, "-pl")).parameters["plans_name"].default)
 
 
 def _find_class(name: str, option: str) -> type:

@@ -9,6 +9,7 @@ The properties (``.pkl``) of a case carry a record under the key ``nnssl`` (nnU-
     sources      raw files: name, bytes, mtime_ns, blake2b of the content (None where nnU-Net itself had
                  preprocessed the case)
     bytes        sizes of the two arrays on disk, which shows a truncated copy
+    declared     values to which the label map keeps; absent where nnU-Net itself had preprocessed the case
 """
 
 from __future__ import annotations

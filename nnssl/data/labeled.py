@@ -4,17 +4,20 @@ stale."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from os.path import basename, getmtime, isdir, isfile, join
 from typing import Any
 
+import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.freshness import Case, Target, preprocessing_fingerprint
+from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
 from nnssl.files import copy_file
+
+OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
 
 
 def labeled_cases(
@@ -41,6 +44,40 @@ def removed_cases(target: Target, cases: list[Case]) -> list[str]:
     return sorted(found - known)
 
 
+def old_files(folder: str) -> list[str]:
+    """Names of the files that nnU-Net wrote before 2.6: .npz, .npy and their .pkl."""
+    names = set(os.listdir(folder)) if isdir(folder) else set()
+    old = {name for name in names if name.endswith((".npz", ".npy"))}
+    stems = {name[:-4].removesuffix("_seg") for name in old}
+    return sorted(old | {f"{stem}.pkl" for stem in stems if f"{stem}.b2nd" not in names} & names)
+
+
+def undeclared_labels(dataset: Any, cases: Sequence[str], declared: Collection[int]) -> dict[str, list[int]]:
+    """Preprocessed label maps with values that dataset.json does not declare. Only those are read that
+    nnU-Net's own preprocessing wrote: ours refuses them.
+
+    dataset  nnU-Net's dataset of the preprocessed labeled cases
+    """
+    found = {}
+    for case in cases:
+        properties = read_properties(join(dataset.source_folder, case + ".pkl")) or {}
+        if "declared" in properties.get("nnssl", {}):
+            continue
+        values = np.unique(dataset.load_case(case)[1][:])
+        if odd := [int(value) for value in values if value not in declared and value != OUTSIDE]:
+            found[case] = odd
+    return found
+
+
+def _set_aside(names: list[str], target: Target, suffix: str) -> str:
+    """Move files of the target's folder to `<folder><suffix>`: not deleted, the raw scans may be gone."""
+    aside = target.folder.rstrip("/\\") + suffix
+    os.makedirs(aside, exist_ok=True)
+    for name in names:
+        os.replace(join(target.folder, name), join(aside, name))
+    return aside
+
+
 def ensure_labeled(
     plans_manager: PlansManager,
     configuration: str,
@@ -52,7 +89,7 @@ def ensure_labeled(
     show_progress: bool = True,
 ) -> None:
     """Preprocess the labeled cases that are missing or stale; move those that were taken out of the raw
-    dataset to `<folder>_removed`.
+    dataset to `<folder>_removed`, and the files of an nnU-Net before 2.6 to `<folder>_before_2.6`.
 
     Raises ValueError where raw images or labels are absent or cannot be used.
     """
@@ -69,14 +106,13 @@ def ensure_labeled(
             f"belong into imagesUn."
         )
     if removed := removed_cases(target, cases):
-        aside = target.folder.rstrip("/\\") + "_removed"  # not deleted: the raw scans may be gone
-        os.makedirs(aside, exist_ok=True)
-        for name in removed:
-            for file in reversed(target.files(name)):
-                if isfile(file):
-                    os.replace(file, join(aside, basename(file)))
+        files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
+        aside = _set_aside([basename(file) for file in files], target, "_removed")
         shown = ", ".join(removed[:5]) + " ..." * (len(removed) > 5)
         log(f"Moved {len(removed)} preprocessed cases that are no longer in imagesTr to {aside}: {shown}")
+    if old := old_files(target.folder):  # nnU-Net refuses a folder with both kinds
+        aside = _set_aside(old, target, "_before_2.6")
+        log(f"Moved {len(old)} files of an nnU-Net before 2.6 to {aside}.")
     if not bring_up_to_date(cases, target, num_processes, log, verbose, show_progress):
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")
 

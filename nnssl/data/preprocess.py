@@ -15,9 +15,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from os.path import dirname, getsize, join
 
+import blosc2
+import numpy as np
 from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
 
+from nnssl.data.dataset_json import declared_labels
 from nnssl.data.freshness import Case, Target, judge, make_record, stale_reason
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
@@ -32,11 +35,13 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
     try:
         if not stale_reason(case, target):
             return ""  # a training that started at the same time was faster
+        declared = declared_labels(target.dataset_json)
         plans = CheckedPlans(
             target.plans_manager.plans,
             case.images,
             num_channels(target.dataset_json),
             strict=case.label is None,
+            declared=declared if case.label else None,
         )
         configuration = plans.get_configuration(target.configuration)
         preprocessor = configuration.preprocessor_class(verbose=verbose)
@@ -48,8 +53,11 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
         )
         with open(stem + ".pkl", "rb") as file:
             properties = pickle.load(file)
-        if case.label is None:
+        if case.label is not None:
+            record["declared"] = sorted(declared)
+        else:
             properties["class_locations"] = {}  # nnU-Net's loader asks for it
+        _refuse_lost_image(stem + ".b2nd", case)
         record["bytes"] = [getsize(stem + ".b2nd"), getsize(stem + "_seg.b2nd")]
         write_pickle({**properties, "nnssl": record}, stem + ".pkl")
         for suffix, destination in zip((".b2nd", "_seg.b2nd", ".pkl"), target.files(case.name), strict=True):
@@ -60,6 +68,17 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
         detail = traceback.format_exc() if verbose else f"{type(error).__name__}: {error}"
         return f"{case.name}: could not be preprocessed from {', '.join(case.sources)}: {detail}"
     return ""
+
+
+def _refuse_lost_image(file: str, case: Case) -> None:
+    """Refuse what normalisation made useless: NaN, infinity, or one value everywhere."""
+    array = blosc2.open(file, mode="r")[:]
+    finite, constant = bool(np.isfinite(array).all()), all(c.min() == c.max() for c in array)
+    if not finite or constant:
+        raise SourceError(
+            f"{', '.join(case.images)}: {'constant' if finite else 'NaN or infinite values'} after "
+            f"normalisation. Look for extreme values or an empty image, and repair or remove the case."
+        )
 
 
 def bring_up_to_date(

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os.path import abspath, basename, expandvars, isdir, join
 from typing import Any
 
@@ -21,6 +21,8 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+NO_DATA = 1e15  # magnitude that no scanner gives
 
 
 class SourceError(ValueError):
@@ -91,11 +93,20 @@ class CheckedPlans(PlansManager):
     channels  number of channels that these must give together
     strict    look for non-finite voxels in the file itself, too (nnU-Net trains on labeled NIfTI images whose
               NaN were read as zero)
+    declared  values that label maps may have; None: any
     """
 
-    def __init__(self, plans: dict[str, Any], images: Sequence[str], channels: int, strict: bool) -> None:
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        images: Sequence[str],
+        channels: int,
+        strict: bool,
+        declared: Collection[int] | None = None,
+    ) -> None:
         super().__init__(plans)
         self.images, self.channels, self.strict = list(images), channels, strict
+        self.declared = declared
 
     @property
     def image_reader_writer_class(self) -> type:
@@ -122,13 +133,46 @@ class CheckedPlans(PlansManager):
                         if per_channel
                         else files
                     )
+                if extreme := _no_data_mark(data):
+                    raise SourceError(
+                        f"{', '.join(files)}: values of {extreme:.3g}, beside which the others vanish in "
+                        f"normalisation (a mark for no data?). Replace them by the value of the background."
+                    )
                 return data, properties
 
             def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
                 read_seg = super().read_seg
-                return _read(lambda files: read_seg(files[0]), [file], False)
+                label, properties = _read(lambda files: read_seg(files[0]), [file], False)
+                if case.declared is not None and (problem := label_problem(np.unique(label), case.declared)):
+                    declared = ", ".join(map(str, sorted(case.declared)))
+                    raise SourceError(
+                        f"{file}: {problem}; expected {declared} (labels in dataset.json). {LABEL_REMEDY}."
+                    )
+                return label, properties
 
         return CheckedReader
+
+
+LABEL_REMEDY = "Correct the label map, or declare the values in dataset.json"
+
+
+def label_problem(values: Sequence[float] | np.ndarray, declared: Collection[int]) -> str:
+    """What is wrong with the values of a label map; empty where all are declared."""
+    undeclared = [float(value) for value in values if value not in declared]
+    if not undeclared:
+        return ""
+    more = f" and {len(undeclared) - 10} more" if len(undeclared) > 10 else ""
+    wrong = "not declared" if all(value.is_integer() for value in undeclared) else "no whole numbers"
+    return f"values {', '.join(f'{v:g}' for v in undeclared[:10])}{more} are {wrong}"
+
+
+def _no_data_mark(data: np.ndarray) -> float:
+    """The largest value, where it is no intensity: float32 then keeps nothing of the others; else 0."""
+    largest = max(float(data.max()), -float(data.min())) if data.size else 0.0
+    if largest <= NO_DATA:
+        return 0.0
+    others = np.abs(data[np.abs(data) <= NO_DATA])
+    return largest if others.size and float(others.max()) < 1e-7 * largest else 0.0
 
 
 def _not_finite(files: Sequence[str]) -> SourceError:

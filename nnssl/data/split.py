@@ -90,18 +90,16 @@ def make_splits(
     """Folds with `labeled` training cases each, and the others (at most `unlabeled`, if given) without label.
 
     val    validation cases of a single fold; None: nnU-Net's own five seeded folds, whose validation cases
-           stay what they are
+           stay what they are; of fewer than five cases each fold leaves one out
     first  choose in name order; else at random under `seed`, so that a smaller choice is part of a larger one
 
     Raises ValueError where the numbers or names cannot be had.
     """
     names = sorted(cases)
     if val is None:
-        if len(names) < NNUNET_FOLDS:
-            raise ValueError(
-                f"{len(names)} cases are too few for {NNUNET_FOLDS} folds. Name validation cases with --val."
-            )
-        folds = generate_crossval_split(names, seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)
+        if len(names) < 2:
+            raise ValueError(f"{len(names)} labeled case(s): a split needs two. Train with fold all.")
+        folds = generate_crossval_split(names, seed=NNUNET_SEED, n_splits=min(NNUNET_FOLDS, len(names)))
     else:
         if unknown := sorted(set(val) - set(names)):
             raise ValueError(

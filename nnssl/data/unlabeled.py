@@ -17,9 +17,11 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl.data.findings import raise_errors
 from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties, stale_reason
+from nnssl.data.names import inspect_unlabeled_names, unlabeled_files
 from nnssl.data.preprocess import bring_up_to_date
-from nnssl.data.raw import channel_files, num_channels, training_files
+from nnssl.data.raw import training_files
 
 
 def unlabeled_folder(preprocessed_dataset_folder: str) -> str:
@@ -33,44 +35,9 @@ def find_unlabeled_images(raw_dataset_folder: str, dataset_json: dict[str, Any])
     Raises ValueError naming the files: channels missing or too many, a name without channel number, a name
     that a labeled case has.
     """
-    folder = join(raw_dataset_folder, "imagesUn")
-    ending = dataset_json["file_ending"]
-    cases, odd = channel_files(folder, ending)
-    if odd:
-        raise ValueError(
-            f"{join(folder, odd[0])}: no channel number. Name files <case>_0000{ending}, as in imagesTr."
-        )
-    others = [name for name in os.listdir(folder) if not name.startswith(".")] if isdir(folder) else []
-    if others and not cases:
-        raise ValueError(
-            f"{join(folder, sorted(others)[0])}: expected names like <case>_0000{ending} (file_ending in "
-            f"dataset.json)."
-        )
-    training = training_files(raw_dataset_folder, dataset_json)
-    expected = list(range(num_channels(dataset_json)))
-    if len(expected) > 1 and training and len(next(iter(training.values()))[0]) == 1:
-        expected = [0]  # all channels in one file, e.g. RGB; their number is checked on reading
-    for case, files in cases.items():
-        if sorted(files) != expected:
-            found, wanted = (
-                [f"_{channel:04d}" for channel in channels] for channels in (sorted(files), expected)
-            )
-            raise ValueError(
-                f"{join(folder, case)}*: channels {', '.join(found)} found, {', '.join(wanted)} expected "
-                f"(channel_names in dataset.json). "
-                "Add or remove files so that they agree."
-            )
-        if case.endswith("_seg"):
-            raise ValueError(
-                f"{files[0]}: nnU-Net takes names that end in _seg for segmentations. Rename the case."
-            )
-    if collisions := sorted(cases.keys() & training.keys()):
-        raise ValueError(
-            f"{join(folder, collisions[0])}*: a labeled case in imagesTr has the same name "
-            f"({len(collisions)} such cases). "
-            "Rename the unlabeled scan, or remove it if it is the same image."
-        )
-    return {case: [files[channel] for channel in expected] for case, files in cases.items()}
+    raise_errors(inspect_unlabeled_names(raw_dataset_folder, dataset_json))
+    cases, _ = unlabeled_files(raw_dataset_folder, dataset_json)
+    return {case: [files[channel] for channel in sorted(files)] for case, files in cases.items()}
 
 
 def unlabeled_cases(

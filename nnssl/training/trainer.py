@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -20,6 +21,10 @@ from tqdm import tqdm
 
 from nnssl.batch import SemiBatch
 from nnssl.config import resolve
+from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
+from nnssl.data.findings import WARNING, listed, raise_errors
+from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
+from nnssl.data.labeled import undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.split import absent_classes, hidden_cases
 from nnssl.data.streams import (
@@ -76,6 +81,7 @@ class SemiTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         self.general, self.method_config = self._configs(plans)
+        raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
         for key in (
             "num_epochs",
@@ -128,6 +134,7 @@ class SemiTrainer(nnUNetTrainer):
         if self.was_initialized:
             raise RuntimeError("initialize() was called twice on the same trainer")
         self._refuse_unsupported()
+        raise_errors(inspect_preprocessed(self.preprocessed_dataset_folder))
         if self.general.seed is not None:
             seed_everything(self.general.seed + self.local_rank)
         self._set_batch_size_and_oversample()
@@ -287,20 +294,44 @@ class SemiTrainer(nnUNetTrainer):
         return axes
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's split, refused where it would train on hidden labels."""
+        """nnU-Net's split, refused where it is wrong or would train on hidden labels."""
+        known = preprocessed_cases(self.preprocessed_dataset_folder)
+        if self.fold != "all":
+            raise_errors(inspect_split(self._splits_file, known, only=int(self.fold)))
         self._hidden()
         return super().do_split()
 
     def _hidden(self) -> list[str]:
         """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
         known = set(preprocessed_cases(self.preprocessed_dataset_folder))
-        return hidden_cases(
-            os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json"), self.fold, known
+        return hidden_cases(self._splits_file, self.fold, known)
+
+    @property
+    def _splits_file(self) -> str:
+        return os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
+
+    def _inspect_scans(self) -> None:
+        """Warn of odd scans by name, refuse wrong ones; on the first rank, the others wait for its data."""
+        if self.local_rank != 0 or not nnUNet_raw.is_set():
+            return
+        findings = list(
+            inspect_scans_of_training(
+                os.path.join(nnUNet_raw, self.plans_manager.dataset_name),
+                self.preprocessed_dataset_folder_base,
+                self.dataset_json,
+                self.plans_manager.plans,
+                self.configuration_name,
+            )
         )
+        for finding in findings:
+            if finding.level == WARNING:
+                self.print_to_log_file(f"WARNING: {finding}")
+        raise_errors(findings)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         if self.method_class.needs_unlabeled:
+            self._inspect_scans()
             unlabeled = prepare_unlabeled(
                 self.plans_manager,
                 self.configuration_name,
@@ -341,10 +372,16 @@ class SemiTrainer(nnUNetTrainer):
             self._resumed = None
 
     def _check_classes(self) -> None:
-        cases, _ = self.do_split()
-        absent = absent_classes(
-            self.dataset_class(self.preprocessed_dataset_folder, list(cases)), list(cases), self.label_manager
-        )
+        cases, val = self.do_split()
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(cases))
+        declared = declared_labels(self.dataset_json)
+        if odd := undeclared_labels(dataset, sorted({*cases, *val}), declared):
+            shown = listed([f"{case} ({', '.join(map(str, values))})" for case, values in odd.items()])
+            raise RuntimeError(
+                f"label maps with values that dataset.json does not declare: {shown}; expected "
+                f"{sorted(declared)}. Correct the label maps or dataset.json, and preprocess anew"
+            )
+        absent = absent_classes(dataset, list(cases), self.label_manager)
         if absent:
             raise RuntimeError(
                 f"no labeled training case of fold {self.fold} contains {absent}: the network could never "

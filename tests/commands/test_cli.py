@@ -403,7 +403,7 @@ def test_check_tells_a_scan_without_label_from_one_that_was_taken_out(
     label.unlink()
     capsys.readouterr()
     _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres")
-    assert any("1 cases of imagesTr have no label (lab_02)" in line for line in lines["FAIL"])
+    assert any("lab_02.nii.gz: missing (case lab_02)" in line for line in lines["FAIL"])
     assert not any("not in imagesTr" in line for level in lines.values() for line in level)
     for folder in ("imagesTr", "labelsTr"):
         for file in (tiny.raw / folder).iterdir():

@@ -82,7 +82,7 @@ def test_damaged_file_is_named(tmp_path: Path, content: str) -> None:
 
 def test_the_place_of_a_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "splits.json").write_text('[{"train": [],\n "val" []}]')
-    with pytest.raises(ValueError, match=r"splits\.json: no valid JSON \(line 2, column 8"):
+    with pytest.raises(ValueError, match=r"splits\.json: not valid JSON \(line 2, column 8"):
         hidden_cases(str(tmp_path / "splits.json"), 0, [])
 
 
@@ -143,7 +143,7 @@ def test_unlabeled_limits_the_hidden_cases_and_leaves_the_rest_out() -> None:
         ((CASES, 1, None, ["case_01", "case_01"], True, 0), r"--val: a case is named twice"),
         ((CASES, 1, None, [], True, 0), r"--val: no case is named"),
         ((CASES, 1, None, CASES, True, 0), r"--labeled 1: fold 0 has 0 training cases"),
-        ((CASES[:4], 1, None, None, True, 0), r"4 cases are too few for 5 folds"),
+        ((CASES[:1], 1, None, None, True, 0), r"1 labeled case\(s\): a split needs two"),
     ],
 )
 def test_impossible_splits_are_refused(arguments: Any, message: str) -> None:

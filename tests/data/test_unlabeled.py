@@ -351,7 +351,7 @@ def test_several_processes_give_the_same_files_and_the_same_errors(tiny: Tiny) -
 
 def test_missing_channel_is_refused_before_any_work(tiny: Tiny) -> None:
     (tiny.raw / "imagesUn" / "scan_02_0001.nii.gz").unlink()
-    with pytest.raises(ValueError, match=r"scan_02\*: channels _0000 found, _0000, _0001 expected"):
+    with pytest.raises(ValueError, match=r"scan_02\*: channels _0000 found; expected _0000, _0001"):
         ensure(tiny)
     assert not tiny.unlabeled.exists()
 
@@ -379,7 +379,7 @@ def test_wrong_file_ending_is_an_error_and_not_an_empty_list(tiny: Tiny) -> None
     (tiny.raw / "imagesUn" / ".DS_Store").write_bytes(b"")
     assert find_unlabeled_images(str(tiny.raw), tiny.dataset_json) == {}
     (tiny.raw / "imagesUn" / "scan_00_0000.nrrd").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"scan_00_0000\.nrrd: expected names like <case>_0000\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"scan_00_0000\.nrrd; expected names like <case>_0000\.nii\.gz"):
         find_unlabeled_images(str(tiny.raw), tiny.dataset_json)
 
 

@@ -1,0 +1,308 @@
+"""One inspection of a dataset, for ``nnssl check``, ``nnssl plan-and-preprocess`` and the start of a
+training.
+
+`inspect_files` looks at dataset.json, names, plan and split, and opens no image; `inspect_contents` reads
+what has changed since the last time. Both yield findings and raise nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from os.path import isdir, isfile, join
+from typing import Any
+
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+from nnssl.config import resolve
+from nnssl.data.dataset_json import declared_labels, inspect_dataset_json, inspect_duplicate_keys
+from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
+from nnssl.data.labeled import old_files
+from nnssl.data.names import (
+    inspect_names,
+    inspect_spacing_files,
+    inspect_unlabeled_names,
+    missing_spacing_files,
+    unlabeled_files,
+)
+from nnssl.data.raw import num_channels, training_files
+from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
+from nnssl.files import read_json
+
+NNUNET_FOLDS = 5
+
+
+def inspect_files(
+    raw: str,
+    preprocessed: str,
+    plans_name: str = "nnUNetPlans",
+    sections: Mapping[str, type] | None = None,
+    planning: bool = False,
+) -> Iterator[Finding]:
+    """Everything that can be told without opening an image.
+
+    sections  configuration class of every method, to check the key ``nnssl`` of the plan
+    planning  a split that a training would miss may still be written, the copy of dataset.json renewed
+    """
+    sound = content = None
+    if isfile(join(raw, "dataset.json")):
+        findings, content = read_dataset_json(join(raw, "dataset.json"))
+        yield from findings
+        if not errors_of(findings):
+            sound = content
+            yield from inspect_names(raw, content)
+    if isfile(join(preprocessed, "dataset.json")) and not planning:
+        findings, copy = read_dataset_json(join(preprocessed, "dataset.json"))
+        if copy != content:  # the same errors need not be told twice
+            yield from findings
+    plans_file = join(preprocessed, plans_name + ".json")
+    if isfile(plans_file):
+        yield from inspect_plans(plans_file, sections or {})
+    cases = _labeled_names(raw, preprocessed, plans_file, sound)
+    if cases is not None:
+        yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning)
+
+
+def read_dataset_json(file: str) -> tuple[list[Finding], Any]:
+    """Findings about a dataset.json, and its content (None where it cannot be read)."""
+    try:
+        content = read_json(file)
+    except (ValueError, OSError, RecursionError) as error:
+        return [Finding(ERROR, "dataset.json", str(error))], None
+    return [*inspect_dataset_json(file, content), *inspect_duplicate_keys(file)], content
+
+
+def _labeled_names(
+    raw: str, preprocessed: str, plans_file: str, dataset_json: dict[str, Any] | None
+) -> list[str] | None:
+    """Labeled cases of the raw dataset, or else of what was preprocessed; None where neither is here."""
+    if dataset_json is not None and (cases := training_files(raw, dataset_json)):
+        return sorted(cases)
+    folder = join(preprocessed, "gt_segmentations")
+    file = join(preprocessed, "dataset.json")
+    if not (isdir(folder) and isfile(file)):
+        return None
+    findings, content = read_dataset_json(file)
+    if errors_of(findings):
+        return None
+    ending = content["file_ending"]
+    return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+
+
+def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Finding]:
+    """The keys of a plans file that every command needs, and its section ``nnssl``."""
+    try:
+        plans = read_json(plans_file)
+    except (ValueError, OSError, RecursionError) as error:
+        yield Finding(ERROR, "plan", str(error))
+        return
+    wanted = {"dataset_name": str, "image_reader_writer": str, "configurations": dict}
+    if not isinstance(plans, dict):
+        yield Finding(ERROR, plans_file, f"holds {type(plans).__name__}", "the plan that nnU-Net wrote")
+        return
+    for key, kind in wanted.items():
+        if not isinstance(plans.get(key), kind):
+            found = f"is {plans[key]!r}"[:100] if key in plans else "absent"
+            yield Finding(
+                ERROR,
+                f"{plans_file}, key {key}",
+                found,
+                "the plan that nnU-Net wrote",
+                "Plan anew with `nnssl plan-and-preprocess --replan`",
+            )
+    yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
+
+
+def _section(place: str, section: Any, methods: Mapping[str, type]) -> Iterator[Finding]:
+    """The general keys, and the section of every method."""
+    if methods and isinstance(section, dict):
+        unknown = [key for key, value in section.items() if key not in methods and isinstance(value, dict)]
+        for key in unknown:
+            near = difflib.get_close_matches(key, methods, 1)
+            remedy = f"Is {near[0]} meant?" if near else "If it is a method of your own, all is well"
+            yield Finding(WARNING, f"{place}.{key}", "no method of this library", remedy=remedy)
+        section = {key: value for key, value in section.items() if key not in unknown}
+    messages = set()
+    for name in [None, *(name for name in methods if isinstance(section, dict) and name in section)]:
+        try:
+            resolve(section, name, methods[name] if name else None, set(methods))
+        except ValueError as error:
+            messages.add(str(error))
+    for message in sorted(messages):
+        yield Finding(ERROR, place, message)
+
+
+def inspect_split(
+    splits_file: str, cases: Collection[str], planning: bool = False, only: int | None = None
+) -> Iterator[Finding]:
+    """splits_final.json against the labeled cases; without the file nnU-Net makes five folds, if it can.
+
+    only  the fold to look at; None: all
+    """
+    known = set(cases)
+    if not isfile(splits_file):
+        if 0 < len(known) < NNUNET_FOLDS:
+            yield few_cases(splits_file, len(known), WARNING if planning else ERROR)
+        return
+    expected = "a list of folds {train: [case, ...], val: [...], unlabeled: [...] (optional)}"
+    try:
+        folds = read_json(splits_file)
+    except (ValueError, OSError, RecursionError) as error:
+        yield Finding(ERROR, "split", str(error))
+        return
+    if not isinstance(folds, list) or not folds:
+        yield Finding(ERROR, splits_file, f"holds {type(folds).__name__}", expected, "Repair or remove it")
+        return
+    for index, fold in enumerate(folds):
+        if only not in (None, index):
+            continue
+        place = f"{splits_file}, fold {index}"
+        if not isinstance(fold, dict):
+            yield Finding(ERROR, place, f"is {type(fold).__name__}", expected, "Repair or remove the file")
+            continue
+        wrong = False
+        for key in ("train", "val", "unlabeled"):
+            names = fold.get(key, [] if key == "unlabeled" else None)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                wrong = True
+                found = "absent" if key not in fold else f"is {names!r}"[:100]
+                yield Finding(ERROR, f"{place}, key {key}", found, "a list of case names", "Repair it")
+            elif not names and key != "unlabeled":
+                yield Finding(ERROR, f"{place}, key {key}", "empty", "at least one case", "Add one")
+            else:
+                yield from _names_of_fold(f"{place}, key {key}", names, known)
+        if not wrong:
+            yield from _overlaps(place, fold)
+
+
+def few_cases(splits_file: str, number: int, level: str = ERROR) -> Finding:
+    """Too few labeled cases for nnU-Net's automatic split."""
+    several = (
+        f"`nnssl split -d ID --labeled {number - 1}` leaves one out per fold, "
+        "`nnssl split --val` names validation cases, "
+        if number > 1
+        else ""
+    )
+    return Finding(
+        level,
+        splits_file,
+        f"absent, and {number} labeled cases are too few for the {NNUNET_FOLDS} folds that nnU-Net makes",
+        "a split, or a training on all cases",
+        f"{several}fold all trains on every case",
+    )
+
+
+def _names_of_fold(place: str, names: list[str], known: set[str]) -> Iterator[Finding]:
+    if unknown := sorted(set(names) - known):
+        yield Finding(
+            ERROR,
+            place,
+            f"{listed(unknown)}: no labeled case",
+            "names of imagesTr",
+            "Remove from the list, or add to imagesTr (scans in imagesUn are always used and never listed)",
+        )
+    if doubled := sorted(
+        {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    ):
+        yield Finding(WARNING, place, f"{listed(doubled)} twice", "every case once", "Remove one of them")
+
+
+def _overlaps(place: str, fold: Mapping[str, list[str]]) -> Iterator[Finding]:
+    hidden = set(fold.get("unlabeled", []))
+    for key in ("train", "val"):
+        if both := sorted(hidden & set(fold[key])):
+            yield Finding(
+                ERROR, place, f"{listed(both)} in unlabeled and in {key}", remedy="Remove from one of the two"
+            )
+    if both := sorted(set(fold["train"]) & set(fold["val"])):
+        yield Finding(
+            WARNING,
+            place,
+            f"{listed(both)} in train and in val: the validation is not on unseen cases",
+            remedy="Remove from one of the two unless that is meant",
+        )
+
+
+def inspect_preprocessed(folder: str) -> Iterator[Finding]:
+    """Files that an older nnU-Net left among the preprocessed cases: nnU-Net reads one kind only."""
+    if old := [name for name in old_files(folder) if not name.endswith(".pkl")]:
+        mixed = any(name.endswith(".b2nd") for name in os.listdir(folder))
+        yield Finding(
+            ERROR if mixed else WARNING,
+            folder,
+            f"{len(old)} files of an nnU-Net before 2.6 ({old[0]}, ...)" + " among newer ones" * mixed,
+            ".b2nd files alone",
+            "`nnssl plan-and-preprocess` sets them aside and preprocesses anew",
+        )
+
+
+def inspect_contents(
+    raw: str,
+    preprocessed: str,
+    dataset_json: dict[str, Any],
+    plans: Mapping[str, Any] | None = None,
+    configuration: str | None = None,
+    with_labels: bool = True,
+    num_processes: int | None = None,
+    progress: Callable[[Any], Any] = iter,
+) -> Iterator[Finding]:
+    """Images and label maps themselves: each is read once and its statistics are kept in `preprocessed`.
+
+    plans        the plan, where there is one: its reader, and the normalization of `configuration`
+    with_labels  open label maps; a training leaves them alone
+    """
+    training = training_files(raw, dataset_json)
+    unlabeled, _ = unlabeled_files(raw, dataset_json)
+    scans = [Scan(name, "imagesTr", tuple(images)) for name, (images, _) in training.items()]
+    scans += [
+        Scan(name, "imagesUn", tuple(files[channel] for channel in sorted(files)))
+        for name, files in unlabeled.items()
+    ]
+    if with_labels:
+        scans += [Scan(name, "labelsTr", (label,)) for name, (_, label) in training.items()]
+    scans = [scan for scan in scans if all(isfile(file) for file in scan.files)]
+    if not scans:
+        return
+    reader = (plans or {}).get("image_reader_writer") or _reader(dataset_json, scans[0].files[0])
+    if reader == "Tiff3DIO":
+        yield from missing_spacing_files(raw, dataset_json)
+    measured = measure(scans, reader, num_channels(dataset_json), preprocessed, num_processes, progress)
+    schemes = _schemes(plans, configuration)
+    yield from inspect_scans(measured, schemes)
+    if with_labels:
+        yield from inspect_labels(measured, declared_labels(dataset_json))
+
+
+def inspect_scans_of_training(
+    raw: str, preprocessed: str, dataset_json: dict[str, Any], plans: Mapping[str, Any], configuration: str
+) -> Iterator[Finding]:
+    """What a training asks of the raw dataset: its unlabeled scans. The labeled images serve to compare; what
+    is wrong with them is a warning, for they are preprocessed already. No label map is opened."""
+    if not isdir(join(raw, "imagesUn")):
+        return
+    yield from inspect_unlabeled_names(raw, dataset_json)
+    yield from inspect_spacing_files(raw, dataset_json)
+    labeled = {file for images, _ in training_files(raw, dataset_json).values() for file in images}
+    for finding in inspect_contents(raw, preprocessed, dataset_json, plans, configuration, with_labels=False):
+        about_labeled = finding.level == ERROR and any(file in finding.place for file in labeled)
+        yield replace(finding, level=WARNING) if about_labeled else finding
+
+
+def _reader(dataset_json: dict[str, Any], example: str) -> str:
+    return str(determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False).__name__)
+
+
+def _schemes(plans: Mapping[str, Any] | None, configuration: str | None) -> list[str]:
+    """Normalization of the channels by the plan."""
+    configurations = (plans or {}).get("configurations", {})
+    chosen = [configuration] if configuration in configurations else list(configurations)
+    return next(
+        (
+            configurations[c]["normalization_schemes"]
+            for c in chosen
+            if "normalization_schemes" in configurations[c]
+        ),
+        [],
+    )

@@ -1,0 +1,330 @@
+"""Statistics of scans and label maps, each file read once and kept, and scans unlike the labeled ones.
+
+The statistics stand in ``nnssl_inspection.json`` of the preprocessed dataset, under the stamps of the files
+(size, time of change): what has not changed is not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import basename, isfile, join
+from typing import Any
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+
+from nnssl.data.findings import ERROR, WARNING, Finding, listed
+from nnssl.data.parallel import unordered, usable_cores
+from nnssl.data.raw import LABEL_REMEDY, CheckedPlans, SourceError, label_problem
+from nnssl.files import read_json, write_text
+
+FILE = "nnssl_inspection.json"
+FORMAT = 1
+SAMPLED = 1_000_000  # voxels per channel
+DISTINCT = 1000  # values are counted up to here
+SECONDS_BETWEEN_WRITES = 60
+PER_PROCESS = 8  # starting a process costs more than reading a few files
+
+SPACING, EXTENT, INTENSITIES, VALUES = 2.0, 2.0, 10.0, 3.0  # factors beyond the labeled cases
+SATURATED = 0.05  # share of voxels at the maximum, among those above the minimum
+Statistics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Files of one case that give one image, or its label map (origin labelsTr)."""
+
+    name: str
+    origin: str  # imagesTr | labelsTr | imagesUn
+    files: tuple[str, ...]
+
+
+def measure(
+    scans: Sequence[Scan],
+    reader: str,
+    channels: int,
+    folder: str,
+    num_processes: int | None = None,
+    progress: Callable[[Any], Any] = iter,
+) -> dict[Scan, Statistics]:
+    """Statistics of every scan, from those kept in `folder` where its files have not changed.
+
+    A scan that cannot be read has the key ``error`` alone, and is tried again next time.
+    """
+    file = join(folder, FILE)
+    kept, origins = _read_kept(file), {scan.origin for scan in scans}
+    others = {key: value for key, value in kept.items() if key.partition("/")[0] not in origins}
+    keys = {scan: f"{scan.origin}/{scan.name}" for scan in scans}
+    stamps = {scan: [reader, channels, *map(_stamp, scan.files)] for scan in scans}
+    known = {scan: kept[key] for scan, key in keys.items() if kept.get(key, {}).get("stamps") == stamps[scan]}
+    jobs = [(scan, reader, channels) for scan in scans if scan not in known]
+    workers = min(num_processes or min(default_num_processes, usable_cores()), 1 + len(jobs) // PER_PROCESS)
+    written = time.monotonic()
+    for scan, statistics in progress(unordered(_measure, jobs, workers)):
+        known[scan] = {**statistics, "stamps": stamps[scan]}
+        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+            _keep(others, known, keys, file)
+            written = time.monotonic()
+    if jobs or len(kept) != len(others) + len(known):
+        _keep(others, known, keys, file)
+    return {scan: known[scan] for scan in scans}
+
+
+def _read_kept(file: str) -> dict[str, Statistics]:
+    """What earlier inspections wrote; a damaged file costs the time of measuring again."""
+    try:
+        content = read_json(file) if isfile(file) else {}
+        return dict(content["cases"]) if content.get("format") == FORMAT else {}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def _keep(
+    others: Mapping[str, Statistics], known: Mapping[Scan, Statistics], keys: Mapping[Scan, str], file: str
+) -> None:
+    cases = {**others, **{keys[scan]: v for scan, v in known.items() if "error" not in v}}
+    with contextlib.suppress(OSError):  # read-only: measured anew next time
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        write_text(json.dumps({"format": FORMAT, "cases": cases}), file)
+
+
+def _stamp(file: str) -> list[Any]:
+    stat = os.stat(file)
+    return [basename(file), stat.st_size, stat.st_mtime_ns]
+
+
+def _measure(scan: Scan, reader: str, channels: int) -> tuple[Scan, Statistics]:
+    images = () if scan.origin == "labelsTr" else scan.files
+    plans = CheckedPlans({"image_reader_writer": reader}, images, channels, strict=scan.origin == "imagesUn")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # some readers print
+            if scan.origin == "labelsTr":
+                return scan, label_statistics(*plans.image_reader_writer_class().read_seg(scan.files[0]))
+            return scan, image_statistics(*plans.image_reader_writer_class().read_images(list(scan.files)))
+    except SourceError as error:
+        return scan, {"error": str(error)}
+    except Exception as error:  # a reader may raise anything
+        return scan, {"error": f"{', '.join(scan.files)}: cannot be read ({type(error).__name__}: {error})"}
+
+
+def image_statistics(image: np.ndarray, properties: Mapping[str, Any]) -> Statistics:
+    """Of an image (C, z, y, x): grid, hash of the voxels, and per channel what describes its intensities."""
+    return {**_grid(image, properties), "hash": _hash(image), "channels": [_channel(c) for c in image]}
+
+
+def label_statistics(label: np.ndarray, properties: Mapping[str, Any]) -> Statistics:
+    """Of a label map (1, z, y, x): grid and the values that occur (at most 1000)."""
+    return {**_grid(label, properties), "values": [float(v) for v in np.unique(label)[:DISTINCT]]}
+
+
+def _grid(array: np.ndarray, properties: Mapping[str, Any]) -> Statistics:
+    placed = properties.get("sitk_stuff", properties.get("nibabel_stuff", {}))
+    position = [placed[key] for key in ("origin", "direction", "original_affine") if key in placed]
+    return {
+        "shape": [int(n) for n in array.shape[1:]],
+        "spacing": [float(s) for s in properties["spacing"]],
+        "position": [float(v) for part in position for v in np.ravel(part)],
+    }
+
+
+def _hash(array: np.ndarray) -> str:
+    content = hashlib.blake2b(repr(array.shape).encode(), digest_size=16)
+    for channel in array:
+        content.update(np.ascontiguousarray(channel, np.float32).data)
+    return content.hexdigest()
+
+
+def _channel(channel: np.ndarray) -> dict[str, float]:
+    flat = channel.ravel()
+    lowest, highest = float(flat.min()), float(flat.max())
+    sample = flat[:: max(1, flat.size // SAMPLED)].astype(np.float64)
+    low, median, high = (float(q) for q in np.percentile(sample, (0.5, 50, 99.5)))
+    above = np.count_nonzero(sample > lowest)
+    return {
+        "min": lowest,
+        "low": low,
+        "median": median,
+        "high": high,
+        "max": highest,
+        "distinct": int(min(np.unique(sample).size, DISTINCT)),
+        "at_max": float(np.count_nonzero(sample == highest) / above) if above else 0.0,
+    }
+
+
+# what the statistics tell
+
+
+def inspect_scans(measured: Mapping[Scan, Statistics], schemes: Sequence[str] = ()) -> Iterator[Finding]:
+    """Files that cannot be used, scans that are there twice, and unlabeled scans unlike the labeled ones.
+
+    schemes  normalization schemes of the plan, one per channel, where there is one
+    """
+    for scan, statistics in measured.items():
+        if "error" in statistics:
+            yield Finding(ERROR, scan.files[0], statistics["error"].removeprefix(f"{scan.files[0]}: "))
+    images = {s: v for s, v in measured.items() if s.origin != "labelsTr" and "error" not in v}
+    yield from _constant(images)
+    yield from _twice(images)
+    labeled = [v for s, v in images.items() if s.origin == "imagesTr"]
+    for scan, statistics in images.items():
+        if scan.origin == "imagesUn" and labeled and (reasons := unlike(statistics, labeled, schemes)):
+            yield Finding(
+                WARNING,
+                scan.files[0],
+                f"unlike the labeled scans: {'; '.join(reasons)}",
+                remedy="Correct or remove the scan unless it is meant to be there",
+            )
+
+
+def _constant(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
+    for scan, statistics in images.items():
+        constant = [i for i, c in enumerate(statistics["channels"]) if c["min"] == c["max"]]
+        if len(constant) == len(statistics["channels"]):
+            yield Finding(ERROR, scan.files[0], "all voxels have the same value", remedy="Remove the scan")
+        elif constant:
+            names = ", ".join(map(str, constant))
+            yield Finding(WARNING, scan.files[0], f"channel {names}: all voxels have the same value")
+
+
+def _twice(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
+    first: dict[str, Scan] = {}
+    for scan in sorted(images, key=lambda scan: scan.origin):  # labeled before unlabeled
+        other = first.setdefault(images[scan]["hash"], scan)
+        if other is scan:
+            continue
+        what = "labeled scan" if other.origin == "imagesTr" else "scan"
+        yield Finding(
+            WARNING,
+            scan.files[0],
+            f"the same image as the {what} {other.name} ({other.origin})",
+            remedy="Remove one of them: a validation case among the unlabeled scans is not unseen"
+            if other.origin != scan.origin
+            else "Remove one of them",
+        )
+
+
+def unlike(statistics: Statistics, labeled: Sequence[Statistics], schemes: Sequence[str] = ()) -> list[str]:
+    """How a scan differs from all labeled ones; empty where it is like them."""
+    reasons = list(_geometry(statistics, labeled))
+    several = len(statistics["channels"]) > 1
+    for index, channel in enumerate(statistics["channels"]):
+        others = [v["channels"][index] for v in labeled if index < len(v["channels"])]
+        scheme = schemes[index] if index < len(schemes) else ""
+        prefix = f"channel {index}: " if several else ""
+        reasons += [prefix + reason for reason in _intensities(channel, others, scheme)] if others else []
+    return reasons
+
+
+def _geometry(statistics: Statistics, labeled: Sequence[Statistics]) -> Iterator[str]:
+    if any(len(v["shape"]) != len(statistics["shape"]) for v in labeled):
+        yield f"{len(statistics['shape'])} dimensions"
+        return
+    shape, spacing = np.array(statistics["shape"]), np.array(statistics["spacing"])
+    shapes, spacings = (np.array([v[key] for v in labeled]) for key in ("shape", "spacing"))
+    flat = (shape == 1) & (shapes.min(0) > 1)
+    if flat.any():
+        yield f"a single slice (shape {_numbers(shape)}; labeled {_range(shapes)}): a scout or localizer?"
+    if _beyond(spacing, spacings, SPACING).any():
+        ratio = float(np.median(np.median(spacings, 0) / spacing))
+        units = {1000: "metres", 10: "centimetres", 0.001: "micrometres"}
+        guess = next((f": in {unit}?" for f, unit in units.items() if 0.5 < ratio / f < 2), "")
+        yield f"spacing {_numbers(spacing)} (labeled {_range(spacings)}){guess}"
+    extents = shapes * spacings
+    if not flat.any() and _beyond(shape * spacing, extents, EXTENT).any():
+        yield f"field of view {_numbers(shape * spacing)} mm (labeled {_range(extents)})"
+
+
+def _beyond(values: np.ndarray, others: np.ndarray, factor: float) -> np.ndarray:
+    return (values < others.min(0) / factor) | (values > others.max(0) * factor)
+
+
+def _intensities(
+    channel: Mapping[str, float], labeled: Sequence[Mapping[str, float]], scheme: str
+) -> Iterator[str]:
+    if channel["min"] == channel["max"]:
+        return
+    low, high = min(c["low"] for c in labeled), max(c["high"] for c in labeled)
+    widths = [c["high"] - c["low"] for c in labeled]
+    width, wide = channel["high"] - channel["low"], max(*widths, high - low)
+    described = f"intensities {channel['low']:.4g} to {channel['high']:.4g} (labeled {low:.4g} to {high:.4g})"
+    absolute = scheme in ("CTNormalization", "NoNormalization", "RGBTo01Normalization")
+    factor = INTENSITIES / 4 if absolute else INTENSITIES
+    below_zero, usually = _below_zero(channel), [_below_zero(c) for c in labeled]
+    negative = below_zero > max(0.1, VALUES * max(usually))
+    positive = min(usually) > max(0.1, VALUES * below_zero)
+    outside = channel["low"] > high or channel["high"] < low
+    if negative or positive or outside or width > factor * wide or width < min(widths) / factor:
+        yield described + ": another modality or unit?" * (negative or positive)
+    extreme = max(channel["max"] - channel["high"], channel["low"] - channel["min"])
+    usual = max(max(c["max"] - c["high"], c["low"] - c["min"]) for c in labeled)
+    if extreme > 100 * max(width, usual):
+        yield f"extreme values, {channel['min']:.4g} to {channel['max']:.4g}"
+    if channel["at_max"] > max(SATURATED, VALUES * max(c["at_max"] for c in labeled)):
+        yield f"saturated, {channel['at_max']:.0%} of the voxels have the highest value"
+    fewest = min(c["distinct"] for c in labeled)
+    if channel["distinct"] < fewest / VALUES:
+        few = ": a label map?" if channel["distinct"] <= 20 else ""
+        yield f"{channel['distinct']:.0f} distinct values (labeled at least {fewest:.0f}){few}"
+
+
+def _below_zero(channel: Mapping[str, float]) -> float:
+    """Share of the range of intensities that lies below zero: a third or more in CT, none in MR."""
+    width = channel["high"] - channel["low"]
+    return min(1.0, max(0.0, -channel["low"] / width)) if width > 0 else float(channel["low"] < 0)
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = values.min(0), values.max(0)
+    return _numbers(low) if np.allclose(low, high) else f"{_numbers(low)} to {_numbers(high)}"
+
+
+def inspect_labels(measured: Mapping[Scan, Statistics], declared: set[int]) -> Iterator[Finding]:
+    """Label maps against dataset.json and against their images."""
+    images = {s.name: v for s, v in measured.items() if s.origin == "imagesTr" and "error" not in v}
+    for scan, statistics in measured.items():
+        if scan.origin != "labelsTr" or "error" in statistics:
+            continue
+        file = scan.files[0]
+        if problem := label_problem(statistics["values"], declared):
+            yield Finding(ERROR, file, problem, _declared(declared), LABEL_REMEDY)
+        elif statistics["values"] == [0.0]:
+            yield Finding(WARNING, file, "empty: all voxels are background")
+        image = images.get(scan.name)
+        if image and image["shape"] != statistics["shape"]:
+            yield Finding(
+                ERROR,
+                file,
+                f"shape {_numbers(np.array(statistics['shape']))}",
+                f"{_numbers(np.array(image['shape']))}, that of the image",
+                "Resample the label map onto the grid of its image",
+            )
+        elif (
+            image
+            and image["position"]
+            and not all(_close(image[key], statistics[key]) for key in ("spacing", "position"))
+        ):
+            yield Finding(
+                WARNING,
+                file,
+                "spacing, origin or direction are not those of the image",
+                remedy="nnU-Net ignores those of the label map; make sure that both lie on one grid",
+            )
+
+
+def _declared(declared: set[int]) -> str:
+    return f"{listed([str(v) for v in sorted(declared)])} (labels in dataset.json)"
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) != len(b) or bool(np.allclose(a, b, rtol=1e-3, atol=1e-3))

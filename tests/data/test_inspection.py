@@ -1,0 +1,652 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import tifffile
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.data.dataset_json import inspect_dataset_json
+from nnssl.data.findings import Finding, listed, raise_errors
+from nnssl.data.inspection import (
+    inspect_contents,
+    inspect_files,
+    inspect_plans,
+    inspect_preprocessed,
+    inspect_scans_of_training,
+    inspect_split,
+    read_dataset_json,
+)
+from nnssl.data.labeled import ensure_labeled, undeclared_labels
+from nnssl.data.names import inspect_names
+from nnssl.data.scans import FILE, label_statistics, unlike
+from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
+from nnssl.methods.fixmatch import FixMatchConfig
+from tests.raw_dataset import SHAPE, SPACING, Tiny, planned_dataset, write_case, write_image
+
+SOUND = {
+    "channel_names": {"0": "MR", "1": "CT"},
+    "labels": {"background": 0, "a": 1, "b": 2},
+    "numTraining": 6,
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    return planned_dataset(tmp_path, monkeypatch)
+
+
+def lines(findings: Iterable[Finding], level: str) -> list[str]:
+    return [str(finding) for finding in findings if finding.level == level]
+
+
+def files(tiny: Tiny) -> list[Finding]:
+    return list(inspect_files(str(tiny.raw), str(tiny.preprocessed)))
+
+
+def contents(tiny: Tiny, **options: Any) -> list[Finding]:
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    return list(inspect_contents(str(tiny.raw), str(tiny.preprocessed), tiny.dataset_json, plans, **options))
+
+
+def read(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_a_sound_dataset_has_no_finding(tiny: Tiny) -> None:
+    assert files(tiny) == []
+    assert contents(tiny) == []
+
+
+def test_every_error_stands_on_its_own_line() -> None:
+    one, two = Finding("error", "a\nb", "bad", "good", "Mend it"), Finding("error", "c", "bad")
+    assert str(one) == "a\\nb: bad; expected good. Mend it"
+    raise_errors([Finding("warning", "x", "odd")])
+    with pytest.raises(ValueError, match=r"^c: bad$"):
+        raise_errors([two])
+    with pytest.raises(ValueError, match=r"2 errors:\n  - a\\nb: bad.*\n  - c: bad"):
+        raise_errors([one, two])
+    assert listed(["a", "b", "c"], 2) == "a, b and 1 more"
+
+
+# dataset.json
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"0": "background", "1": "a"}}, "key labels: turned round"),
+        ({"labels": {"background": 0, "a": 1, "b": 3}}, "key labels: values 0, 1, 3; expected 0, 1, 2"),
+        ({"labels": {"background": 1, "a": 2}}, "background is 1"),
+        ({"labels": {"a": 1}}, "no background"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "key regions_class_order: absent"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1]},
+            r"regions_class_order: is \[1\]; expected a list of 2 labels, one per region \(whole, core\)",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 7]},
+            "regions_class_order: names 7",
+        ),
+        ({"labels": {"background": 0, "ignore": 1, "a": 2}}, "labels.ignore: is 1; expected one above all"),
+        ({"labels": {"background": 0, "a": 1, "ignore": [2, 3]}}, "labels.ignore: is"),
+        ({"labels": {"background": 0, "a": "1"}}, "labels.a: is '1'; expected an integer"),
+        ({"labels": {"background": 0, "a": True}}, "labels.a: is True"),
+        ({"labels": {"background": 0, "a": []}}, r"labels.a: is \[\]"),
+        ({"labels": []}, r"key labels: is \[\]"),
+        ({"labels": None}, "key labels: is None"),
+        ({"channel_names": {"MR": 0}}, "key channel_names: turned round"),
+        ({"channel_names": {"MR": "0", "CT": "1"}}, "key channel_names: turned round"),
+        ({"channel_names": {"1": "MR", "0": "CT"}}, "key channel_names: keys 1, 0; expected 0, 1"),
+        ({"channel_names": ["MR"]}, "key channel_names: is"),
+        ({"channel_names": {"0": 3}}, "key channel_names: 0: 3; expected a name"),
+        ({"numTraining": "6"}, "key numTraining: is '6'"),
+        ({"numTraining": True}, "key numTraining: is True"),
+        ({"file_ending": "nii.gz"}, "key file_ending: is 'nii.gz'"),
+        ({"file_ending": ".dcm"}, "key file_ending: no reader for .dcm; expected one of"),
+        ({"file_ending": None}, "key file_ending: is None"),
+        ({"overwrite_image_reader_writer": "NoIO"}, "overwrite_image_reader_writer: is NoIO"),
+        ({"overwrite_image_reader_writer": 3}, "overwrite_image_reader_writer: is 3"),
+        ({"dataset": ["a"]}, "key dataset: holds list"),
+        ({"dataset": {"a": {"images": "a.nii.gz", "label": "b.nii.gz"}}}, "key dataset.a: is"),
+        ({"dataset": {"a": None}}, "key dataset.a: is None"),
+        ({"dataset": {"../a": {"images": ["a.nii.gz"], "label": "b"}}}, r"the case is named '\.\./a'"),
+        ({"dataset": {"a_seg": {"images": ["a.nii.gz"], "label": "b"}}}, "the case is named a_seg"),
+        ({"dataset": {"a": {"images": ["../../a"], "label": "b"}}}, r"\.\./\.\./a leaves nnUNet_raw"),
+    ],
+)
+def test_dataset_json_is_refused_with_key_and_expectation(change: dict[str, Any], message: str) -> None:
+    errors = lines(inspect_dataset_json("/d/dataset.json", {**SOUND, **change}), "error")
+    assert len(errors) == 1 and errors[0].startswith("/d/dataset.json")
+    assert re.search(message, errors[0])
+
+
+@pytest.mark.parametrize("key", sorted(SOUND))
+def test_absent_keys_of_dataset_json_are_named(key: str) -> None:
+    content = {k: v for k, v in SOUND.items() if k != key}
+    (error,) = lines(inspect_dataset_json("dataset.json", content), "error")
+    assert f"key {key}: absent" in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]},
+        {"labels": {"background": 0, "a": 1, "ignore": 2}},
+        {"overwrite_image_reader_writer": "NibabelIOWithReorient", "reference": "x"},
+        {"dataset": {"a": {"images": ["../Dataset001_A/imagesTr/a.nii.gz", "/b"], "label": "c"}}},
+    ],
+)
+def test_what_nnunet_allows_in_dataset_json_is_allowed(change: dict[str, Any]) -> None:
+    assert list(inspect_dataset_json("dataset.json", {**SOUND, **change})) == []
+
+
+def test_odd_but_valid_dataset_json_is_a_warning() -> None:
+    odd = {**SOUND, "region_class_order": [1], "labels": {"background": 0, "a": 1, "b": 1}}
+    warnings = lines(inspect_dataset_json("dataset.json", odd), "warning")
+    assert "key region_class_order: nnU-Net ignores it. Is regions_class_order meant?" in warnings[0]
+    assert "a, b all have the value 1" in warnings[1]
+
+
+def test_the_format_of_nnunet_v1_is_recognised() -> None:
+    v1 = {"modality": {"0": "MR"}, "labels": {"0": "background", "1": "a"}, "numTraining": 6, "training": []}
+    (error,) = lines(inspect_dataset_json("dataset.json", v1), "error")
+    assert "format of nnU-Net v1" in error and "nnUNetv2_convert_old_nnUNet_dataset" in error
+
+
+@pytest.mark.parametrize("content", ["{half", "[1]", '"text"', "[" * 100_000])
+def test_dataset_json_that_is_no_object_is_one_finding(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    (error,) = lines(read_dataset_json(str(tmp_path / "dataset.json"))[0], "error")
+    assert error
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    text = json.dumps(SOUND).replace('"a": 1', '"a": 1, "a": 1')
+    (tmp_path / "dataset.json").write_text(text)
+    (error,) = lines(read_dataset_json(str(tmp_path / "dataset.json"))[0], "error")
+    assert "key a: stands twice" in error
+
+
+# names
+
+
+def names(tiny: Tiny, level: str) -> str:
+    return "\n".join(lines(inspect_names(str(tiny.raw), tiny.dataset_json), level))
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesUn"])
+def test_a_case_named_like_a_segmentation_is_refused_in_both_folders(tiny: Tiny, folder: str) -> None:
+    write_case(tiny.raw / folder, "p1_seg", 1, tiny.raw / "labelsTr" if folder == "imagesTr" else None)
+    assert f"{folder}/p1_seg*: the case is named p1_seg" in names(tiny, "error")
+
+
+def test_files_that_nobody_takes_are_named(tiny: Tiny) -> None:
+    folder = tiny.raw / "imagesUn"
+    for name in ("scan_10_0000.nii", "scan_14_0000.nrrd", "scan_15_0000.NII.GZ"):
+        (folder / name).write_bytes(b"")
+    (folder / "patient1").mkdir()
+    (folder / "scan_16_0000.nii.gz").symlink_to(tiny.raw / "absent")
+    (tiny.raw / "labelsTr" / "lab_99.nii.gz").write_bytes(b"")
+    warnings = names(tiny, "warning")
+    for name in ("scan_10_0000.nii", "scan_14_0000.nrrd", "scan_15_0000.NII.GZ", "patient1 (folder)"):
+        assert name in warnings
+    assert "scan_16_0000.nii.gz (dangling link)" in warnings
+    assert "labelsTr: not taken: lab_99.nii.gz" in warnings
+    assert names(tiny, "error") == ""
+    assert sorted(find_unlabeled_images(str(tiny.raw), tiny.dataset_json)) == [
+        "scan_00",
+        "scan_01",
+        "scan_02",
+    ]
+
+
+@pytest.mark.parametrize("name", ["imagesUN", "imagesUnlabeled", "unlabeled", "imageUn", "images_un"])
+def test_a_folder_of_nearly_the_right_name_is_pointed_out(tiny: Tiny, name: str) -> None:
+    (tiny.raw / "imagesUn").rename(tiny.raw / "aside")
+    (tiny.raw / "aside").rename(tiny.raw / name)
+    (tiny.raw / "imagesTs").mkdir()
+    (warning,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "warning")
+    assert warning.startswith(f"{tiny.raw / name}: a folder that is not read. Is imagesUn meant?")
+
+
+def test_missing_labels_channels_and_odd_names_are_told_together(tiny: Tiny) -> None:
+    (tiny.raw / "labelsTr" / "lab_02.nii.gz").unlink()
+    (tiny.raw / "imagesTr" / "lab_03_0001.nii.gz").unlink()
+    (tiny.raw / "imagesTr" / "without.nii.gz").write_bytes(b"")
+    (tiny.raw / "imagesUn" / "scan_00_0001.nii.gz").unlink()
+    write_case(tiny.raw / "imagesUn", "lab_01", 1)
+    errors = names(tiny, "error")
+    assert "lab_02.nii.gz: missing (case lab_02). Add it, or move the scan into imagesUn" in errors
+    assert "lab_03*: channels _0000 found; expected _0000, _0001" in errors
+    assert "without.nii.gz: no channel number; expected <case>_0000.nii.gz" in errors
+    assert "scan_00*: channels _0000 found" in errors
+    assert "lab_01*: a labeled case in imagesTr has the same name" in errors
+
+
+def test_number_of_labeled_cases_and_capitals_are_warned_about(tiny: Tiny) -> None:
+    write_case(tiny.raw / "imagesUn", "LAB_00", 0)
+    content = {**tiny.dataset_json, "numTraining": 9}
+    warnings = "\n".join(lines(inspect_names(str(tiny.raw), content), "warning"))
+    assert "key numTraining: is 9; expected 6" in warnings
+    assert "cases LAB_00, lab_00 differ in capitals only" in warnings
+
+
+def test_entries_of_the_key_dataset_are_looked_for(tiny: Tiny) -> None:
+    images = [f"imagesTr/lab_00_{channel:04d}.nii.gz" for channel in (0, 1)]
+    entries = {"a": {"images": images, "label": "labelsTr/lab_00.nii.gz"}}
+    content = {**tiny.dataset_json, "numTraining": 2, "dataset": entries}
+    assert lines(inspect_names(str(tiny.raw), content), "error") == []
+    content["dataset"]["b"] = {"images": images, "label": "gone.nii.gz"}
+    (error,) = lines(inspect_names(str(tiny.raw), content), "error")
+    assert "gone.nii.gz: missing (case b)" in error
+
+
+# TIFF
+
+
+@pytest.fixture
+def tiff(tiny: Tiny) -> Tiny:
+    for folder in ("imagesTr", "labelsTr", "imagesUn"):
+        for file in sorted((tiny.raw / folder).iterdir()):
+            tifffile.imwrite(file.parent / file.name.replace(".nii.gz", ".tif"), read(file))
+            file.unlink()
+    content = {**tiny.dataset_json, "file_ending": ".tif"}
+    for place in (tiny.raw, tiny.preprocessed):
+        (place / "dataset.json").write_text(json.dumps(content))
+    tiny.edit_plan(image_reader_writer="Tiff3DIO")
+    return tiny
+
+
+def spacing_files(tiny: Tiny) -> None:
+    for folder, prefix in (("imagesTr", "lab_0"), ("imagesUn", "scan_0")):
+        for index in range(6 if folder == "imagesTr" else 3):
+            (tiny.raw / folder / f"{prefix}{index}.json").write_text('{"spacing": [2, 0.9, 0.8]}')
+
+
+def test_tiff_without_any_spacing_file_is_a_warning(tiff: Tiny) -> None:
+    assert lines(files(tiff), "error") == []
+    (warning,) = lines(contents(tiff), "warning")
+    assert "nnU-Net takes (1, 1, 1)" in warning
+
+
+def test_tiff_with_spacing_files_is_sound(tiff: Tiny) -> None:
+    spacing_files(tiff)
+    assert files(tiff) + contents(tiff) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["7.6 7.6 80", "[1, 1, 1]", '{"spacing": [1, 2]}', '{"spacing": [0, 1, 1]}']
+)
+def test_damaged_spacing_file_is_named_itself(tiff: Tiny, content: str) -> None:
+    spacing_files(tiff)
+    (tiff.raw / "imagesUn" / "scan_01.json").write_text(content)
+    (error,) = lines(files(tiff), "error")
+    assert "imagesUn/scan_01.json: no valid spacing file" in error
+
+
+def test_absent_and_misnamed_spacing_files_are_errors_where_others_are_there(tiff: Tiny) -> None:
+    spacing_files(tiff)
+    folder = tiff.raw / "imagesUn"
+    (folder / "scan_01.json").rename(folder / "scan_01_0000.json")
+    errors = "\n".join(lines(files(tiff), "error"))
+    assert "scan_01_0000.json: a spacing file that is not read; expected scan_01.json" in errors
+    assert "scan_01.json: no spacing file, other cases have one" in errors
+
+
+# labels
+
+
+def relabel(tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], case: str = "lab_02") -> Path:
+    file = tiny.raw / "labelsTr" / f"{case}.nii.gz"
+    write_image(file, change(read(file)))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "message"),
+    [
+        (
+            lambda a: np.where(a == 2, 5, a).astype(np.uint8),
+            "error",
+            "values 5 are not declared; expected 0, 1, 2",
+        ),
+        (lambda a: (a * 0.5).astype(np.float32), "error", "values 0.5 are no whole numbers"),
+        (lambda a: np.zeros_like(a), "warning", "empty: all voxels are background"),
+        (lambda a: a[1:], "error", "shape 9 x 28 x 26; expected 10 x 28 x 26, that of the image"),
+    ],
+)
+def test_label_maps_are_compared_with_dataset_json_and_image(
+    tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], level: str, message: str
+) -> None:
+    file = relabel(tiny, change)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == (level, str(file))
+    assert message in str(finding)
+    assert contents(tiny, with_labels=False) == []
+
+
+def test_label_map_on_another_place_of_the_same_shape_is_a_warning(tiny: Tiny) -> None:
+    file = tiny.raw / "labelsTr" / "lab_02.nii.gz"
+    write_image(file, read(file), (1.6, 0.9, 2.0))
+    (finding,) = contents(tiny)
+    assert finding.level == "warning" and "spacing, origin or direction" in finding.found
+
+
+def test_many_labels_are_all_seen() -> None:
+    statistics = label_statistics(np.arange(117)[None, None], {"spacing": [1, 1, 1]})
+    assert statistics["values"] == list(range(117))
+
+
+def prepare(tiny: Tiny) -> None:
+    ensure_labeled(
+        PlansManager(str(tiny.plans_file)),
+        "3d_fullres",
+        tiny.dataset_json,
+        str(tiny.raw),
+        1,
+        show_progress=False,
+    )
+
+
+def test_preprocessing_itself_refuses_undeclared_values(tiny: Tiny) -> None:
+    relabel(tiny, lambda a: np.where(a == 2, 5, a).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"lab_02\.nii\.gz: values 5 are not declared; expected 0, 1, 2"):
+        prepare(tiny)
+    assert not (tiny.labeled / "lab_02.pkl").exists()
+
+
+class Stored:
+    """Label maps that nnU-Net preprocessed, as its dataset gives them."""
+
+    def __init__(self, folder: Path, **cases: list[int]) -> None:
+        self.source_folder, self.cases = str(folder), cases
+        self.opened: list[str] = []
+
+    def load_case(self, case: str) -> tuple[Any, ...]:
+        self.opened.append(case)
+        return None, np.array(self.cases[case]), None, {}
+
+
+def test_a_training_looks_at_label_maps_that_nnunet_preprocessed_itself(tiny: Tiny) -> None:
+    prepare(tiny)
+    dataset = Stored(tiny.labeled, stock=[-1, 0, 2], odd=[0, 5, 1], lab_00=[9], hidden=[7])
+    assert undeclared_labels(dataset, ["stock", "odd", "lab_00"], {0, 1, 2}) == {"odd": [5]}
+    assert dataset.opened == ["stock", "odd"]
+
+
+# scans unlike the labeled ones
+
+
+def rescan(
+    tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], spacing: tuple[float, ...] = SPACING
+) -> Path:
+    file = tiny.raw / "imagesUn" / "scan_00_0000.nii.gz"
+    image = change(read(file)).astype(np.float32)
+    other = tiny.raw / "imagesUn" / "scan_00_0001.nii.gz"
+    write_image(file, image, spacing)
+    write_image(other, read(other)[: len(image)], spacing)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "spacing", "reasons"),
+    [
+        (lambda a: a, (0.0008, 0.0009, 0.002), ["spacing", "in metres?"]),
+        (lambda a: a, (3.0, 0.9, 2.0), ["spacing", "field of view"]),
+        (lambda a: a[:1], SPACING, ["a single slice", "scout"]),
+        (lambda a: a[:3], SPACING, ["field of view"]),
+        (lambda a: np.where(a > 50, a * 10 - 1500, -1000), SPACING, ["another modality or unit?"]),
+        (lambda a: a * 50, SPACING, ["intensities"]),
+        (lambda a: np.minimum(a, 105), SPACING, ["saturated"]),
+        (lambda a: (a > 130) * 1.0, SPACING, ["2 distinct values", "a label map?"]),
+        (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 9, 1e7, a), SPACING, ["extreme values"]),
+    ],
+)
+def test_scans_unlike_the_labeled_ones_are_named(
+    tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], spacing: tuple[float, ...], reasons: list[str]
+) -> None:
+    file = rescan(tiny, change, spacing)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == ("warning", str(file))
+    assert all(reason in finding.found for reason in reasons), finding.found
+
+
+def channel(**changes: float) -> dict[str, Any]:
+    usual = {
+        "min": 0.0,
+        "low": 0.0,
+        "median": 90.0,
+        "high": 200.0,
+        "max": 210.0,
+        "distinct": 900,
+        "at_max": 0.0,
+    }
+    return {"shape": [10, 20, 20], "spacing": [2.0, 1.0, 1.0], "channels": [{**usual, **changes}]}
+
+
+def test_scans_like_one_of_the_labeled_ones_are_left_alone() -> None:
+    labeled = [channel(), channel(low=-1000, high=1500, min=-1024, max=3000, at_max=0.2)]
+    assert unlike(channel(low=-900, high=900, min=-1000, max=2000, at_max=0.5), labeled) == []
+    assert unlike(channel(low=10, high=100), labeled) == []
+    assert unlike({**channel(), "spacing": [3.9, 0.6, 1.5]}, labeled) == []
+
+
+def test_absolute_intensities_are_compared_more_closely() -> None:
+    scan, labeled = channel(high=700, max=710), [channel()]
+    assert unlike(scan, labeled, ["ZScoreNormalization"]) == []
+    assert "intensities" in unlike(scan, labeled, ["CTNormalization"])[0]
+
+
+def test_a_constant_scan_is_an_error_and_a_constant_channel_a_warning(tiny: Tiny) -> None:
+    file = rescan(tiny, np.zeros_like)
+    assert any(
+        "channel 0: all voxels have the same value" in line for line in lines(contents(tiny), "warning")
+    )
+    write_image(tiny.raw / "imagesUn" / "scan_00_0001.nii.gz", np.ones(SHAPE, np.float32))
+    assert f"{file}: all voxels have the same value. Remove the scan" in lines(contents(tiny), "error")
+
+
+def test_a_scan_that_is_labeled_too_is_found_by_its_voxels(tiny: Tiny) -> None:
+    for index in (0, 1):
+        image = sitk.ReadImage(str(tiny.raw / "imagesTr" / f"lab_03_{index:04d}.nii.gz"))
+        sitk.WriteImage(
+            image, str(tiny.raw / "imagesUn" / f"copy_{index:04d}.nii.gz"), True, compressionLevel=1
+        )
+    (warning,) = lines(contents(tiny), "warning")
+    assert "copy_0000.nii.gz: the same image as the labeled scan lab_03 (imagesTr)" in warning
+
+
+def test_unreadable_files_are_named(tiny: Tiny) -> None:
+    file = tiny.raw / "imagesUn" / "scan_01_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:500])
+    (error,) = lines(contents(tiny), "error")
+    assert error.startswith(f"{file}: truncated")
+
+
+# extreme values
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: np.where(a > 120, a, np.finfo(np.float32).min),
+        lambda a: np.where(np.arange(a.size).reshape(a.shape) == 900, 1e25, a),
+    ],
+)
+def test_marks_for_no_data_are_refused_by_inspection_and_preprocessing(
+    tiny: Tiny, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    rescan(tiny, change)
+    (error,) = lines(contents(tiny), "error")
+    assert "scan_00_0000.nii.gz" in error and "a mark for no data?" in error
+    plans_manager = PlansManager(str(tiny.plans_file))
+    with pytest.raises(ValueError, match=r"scan_00_0000\.nii\.gz.*a mark for no data"):
+        ensure_unlabeled(plans_manager, "3d_fullres", tiny.dataset_json, (), 1, show_progress=False)
+    assert not (tiny.unlabeled / "scan_00.pkl").exists()
+    assert (tiny.unlabeled / "scan_01.pkl").exists()
+
+
+@pytest.mark.parametrize(("stored", "message"), [(0.0, "constant"), (np.nan, "NaN or infinite values")])
+def test_what_normalisation_makes_useless_is_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, stored: float, message: str
+) -> None:
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    monkeypatch.setattr(DefaultPreprocessor, "_normalize", lambda self, data, *_: np.full_like(data, stored))
+    with pytest.raises(ValueError, match=rf"scan_00_0000\.nii\.gz.*: {message} after normalisation"):
+        ensure_unlabeled(
+            PlansManager(str(tiny.plans_file)), "3d_fullres", tiny.dataset_json, (), 1, show_progress=False
+        )
+    assert not list(tiny.unlabeled.glob("*.pkl"))
+
+
+# kept statistics
+
+
+def test_what_has_not_changed_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    rescan(tiny, lambda a: a * 50)
+    first = contents(tiny)
+    assert first
+    kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
+    assert len(kept) == 6 + 6 + 3
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl.data.scans._measure", None)
+        assert contents(tiny) == first
+    contents(tiny, with_labels=False)
+    (tiny.raw / "imagesUn" / "scan_02_0000.nii.gz").unlink()
+    (tiny.raw / "imagesUn" / "scan_02_0001.nii.gz").unlink()
+    rescan(tiny, lambda a: a / 50)
+    assert contents(tiny) == []
+    kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
+    assert len(kept) == 6 + 6 + 2
+
+
+@pytest.mark.parametrize("content", ["{half", "[]", '{"format": 0}', '{"format": 1, "cases": 3}'])
+def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
+    (tiny.preprocessed / FILE).write_text(content)
+    assert contents(tiny) == []
+    assert json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
+
+
+# plan, split, old files, training
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "message"),
+    [
+        ({"nnssl": {"num_epoch": 3}}, "error", "num_epoch"),
+        ({"nnssl": []}, "error", "key nnssl"),
+        ({"nnssl": {"FixMatch": {"no_such": 1}}}, "error", "no_such"),
+        ({"nnssl": {"FixMach": {}}}, "warning", "Is FixMatch meant?"),
+        ({"configurations": []}, "error", "key configurations: is []"),
+        ({"image_reader_writer": 3}, "error", "key image_reader_writer"),
+    ],
+)
+def test_the_plan_and_its_section_are_checked(
+    tiny: Tiny, change: dict[str, Any], level: str, message: str
+) -> None:
+    tiny.edit_plan(**change)
+    (finding,) = inspect_plans(str(tiny.plans_file), {"FixMatch": FixMatchConfig})
+    assert finding.level == level and message in str(finding)
+
+
+CASES = [f"c{index}" for index in range(6)]
+GOOD = {"train": CASES[:4], "val": CASES[4:5], "unlabeled": CASES[5:]}
+
+
+@pytest.mark.parametrize(
+    ("fold", "level", "message"),
+    [
+        ({**GOOD, "train": []}, "error", "key train: empty"),
+        ({**GOOD, "val": []}, "error", "key val: empty"),
+        ({**GOOD, "val": "c4"}, "error", "key val: is 'c4'; expected a list"),
+        ({**GOOD, "val": [4]}, "error", "key val: is [4]"),
+        ({"train": CASES[:4]}, "error", "key val: absent"),
+        ({**GOOD, "unlabeled": None}, "error", "key unlabeled: is None"),
+        ({**GOOD, "val": ["x"]}, "error", "key val: x: no labeled case"),
+        ({**GOOD, "unlabeled": ["c0"]}, "error", "c0 in unlabeled and in train"),
+        ({**GOOD, "val": ["c0"]}, "warning", "c0 in train and in val"),
+        ({**GOOD, "val": ["c4", "c4"]}, "warning", "key val: c4 twice"),
+        ([], "error", "fold 1: is list"),
+    ],
+)
+def test_splits_are_checked_fold_by_fold(tmp_path: Path, fold: Any, level: str, message: str) -> None:
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps([GOOD, fold]))
+    (finding,) = inspect_split(str(file), CASES)
+    assert finding.level == level and "fold 1" in finding.place and message in str(finding)
+    assert list(inspect_split(str(file), CASES, only=0)) == []
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
+def test_a_split_that_is_no_list_of_folds_is_one_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "splits_final.json").write_text(content)
+    assert len(lines(inspect_split(str(tmp_path / "splits_final.json"), CASES), "error")) == 1
+
+
+def test_few_labeled_cases_need_a_split_or_fold_all(tmp_path: Path) -> None:
+    file = str(tmp_path / "splits_final.json")
+    (error,) = inspect_split(file, CASES[:3])
+    assert error.level == "error"
+    for text in ("3 labeled cases are too few", "nnssl split -d ID --labeled 2", "--val", "fold all"):
+        assert text in str(error)
+    assert [f.level for f in inspect_split(file, CASES[:3], planning=True)] == ["warning"]
+    assert list(inspect_split(file, CASES[:5])) == []
+
+
+def test_arrays_of_an_older_nnunet_are_set_aside_and_never_mixed(tiny: Tiny) -> None:
+    prepare(tiny)
+    assert list(inspect_preprocessed(str(tiny.labeled))) == []
+    for case in ("lab_00", "lab_01"):
+        arrays = {
+            key: blosc2.open(str(tiny.labeled / f"{case}{s}.b2nd"))[:]
+            for key, s in (("data", ""), ("seg", "_seg"))
+        }
+        np.savez_compressed(tiny.labeled / f"{case}.npz", **arrays)
+        np.save(tiny.labeled / f"{case}.npy", arrays["data"])
+        np.save(tiny.labeled / f"{case}_seg.npy", arrays["seg"])
+        for suffix in (".b2nd", "_seg.b2nd"):
+            (tiny.labeled / f"{case}{suffix}").unlink()
+    (error,) = lines(inspect_preprocessed(str(tiny.labeled)), "error")
+    assert "6 files of an nnU-Net before 2.6 (lab_00.npy, ...) among newer ones" in error
+    prepare(tiny)
+    assert {file.suffix for file in tiny.labeled.iterdir()} == {".b2nd", ".pkl"}
+    aside = tiny.labeled.parent / f"{tiny.labeled.name}_before_2.6"
+    assert sorted(file.name for file in aside.glob("lab_00*")) == [
+        *("lab_00.npy", "lab_00.npz", "lab_00.pkl", "lab_00_seg.npy")
+    ]
+    assert list(inspect_preprocessed(str(tiny.labeled))) == []
+
+
+def test_a_training_inspects_scans_and_opens_no_label_map(tiny: Tiny) -> None:
+    shutil.rmtree(tiny.raw / "labelsTr")
+    file = tiny.raw / "imagesTr" / "lab_00_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:500])
+    scan = rescan(tiny, lambda a: a * 50)
+    (tiny.raw / "imagesUn" / "left.nii").write_bytes(b"")
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    findings = list(
+        inspect_scans_of_training(
+            str(tiny.raw), str(tiny.preprocessed), tiny.dataset_json, plans, "3d_fullres"
+        )
+    )
+    assert {finding.level for finding in findings} == {"warning"}
+    text = "\n".join(map(str, findings))
+    for expected in (f"{file}: truncated", f"{scan}: unlike the labeled scans", "left.nii"):
+        assert expected in text
+
+
+def test_without_raw_data_a_training_inspects_nothing(tiny: Tiny) -> None:
+    absent = os.path.join(str(tiny.raw), "absent")
+    assert list(inspect_scans_of_training(absent, str(tiny.preprocessed), tiny.dataset_json, {}, "2d")) == []
