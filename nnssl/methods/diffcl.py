@@ -105,7 +105,7 @@ class DiffCLConfig(Config):
     hfm_max_tokens: Voxels = 32_768
     # share of Nyquist along the finest axis below which frequencies are removed (ours)
     hfm_cutoff: OpenShare = 0.25
-    hfm_state: Width = 16  # state per channel of Mamba (Mamba)
+    hfm_state: Width = 8  # state per channel of Mamba (ours; Mamba: 16)
 
     def check(self) -> None:
         """`ddim_steps` <= `sampling_start` * `diffusion_steps`; `bank_per_step` <= `bank_size`."""

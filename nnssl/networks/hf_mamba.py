@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nnssl.networks.features import stage_grids
 from nnssl.ssm import Mamba2Mixer
 
-HEAD = 8  # channels that share one memory, at most
+HEAD = 8  # channels that share one memory, at most; there are at least two memories
 GATE_RATE = 10.0
 
 
@@ -137,7 +137,7 @@ class HighFrequencyMamba(nn.Module):
         spacing: Sequence[float],
         reach: float = 32.0,
         cutoff: float = 0.25,
-        d_state: int = 16,
+        d_state: int = 8,
         expand: int = 1,
         backend: str = "auto",
     ) -> None:
@@ -149,9 +149,7 @@ class HighFrequencyMamba(nn.Module):
             )
         self.spacing, self.cutoff = tuple(float(mm) for mm in spacing), cutoff
         inner = expand * channels
-        head = math.gcd(
-            inner, min(HEAD, max(1, inner // 4))
-        )  # at least four memories where there are channels
+        head = math.gcd(inner, min(HEAD, max(1, inner // 2)))
         self.mixers: Any = nn.ModuleList(
             Mamba2Mixer(
                 channels, d_state, 1, expand, head, backend=backend, memory=(2.0, reach), norm_per_head=True
@@ -198,7 +196,7 @@ def insert_hfm(
     max_tokens: int,
     num_stages: int = 1,
     cutoff: float = 0.25,
-    d_state: int = 16,
+    d_state: int = 8,
     expand: int = 1,
     backend: str = "auto",
 ) -> nn.Module:

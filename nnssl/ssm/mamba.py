@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl.ssm.ssd import ssd_scan
+from nnssl.ssm.ssd import ssd_both_directions, ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
+DENSE_ELEMENTS = 2**25  # of the matrices of `ssd_both_directions`: 128 MiB each in float32
 KERNELS = "mamba_ssm.ops.triton.ssd_combined"
 
 
@@ -167,9 +168,17 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(self._mix(xbcdt, reverse), z))
 
     def bidirectional(self, x: Tensor) -> Tensor:
-        """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm."""
+        """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm.
+
+        Without convolution and groups, short lines take the faster of two ways to the same sum.
+        """
         z, xbcdt = self._project(x)
-        return self.out_proj(self.norm(self._mix(xbcdt, False) + self._mix(xbcdt, True), z))
+        small = len(x) * self.heads * x.shape[1] ** 2 <= DENSE_ELEMENTS
+        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and small:
+            y = ssd_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
+        else:
+            y = self._mix(xbcdt, False) + self._mix(xbcdt, True)
+        return self.out_proj(self.norm(y, z))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_model) -> the gate z (..., d_inner), and x, B, C, dt side by side."""
@@ -178,19 +187,29 @@ class Mamba2Mixer(nn.Module):
 
     def _mix(self, xbcdt: Tensor, reverse: bool) -> Tensor:
         """Convolution and scan, (B, L, conv width + heads) -> y (B, L, d_inner)."""
+        inputs = self._scan_inputs(xbcdt, reverse)
+        scan = ssd_scan if self._on_torch(inputs[0]) else _mamba_ssm_scan
+        return scan(*inputs, self.chunk_size, reverse).flatten(-2)
+
+    def _scan_inputs(
+        self, xbcdt: Tensor, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C, D of `ssd_scan`, after the convolution."""
         xbc, dt = xbcdt.split([sum(self.widths), self.heads], dim=-1)
         x, B, C = F.silu(self._convolve(xbc, reverse)).split(self.widths, dim=-1)
         x, B, C = (
             v.unflatten(-1, (parts, -1)) for v, parts in ((x, self.heads), (B, self.groups), (C, self.groups))
         )
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
-        scan = ssd_scan if self._on_torch(x) else _mamba_ssm_scan
-        return scan(x, dt, -torch.exp(self.A_log), B, C, self.D, self.chunk_size, reverse).flatten(-2)
+        return x, dt, -torch.exp(self.A_log), B, C, self.D
 
     def _convolve(self, xbc: Tensor, reverse: bool) -> Tensor:
         """Depthwise convolution over the d_conv tokens up to each one (`reverse`: from each one on): (B, L,
         W) -> (B, L, W)."""
         past = self.conv1d.kernel_size[0] - 1
+        if past == 0:
+            scaled = xbc * self.conv1d.weight[:, 0, 0]
+            return scaled if self.conv1d.bias is None else scaled + self.conv1d.bias
         weight = self.conv1d.weight.flip(-1) if reverse else self.conv1d.weight
         padded = F.pad(xbc, (0, 0, 0, past) if reverse else (0, 0, past, 0))
         # as a 2D convolution the tokens' own layout is "channels last", which is spared two transposed copies

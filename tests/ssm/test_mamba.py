@@ -107,6 +107,24 @@ def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the
     assert relative_error(mixer.bidirectional(x).double(), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_short_lines_take_a_faster_way_to_the_same_sum(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(16, d_state=4, d_conv=1, headdim=8, memory=(1.0, 27.0)).to(dtype)
+    x = torch.randn(3, 29, 16, dtype=dtype, requires_grad=True)
+    fast = mixer.bidirectional(x)
+    monkeypatch.setattr("nnssl.ssm.mamba.DENSE_ELEMENTS", 0)
+    slow = mixer.bidirectional(x)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert fast.dtype == dtype and relative_error(fast.float(), slow.float()) <= tolerance
+    inputs = [x, *mixer.parameters()]
+    gradients = [torch.autograd.grad(y.float().square().sum(), inputs) for y in (fast, slow)]
+    for a, b in zip(*gradients, strict=True):
+        assert relative_error(a.float(), b.float()) <= 10 * tolerance
+
+
 def test_initial_memories_are_spread_between_the_shortest_and_the_longest() -> None:
     mixer = Mamba2Mixer(16, headdim=8, memory=(1.0, 27.0))
     forget = torch.nn.functional.softplus(mixer.dt_bias) * mixer.A_log.exp()
