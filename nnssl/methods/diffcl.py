@@ -28,7 +28,6 @@ Differs from the paper:
 - No moving averages: in short schedules they lag behind f.
 - Label maps are scaled by b < 1: at b = 1 a blur of x_tau finds the labels again at most noise levels, and g
   need not look at the image.
-- g has half of the planned features: its labels are as good at a quarter of the cost.
 - L_cl moves its head at full rate and the shared features at eta: a small weight alone would slow both.
 - Positives are of middling similarity, negatives all voxels called otherwise: the most and the least similar
   ones, the paper's, soon teach nothing.
@@ -90,7 +89,7 @@ class DiffCLConfig(Config):
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
     # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
     noise_power: Annotated[float, Range(0.1, 100)] = 1.0
-    denoiser_divisor: Annotated[int, Range(1, 64)] = 2  # planned features / features of g (ours)
+    denoiser_divisor: Annotated[int, Range(1, 64)] = 1  # planned features over those of g (ours)
     embedding: Width = 64  # E: width of q (ours)
     bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
     bank_per_step: Count = 64  # embeddings per class that a step renews (ours)
