@@ -229,6 +229,74 @@ def test_no_scans_at_all_is_said_and_the_labeled_part_done(
     assert "There are no unlabeled scans yet" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_traceback_may_stand_anywhere(tiny: Tiny, position: int) -> None:
+    (tiny.raw / "dataset.json").write_text("{half")
+    arguments = ["plan-and-preprocess", "-d", "777"]
+    arguments.insert(position, "--traceback")
+    with pytest.raises(ValueError, match=r"dataset\.json"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyError("labels"), 1, "error: KeyError: 'labels'. This was not foreseen; --traceback shows"),
+        (AssertionError(), 1, "error: AssertionError: "),
+        (ValueError("told"), 1, "error: told"),
+        (KeyboardInterrupt(), 130, "interrupted. Rerun to resume."),
+    ],
+)
+def test_no_error_leaves_the_command_as_a_traceback(
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("nnssl.commands.split.make_splits", fail)
+    assert main(["split", "-d", "777", "--labeled", "1"]) == status
+    said = error(capsys)
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["split", "--labeled", "1"], ["plan-and-preprocess"], ["check"]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"modality": {"0": "MR"}, "labels": {"0": "background", "1": "a"}, "numTraining": 6, "training": []},
+        {"channel_names": {"MR": 0}, "labels": {"background": 0}, "numTraining": 6, "file_ending": ".nii.gz"},
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2}},
+        [],
+    ],
+)
+def test_every_command_refuses_a_wrong_dataset_json_by_name(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], command: list[str], content: object
+) -> None:
+    before = stamps(tiny.preprocessed)
+    (tiny.raw / "dataset.json").write_text(json.dumps(content))
+    assert main([*command, "-d", "777"]) == 1
+    captured = capsys.readouterr()
+    assert "dataset.json" in captured.out + captured.err
+    assert stamps(tiny.preprocessed) == before
+
+
+def test_wrong_values_in_labels_are_refused_before_anything_is_preprocessed(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tiny.raw / "imagesTr", "lab_02", 2, tiny.raw / "labelsTr", classes=3)
+    write_case(tiny.raw / "imagesTr", "lab_04", 4, tiny.raw / "labelsTr", classes=3)
+    assert preprocess("-c", "3d_fullres") == 1
+    said = error(capsys)
+    assert "2 errors:" in said
+    assert all(f"{case}.nii.gz: values 3 are not declared" in said for case in ("lab_02", "lab_04"))
+    assert not tiny.labeled.exists()
+
+
 # split
 
 
@@ -283,6 +351,18 @@ def test_impossible_split_keeps_the_existing_file(tiny: Tiny, capsys: pytest.Cap
     assert main(["split", "-d", "778", "--labeled", "1"]) == 1
     assert "778" in error(capsys)
     assert stamps(tiny.preprocessed) == before
+
+
+def test_few_cases_are_left_out_one_by_one(tiny: Tiny) -> None:
+    for index in range(3, 6):
+        (tiny.raw / "labelsTr" / f"lab_0{index}.nii.gz").unlink()
+        for channel in (0, 1):
+            (tiny.raw / "imagesTr" / f"lab_0{index}_000{channel}.nii.gz").unlink()
+    assert main(["split", "-d", "777", "--labeled", "2"]) == 0
+    folds = splits(tiny)
+    assert sorted(fold["val"] for fold in folds) == [["lab_00"], ["lab_01"], ["lab_02"]]
+    assert all(sorted(fold["train"] + fold["val"]) == ["lab_00", "lab_01", "lab_02"] for fold in folds)
+    assert all(fold["unlabeled"] == [] for fold in folds)
 
 
 # check
@@ -441,3 +521,20 @@ def test_check_reports_a_dataset_that_is_not_there_or_has_no_plan(
     )
     (tiny.raw / "imagesUn" / "scan_00_0001.nii.gz").unlink()
     assert any("scan_00*: channels _0000 found" in line for line in checked(capsys, "-d", "777")[1]["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_prints_all_findings_as_json_and_the_gravest_last(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny.raw / "imagesUn" / "left.nii").write_bytes(b"")
+    (tiny.raw / "labelsTr" / "lab_01.nii.gz").unlink()
+    assert main(["check", "-d", "777", "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    levels = [finding["level"] for finding in content["findings"]]
+    assert (levels.count("error"), levels.count("warning")) == (content["errors"], content["warnings"])
+    for level, place in (("error", "lab_01.nii.gz"), ("warning", "imagesUn")):
+        assert any(f["level"] == level and f["place"].endswith(place) for f in content["findings"])
+    main(["check", "-d", "777"])
+    prefixes = [line[:4].strip() for line in capsys.readouterr().out.splitlines()]
+    assert prefixes == sorted(prefixes, key=["ok", "warn", "FAIL"].index)
