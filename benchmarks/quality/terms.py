@@ -106,6 +106,10 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(
             f"Every term with a gradient on the student acts in {ENOUGH} fifths or more, or its only one."
         )
+    if None in table[REFERENCE]["gradient"]:
+        lines.append(
+            f"Where {REFERENCE} has no weight, its gradient in the nearest fifth with one stands in."
+        )
     if elsewhere:
         lines.append(f"Without weight, or training other networks only: {', '.join(elsewhere)}.")
     return "\n".join(lines)

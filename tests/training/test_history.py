@@ -31,3 +31,12 @@ def test_diagnostics_are_columns_and_end_the_line_of_the_log(tmp_path: Path) -> 
         0
     ] == "epoch,lr,loss/a,diagnostic/share,weight/a"
     assert history.describe() == "losses a 0.5000 (weight 1); share 0.25"
+
+
+def test_columns_that_come_or_go_where_a_run_continues_are_all_written(tmp_path: Path) -> None:
+    history = History()
+    history.add(0, 0.01, {"loss/a": 0.5, "gradient/a": 2.0}, {"a": 1.0})
+    history.add(1, 0.01, {"loss/a": 0.4}, {"a": 1.0})
+    history.write(str(tmp_path))
+    lines = (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()
+    assert lines == ["epoch,lr,loss/a,gradient/a,weight/a", "0,0.01,0.5,2,1", "1,0.01,0.4,nan,1"]

@@ -65,7 +65,9 @@ def test_a_fifth_without_labels_is_compared_with_the_next_that_has_them() -> Non
     content = rows()
     for row, norm in zip(content, [NAN, 2.0, NAN, 4.0, 8.0], strict=True):
         row["gradient/supervised"], row["gradient/late"] = norm, 1.0
-    assert term_table(content)["late"]["gradient"] == [0.5, 0.5, 0.25, 0.25, 0.125]
+    table = term_table(content)
+    assert table["late"]["gradient"] == [0.5, 0.5, 0.25, 0.25, 0.125]
+    assert "stands in" in markdown(table) and "stands in" not in markdown(term_table(rows()))
 
 
 def test_the_text_names_what_acts_and_what_does_not() -> None:
