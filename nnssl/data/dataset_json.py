@@ -82,6 +82,11 @@ def _unknown_keys(file: str, content: Content) -> Iterator[Finding]:
 
 
 def _channel_names(file: str, content: Content) -> Iterator[Finding]:
+    both = [content[key] for key in ("channel_names", "modality") if key in content]
+    if len(both) == 2 and both[0] != both[1]:
+        yield Finding(
+            ERROR, f"{file}, key modality", "differs from channel_names", "channel_names alone", "Remove it"
+        )
     key = "channel_names" if "channel_names" in content or "modality" not in content else "modality"
     place, names, expected = f"{file}, key {key}", content.get(key), '{"0": name of channel 0, "1": ...}'
     if key not in content:
@@ -218,12 +223,12 @@ def _file_ending(file: str, content: Content) -> Iterator[Finding]:
         yield Finding(ERROR, place, f"no reader for {ending}", expected, "Convert the images")
     if not isinstance(reader, str):
         yield Finding(ERROR, f"{file}, key overwrite_image_reader_writer", f"is {reader!r}", "a class name")
-    elif reader != "None" and not _reader_exists(reader):
+    elif reader != "None" and not reader_exists(reader):
         names = ", ".join(cls.__name__ for cls in LIST_OF_IO_CLASSES)
         yield Finding(ERROR, f"{file}, key overwrite_image_reader_writer", f"is {reader}", f"one of {names}")
 
 
-def _reader_exists(name: str) -> bool:
+def reader_exists(name: str) -> bool:
     try:
         recursive_find_reader_writer_by_name(name)
     except Exception:  # nnU-Net raises what the import of the name raises

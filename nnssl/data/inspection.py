@@ -17,7 +17,12 @@ from typing import Any
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnssl.config import resolve
-from nnssl.data.dataset_json import declared_labels, inspect_dataset_json, inspect_duplicate_keys
+from nnssl.data.dataset_json import (
+    declared_labels,
+    inspect_dataset_json,
+    inspect_duplicate_keys,
+    reader_exists,
+)
 from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
@@ -98,21 +103,49 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
     except (ValueError, OSError, RecursionError) as error:
         yield Finding(ERROR, "plan", str(error))
         return
-    wanted = {"dataset_name": str, "image_reader_writer": str, "configurations": dict}
     if not isinstance(plans, dict):
         yield Finding(ERROR, plans_file, f"holds {type(plans).__name__}", "the plan that nnU-Net wrote")
         return
-    for key, kind in wanted.items():
-        if not isinstance(plans.get(key), kind):
-            found = f"is {plans[key]!r}"[:100] if key in plans else "absent"
-            yield Finding(
-                ERROR,
-                f"{plans_file}, key {key}",
-                found,
-                "the plan that nnU-Net wrote",
-                "Plan anew with `nnssl plan-and-preprocess --replan`",
-            )
+    for key, fits in PLAN.items():
+        if not fits(plans.get(key)):
+            yield _wrong_plan(f"{plans_file}, key {key}", plans, key)
+    configurations = plans.get("configurations")
+    for name, configuration in configurations.items() if isinstance(configurations, dict) else ():
+        place = f"{plans_file}, key configurations.{name}"
+        if not isinstance(configuration, dict):
+            yield _wrong_plan(place, configurations, name)
+        elif "inherits_from" in configuration:
+            if configuration["inherits_from"] not in {*configurations} - {name}:
+                yield _wrong_plan(f"{place}.inherits_from", configuration, "inherits_from")
+        elif not isinstance(configuration.get("data_identifier"), str):
+            yield _wrong_plan(f"{place}.data_identifier", configuration, "data_identifier")
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
+
+
+def _is_permutation(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) for i in value) and sorted(value) == [0, 1, 2]
+
+
+PLAN: dict[str, Callable[[Any], bool]] = {
+    "dataset_name": lambda value: isinstance(value, str),
+    "plans_name": lambda value: isinstance(value, str),
+    "image_reader_writer": lambda value: isinstance(value, str) and reader_exists(value),
+    "label_manager": lambda value: isinstance(value, str),
+    "transpose_forward": _is_permutation,
+    "transpose_backward": _is_permutation,
+    "foreground_intensity_properties_per_channel": lambda value: isinstance(value, dict),
+    "configurations": lambda value: isinstance(value, dict) and len(value) > 0,
+}
+
+
+def _wrong_plan(place: str, content: Mapping[str, Any], key: str) -> Finding:
+    return Finding(
+        ERROR,
+        place,
+        f"is {content[key]!r}"[:100] if key in content else "absent",
+        "what nnU-Net's planning wrote",
+        "Restore it, or plan anew with `nnssl plan-and-preprocess --replan`",
+    )
 
 
 def _section(place: str, section: Any, methods: Mapping[str, type]) -> Iterator[Finding]:
