@@ -109,8 +109,9 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
     for key, fits in PLAN.items():
         if not fits(plans.get(key)):
             yield _wrong_plan(f"{plans_file}, key {key}", plans, key)
-    configurations = plans.get("configurations")
-    for name, configuration in configurations.items() if isinstance(configurations, dict) else ():
+    found = plans.get("configurations")
+    configurations: dict[str, Any] = found if isinstance(found, dict) else {}
+    for name, configuration in configurations.items():
         place = f"{plans_file}, key configurations.{name}"
         if not isinstance(configuration, dict):
             yield _wrong_plan(place, configurations, name)
