@@ -1,13 +1,12 @@
 """What does Diff-CL's denoiser learn from the image, and what is it handed? Several denoisers side by side.
 
-
     python -m benchmarks.quality.denoisers 501 3d_fullres 0 --epochs 6 --iterations 100 --every 2
 
 A student f and denoisers g of different label scale, draw of noise levels and width see the same labeled
 batches and the same noise and, where they are of one width, start from the same weights; there is no
 unlabeled term. Then the Dice against the hidden labels of y_f and of each y_g: from pure noise, from the
-noised estimate of f, and from the noised truth (what is handed over). Central patches, as in `pseudo_labels`. The plans file needs
-nothing under `nnssl`; general keys that stand there count.
+noised estimate of f, and from the noised truth (what is handed over). Central patches, as in `pseudo_labels`.
+The plans file needs nothing under `nnssl`; general keys that stand there count.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def test_a_bad_suite_is_refused_with_file_and_key(tmp_path: Path, old: str, new:
 def test_an_unknown_suite_lists_those_there_are() -> None:
     with pytest.raises(
         SuiteError,
-        match=r"nothing\.toml does not exist. Suites here: hippocampus_cpu, la_cpu, .*smoke",
+        match=r"nothing\.toml does not exist. Suites here: acdc_cpu, hippocampus_cpu, la_cpu, .*smoke",
     ):
         load_suite("nothing")
 
