@@ -236,7 +236,8 @@ class SemiTrainer(nnUNetTrainer):
         if self.is_cascaded and self.method_class.needs_unlabeled:
             raise RuntimeError(
                 f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans "
-                "have no prediction of the previous stage. Train 3d_fullres, or this configuration with nnUNetTrainerSupervised."
+                "have no prediction of the previous stage. Train 3d_fullres, or this configuration with "
+                "nnUNetTrainerSupervised."
             )
 
     def configure_optimizers(self) -> tuple[Any, Any]:
@@ -408,7 +409,7 @@ class SemiTrainer(nnUNetTrainer):
         return (self.current_epoch + self._iteration / self.num_iterations_per_epoch) / self.num_epochs
 
     def train_step(self, batch: dict) -> dict:
-        """One step: sum_k lambda_k(t) L_k, one backward pass, clipping per network, the method's own update."""
+        """One step: sum_k lambda_k(t) L_k, one backward pass, clipping per network, the method's update."""
         t = self.progress()
         data = SemiBatch.from_loader(batch, self.device)
         weights = self.method.weights(t)
