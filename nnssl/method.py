@@ -146,7 +146,7 @@ class SemiMethod(nn.Module):
         if which != "student":
             raise ValueError(
                 f'"deploy": "{which}" is not possible with {self.name}: it has no averaged network of the '
-                f'planned shape; use "student"'
+                'planned shape; use "student"'
             )
         return self.student
 

@@ -185,7 +185,7 @@ def pancreas_dicom(source: Path, case: str) -> Volume:
         mean = f"{inside.mean():.0f} HU" if len(inside) else "nowhere"
         raise ValueError(
             f"{case}: the label lies on {mean}, a pancreas does not: check the orientation in the label's "
-            f"header"
+            "header"
         )
     size = [max(1, round(n * s)) for n, s in zip(scan.GetSize(), scan.GetSpacing(), strict=True)]
     image, label = (

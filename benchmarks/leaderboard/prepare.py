@@ -193,7 +193,7 @@ def folds(suite: Suite, cases: Sequence[str]) -> list[dict[str, list[str]]]:
     if not pool or max(suite.budgets) > len(pool):
         raise SuiteError(
             f"budgets {suite.budgets}: {suite.dataset} has {len(pool)} cases beside the {len(val)} for "
-            f"validation"
+            "validation"
         )
     return [{"train": pool[:n], "val": val, "unlabeled": pool[n:]} for n in (*suite.budgets, len(pool))]
 

@@ -43,7 +43,7 @@ def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
                 outdated.append(str(path))
     if outdated:
         raise SuiteError(
-            f"rows of other settings than the suite's: remove them or bring the suite back: "
+            "rows of other settings than the suite's: remove them or bring the suite back: "
             f"{' '.join(outdated)}"
         )
     if not rows:
@@ -219,14 +219,14 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
     spacing, patch = " x ".join(f"{s:g}" for s in plan["spacing"]), " x ".join(map(str, plan["patch_size"]))
     text = (
         f"{suite.dataset}, {suite.configuration}, {len(finished[0]['cases'])} validation cases, last "
-        f"checkpoint (never the best one), "
+        "checkpoint (never the best one), "
         "nnU-Net's own inference, evaluated at the resolution of the labels. "
         f"Schedule of every row: {steps}, {batch}, {precision}, spacing {spacing} mm, patch {patch}, "
         f"{plan['network']} with features {', '.join(map(str, plan['features']))}. Self-training: two "
-        f"rounds of half the steps each. "
+        "rounds of half the steps each. "
         f"{several('hardware')}; {', '.join(versions)}. "
         f"The {len(finished)} rows took {hours:.2f} {unit}, {training:.2f} of them in the epochs of "
-        f"training.\n\n"
+        "training.\n\n"
         "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` "
         "and `asd`, in voxels and mm; a "
         "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "

@@ -44,12 +44,12 @@ def select(suite: Suite, work: Path, results: Path, only: Sequence[str]) -> list
     if unknown := sorted({r.trainer for r in rows} - set(trainers)):
         raise SuiteError(
             f"no trainer {', '.join(unknown)}; `nnssl trainers` lists {', '.join(trainers)}. --only leaves "
-            f"rows out"
+            "rows out"
         )
     jobs = [Job(suite, row, work, results) for row in rows]
     if old := [job.result for job in jobs if job.state() == "outdated"]:
         raise SuiteError(
-            f"rows with other settings than the suite's exist; remove them to train again: "
+            "rows with other settings than the suite's exist; remove them to train again: "
             f"{' '.join(map(str, old))}"
         )
     return jobs

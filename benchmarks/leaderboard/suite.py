@@ -256,7 +256,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
             raise SuiteError(
                 f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and "
-                f"names no trainer"
+                "names no trainer"
             )
     halved = {**suite.schedule, **suite.method.get("self_training", {}).get("schedule", {})}
     if "self_training" in suite.methods and halved["num_epochs"] < 2:

@@ -152,7 +152,7 @@ def main() -> None:
     method: Any = trainer.method
     print(
         f"training: {(time.process_time() - begun) / 60:.2f} core-minutes; forward pass and loss, seconds "
-        f"per step:"
+        "per step:"
     )
     print({name: round(s / (args.epochs * args.iterations), 4) for name, s in method.seconds.items()})
     seed_everything(0)

@@ -157,11 +157,11 @@ def table(rows: list[dict[str, Any]], labeled: int) -> str:
     versions = {k: v for r in rows for k, v in r["versions"].items()}
     note = (
         f"Validation Dice (%) of 20 scans, last checkpoint, nnU-Net's own evaluation. {DATASET} at 2.5 mm, "
-        f"features/2, batch 2, "
+        "features/2, batch 2, "
         "15 x 100 iterations (ACTION 20 x 100, a quarter of them without labels), bfloat16, one thread of a "
         "CPU with AMX; "
         f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Commands: "
-        f"`benchmarks/quality/left_atrium.py`."
+        "`benchmarks/quality/left_atrium.py`."
     )
     return "\n".join([*lines, "", note, ""])
 

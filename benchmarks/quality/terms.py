@@ -124,7 +124,7 @@ def main() -> None:
         if not (folder / "checkpoint_final.pth").is_file():
             parser.error(
                 f"{folder} has no checkpoint_final.pth: expected nnU-Net's folder of a fold whose training "
-                f"has ended; continue it with --c"
+                "has ended; continue it with --c"
             )
         print(f"{folder}\n\n{markdown(term_table(read_losses(folder)))}\n")
 

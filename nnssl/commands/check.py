@@ -295,7 +295,7 @@ def _configuration(
                 WARNING,
                 configuration,
                 f"{len(removed)} preprocessed cases are not in imagesTr ({listed(removed)}) and would be "
-                f"trained on",
+                "trained on",
                 remedy=f"{remedy} moves them aside",
             )
 

@@ -222,7 +222,7 @@ def _export(args: argparse.Namespace) -> None:
     folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
     print(
         f"{folder}: nnUNetv2_predict_from_modelfolder -m {folder} -f {' '.join(args.f)} -i IMAGES -o "
-        f"PREDICTIONS"
+        "PREDICTIONS"
     )
     print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {archive}")
 

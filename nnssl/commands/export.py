@@ -106,7 +106,7 @@ def _load(source: str, fold: str, checkpoint_name: str) -> dict[str, Any]:
         )
         raise ValueError(
             f"{path} does not exist. Found: {', '.join(there) or 'no checkpoint'}. Choose with -f and -chk, "
-            f"or finish the training"
+            "or finish the training"
         )
     return torch.load(path, map_location="cpu", weights_only=False)
 
@@ -136,7 +136,7 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         raise RuntimeError(
             f"{trainer} changed the planned network: {len(different)} tensors differ from what plain "
             f"nnU-Net builds from the plan, e.g. {different[0]}. Export with nnUNetv2_export_model_to_zip "
-            f"and install nnunet-semi where you predict, or train with a configuration that keeps the "
+            "and install nnunet-semi where you predict, or train with a configuration that keeps the "
             'planned network (Diff-CL: "hfm_stages": 0)'
         )
 

@@ -48,7 +48,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
     if args.np is not None and len(args.np) not in (1, len(args.c)):
         raise ValueError(
             f"-np: {len(args.np)} numbers for {len(args.c)} configurations. Give one number, or one per "
-            f"configuration."
+            "configuration."
         )
     for dataset_id in args.d:
         name = str(convert_id_to_dataset_name(dataset_id))
@@ -72,7 +72,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         if not scans:
             print(
                 f"There are no unlabeled scans yet: put them into {join(raw, 'imagesUn')}, or hide labels "
-                f"with `nnssl split`."
+                "with `nnssl split`."
             )
 
 
@@ -81,7 +81,7 @@ def _check_options(args: argparse.Namespace, raw: str, preprocessed: str, plans_
     if args.p and not isfile(plans_file):
         raise ValueError(
             f"-p {args.p}: {plans_file} does not exist. Plans here: {plans_in(preprocessed)}; leave "
-            f"-p out to make one."
+            "-p out to make one."
         )
     if args.replan or not isfile(plans_file):
         _find_class(args.fpe, "-fpe")
@@ -181,7 +181,7 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
     if planned_for != name:
         raise ValueError(
             f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
-            f"Use nnUNetv2_move_plans_between_datasets to move a plan."
+            "Use nnUNetv2_move_plans_between_datasets to move a plan."
         )
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
@@ -190,7 +190,7 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{source}: {key} is {new.get(key)}, but was {old.get(key)} when the plan was made. Use "
-                f"--replan --clean."
+                "--replan --clean."
             )
     if old != new or not isfile(copy):
         copy_file(source, copy)
@@ -207,7 +207,7 @@ def _check_split(source: str, copy: str) -> None:
     if ours[: len(theirs)] != theirs:
         raise ValueError(
             f"{source} and {copy} differ. Keep one: remove the former to use the latter, or the latter to "
-            f"use the former."
+            "use the former."
         )
 
 

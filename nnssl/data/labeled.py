@@ -103,7 +103,7 @@ def ensure_labeled(
         )
         raise ValueError(
             f"{what}. Labeled cases need images in imagesTr and labels in labelsTr; scans without label "
-            f"belong into imagesUn."
+            "belong into imagesUn."
         )
     if removed := removed_cases(target, cases):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]

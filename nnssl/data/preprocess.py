@@ -77,7 +77,7 @@ def _refuse_lost_image(file: str, case: Case) -> None:
     if not finite or constant:
         raise SourceError(
             f"{', '.join(case.images)}: {'constant' if finite else 'NaN or infinite values'} after "
-            f"normalisation. Look for extreme values or an empty image, and repair or remove the case."
+            "normalisation. Look for extreme values or an empty image, and repair or remove the case."
         )
 
 

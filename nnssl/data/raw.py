@@ -136,7 +136,7 @@ class CheckedPlans(PlansManager):
                 if extreme := _no_data_mark(data):
                     raise SourceError(
                         f"{', '.join(files)}: values of {extreme:.3g}, beside which the others vanish in "
-                        f"normalisation (a mark for no data?). Replace them by the value of the background."
+                        "normalisation (a mark for no data?). Replace them by the value of the background."
                     )
                 return data, properties
 
@@ -220,7 +220,7 @@ def _inspect(file: str, strict: bool) -> None:
     if len(content) < expected:
         raise SourceError(
             f"{file}: truncated, {len(content)} of {expected} bytes are there. Copy or download it again, "
-            f"or remove it."
+            "or remove it."
         )
     if strict and dtype.kind == "f" and not np.isfinite(np.frombuffer(content, dtype, count, start)).all():
         raise _not_finite([file])

@@ -32,7 +32,7 @@ def load_splits(splits_file: str) -> list[Fold]:
     if not fine:
         raise ValueError(
             f"{splits_file}: expected a list of folds with the keys train, val and (optional) unlabeled. "
-            f"Repair or remove it."
+            "Repair or remove it."
         )
     return splits
 
@@ -66,13 +66,13 @@ def hidden_cases(splits_file: str, fold: int | str, known: Collection[str]) -> l
         if overlap := sorted(set(hidden) & set(entry[key])):
             raise ValueError(
                 f"{splits_file}, fold {fold}: {_some(overlap)} in unlabeled and in {key}. Remove from one "
-                f"of the two."
+                "of the two."
             )
     for key in ("train", "val", "unlabeled"):
         if unknown := sorted(set(entry.get(key, [])) - set(known)):
             raise ValueError(
                 f"{splits_file}, fold {fold}, key {key}: {_some(unknown)} no case of imagesTr that was "
-                f"preprocessed. Remove from the list, "
+                "preprocessed. Remove from the list, "
                 "or add to imagesTr and run `nnssl plan-and-preprocess` (scans in imagesUn are always used "
                 "and never listed)."
             )
@@ -200,7 +200,7 @@ def absent_classes(dataset: Any, cases: Sequence[str], label_manager: Any) -> li
         if properties is None or "class_locations" not in properties:
             raise ValueError(
                 f"{join(folder, case)}.pkl: absent or damaged. Run `nnssl plan-and-preprocess` to redo the "
-                f"case."
+                "case."
             )
         absent = [c for c in absent if len(properties["class_locations"].get(c, ())) == 0]
     return absent

@@ -195,7 +195,7 @@ def prepare_unlabeled(
     if not cases:
         raise RuntimeError(
             f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in "
-            f"nnUNet_raw (named like imagesTr), "
+            "nnUNet_raw (named like imagesTr), "
             "or hide labels with `nnssl split`; without either, use nnUNetTrainerSupervised"
         )
     log(f"{len(cases)} unlabeled cases, {len(hidden)} of them with hidden labels")

@@ -61,7 +61,7 @@ def unlabeled_cases(
         if isfile(join(labeled_folder, name + ".pkl")):
             raise ValueError(
                 f"{name}: in imagesUn, but still among the labeled cases in {labeled_folder}. If its label "
-                f"was removed, run "
+                "was removed, run "
                 "`nnssl plan-and-preprocess` once (or remove the case's files there); else rename the "
                 "unlabeled scan."
             )
@@ -110,7 +110,7 @@ def ensure_unlabeled(
         shown = ", ".join(f"{name} ({reason})" for name, reason in list(orphans.items())[:10])
         raise ValueError(
             f"{len(orphans)} unlabeled cases in {target.folder} have no raw image to preprocess: {shown}. "
-            f"Set nnUNet_raw to where imagesUn "
+            "Set nnUNet_raw to where imagesUn "
             "and imagesTr are, or copy the preprocessed folder from a machine that has them."
         )
     bring_up_to_date(cases, target, num_processes, log, verbose, show_progress)

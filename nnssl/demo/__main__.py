@@ -59,7 +59,7 @@ class Demo:
         if self.folder.exists() and any(self.folder.iterdir()) and not state.is_file():
             raise ValueError(
                 f"{self.folder} is not empty and not a demo's folder (no {STATE} in it): choose another "
-                f"--folder"
+                "--folder"
             )
         if fresh and state.is_file():
             for name in reversed(OWN):  # the mark last
@@ -71,7 +71,7 @@ class Demo:
             if found["settings"] != self.settings:
                 raise ValueError(
                     f"{self.folder} holds a demo with {found['settings']}, but {self.settings} was asked "
-                    f"for: choose another --folder, or --fresh"
+                    "for: choose another --folder, or --fresh"
                 )
             self.done = found["done"]
         for name in ("raw", "preprocessed", "results", "logs"):
@@ -224,7 +224,7 @@ class Demo:
         mean = {name: self.summary()["mean"][str(LABELS[name])]["Dice"] for name in STRUCTURES}
         print(
             f"\n{self.settings['trainer']}: Dice on {len(self.cases())} test scans, by "
-            f"nnUNetv2_evaluate_folder"
+            "nnUNetv2_evaluate_folder"
         )
         for name, dice in {**mean, "mean": float(np.mean(list(mean.values())))}.items():
             print(f"  {name:<8} {dice:.3f}")
@@ -293,7 +293,7 @@ class Demo:
         if command[0] not in entries:
             raise RuntimeError(
                 f"the command {command[0]} is not installed for {sys.executable}: install this project with "
-                f"pip there"
+                "pip there"
             )
         environment = {**self.environment(), **(environment or {})}
         lines: list[str] = []

@@ -150,7 +150,7 @@ def write_dataset(
     if labeled < 1 or unlabeled < 0 or test < 0:
         raise ValueError(
             f"found labeled={labeled}, unlabeled={unlabeled}, test={test}; expected labeled >= 1 and no "
-            f"negative count"
+            "negative count"
         )
     parts = [("Tr", "train", labeled), ("Un", "unlabeled", unlabeled), ("Ts", "test", test)]
     todo = [

@@ -94,7 +94,7 @@ class ACTIONConfig(Config):
             raise ValueError(f"phase_fractions must be shares with sum 1, found {fractions}")
         if self.weight_global == 0 and fractions[0] > 0:
             raise ValueError(
-                f"weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions "
+                "weight_global 0 leaves phase 1 without a loss: set the first of phase_fractions "
                 f"{fractions} to 0, too"
             )
 

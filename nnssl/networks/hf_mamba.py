@@ -214,13 +214,13 @@ def insert_hfm(
     )
     if not bodies or not all(isinstance(body, nn.Sequential) for body in bodies) or strides is None:
         raise ValueError(
-            f"HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a "
+            "HFM goes into the encoder of a PlainConvUNet or a ResidualEncoderUNet, found a "
             f"{type(network).__name__}"
         )
     if not len(patch_size) == len(spacing) == len(strides[0]):
         raise ValueError(
             f"patch size {tuple(patch_size)}, spacing {tuple(spacing)} and strides {strides[0]} differ in "
-            f"their number of axes"
+            "their number of axes"
         )
     if any(hasattr(body, "hfm") for body in bodies):
         raise ValueError("this network has an HFM already: insert_hfm wants the planned network")

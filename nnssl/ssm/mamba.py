@@ -224,6 +224,6 @@ class Mamba2Mixer(nn.Module):
         if self.backend == "mamba_ssm" and not x.is_cuda:
             raise RuntimeError(
                 f"backend 'mamba_ssm' needs tensors on a CUDA device, found {x.device}; choose 'auto' or "
-                f"'torch'"
+                "'torch'"
             )
         return self.backend == "torch" or not x.is_cuda or x.dtype == torch.float64

@@ -101,7 +101,7 @@ class OptimizationStep:
         if self.skipped_in_a_row >= self.patience:
             raise RuntimeError(
                 f"the loss was not finite in {self.skipped_in_a_row} steps in a row; they changed no "
-                f"weight, and the checkpoints in "
+                "weight, and the checkpoints in "
                 'the output folder are the last good ones. Lower "initial_lr" or set "amp" to bfloat16 or '
                 'float32 under "nnssl" in '
                 "the plans file, check the images, then resume with --c"

@@ -20,7 +20,7 @@ def preprocessed_cases(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise RuntimeError(
             f"{folder} does not exist: run `nnssl plan-and-preprocess` or nnUNetv2_plan_and_preprocess for "
-            f"this configuration first"
+            "this configuration first"
         )
     return infer_dataset_class(folder).get_identifiers(folder)
 

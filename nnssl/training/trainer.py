@@ -385,8 +385,8 @@ class SemiTrainer(nnUNetTrainer):
         if absent:
             raise RuntimeError(
                 f"no labeled training case of fold {self.fold} contains {absent}: the network could never "
-                f"learn it. "
-                f"Add a labeled case with it to this fold (labeled: "
+                "learn it. "
+                "Add a labeled case with it to this fold (labeled: "
                 f"{', '.join(sorted(cases)[:8])}{' ...' if len(cases) > 8 else ''})"
             )
 
@@ -420,7 +420,7 @@ class SemiTrainer(nnUNetTrainer):
             if terms.keys() != weights.keys():
                 raise RuntimeError(
                     f"{self.method.name}: terms {sorted(terms)} and weights {sorted(weights)} must have the "
-                    f"same keys"
+                    "same keys"
                 )
         step = self.current_epoch * self.num_iterations_per_epoch + self._iteration
         if self.agreement is not None:
@@ -556,7 +556,7 @@ class SemiTrainer(nnUNetTrainer):
             name = source if isinstance(source, str) else "the checkpoint"
             raise RuntimeError(
                 f"{name} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and "
-                f"banks cannot be resumed. Start from its weights with -pretrained_weights instead"
+                "banks cannot be resumed. Start from its weights with -pretrained_weights instead"
             )
         state = checkpoint["nnssl"]
         self.my_init_kwargs = checkpoint["init_args"]
@@ -570,7 +570,7 @@ class SemiTrainer(nnUNetTrainer):
             raise RuntimeError(
                 f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) is "
                 f"incompatible with this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. "
-                f"Resume with the plans file that the run was started with"
+                "Resume with the plans file that the run was started with"
             )
         restore_buffers(self.method, state.get("buffers", []))
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
