@@ -19,8 +19,8 @@ x        in half of the steps x_l beside R x_s with CutMix boxes between its sam
          weighted form over the voxels that come from x_l
 f drops channels of its encoder features in the unlabeled stream.
 
-`"agreement"` is on unless the plans file says otherwise: lambda(t) is multiplied by the cosine of the mean
-gradients of both terms, cut at 0. Every ingredient is a key and can be switched off.
+With `"agreement": true` lambda(t) is multiplied by the cosine of the mean gradients of both terms, cut at 0.
+Every other ingredient is a key of its own and can be switched off.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ class Semi(TeacherMethod):
     name = "Semi"
     config_class = SemiConfig
     config: SemiConfig
-    agreement = True
 
     confidence: Tensor
     observed: Tensor
