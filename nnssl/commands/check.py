@@ -19,6 +19,7 @@ from nnunetv2.paths import nnUNet_extTrainer
 from tqdm import tqdm
 
 import nnssl
+from nnssl.commands.environment import environment
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.findings import ERROR, OK, WARNING, Finding, errors_of, listed
 from nnssl.data.inspection import (
@@ -47,7 +48,7 @@ def run_checks(
         findings = list(_findings(dataset_id, configuration, plans_name))
     number = {level: sum(finding.level == level for finding in findings) for level in PREFIX}
     if as_json:
-        content = {"errors": number[ERROR], "warnings": number[WARNING]}
+        content = {"errors": number[ERROR], "warnings": number[WARNING], "environment": environment()}
         print(json.dumps({**content, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2))
     else:
         for finding in sorted(findings, key=lambda finding: list(PREFIX).index(finding.level)):

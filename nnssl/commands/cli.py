@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nnssl import __version__
+from nnssl.commands.environment import version_line
 from nnssl.commands.trainers import list_trainers, trainers_folder
 
 DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_and_preprocess
@@ -41,12 +41,20 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {text}. This was not foreseen; --traceback shows where it comes from."
 
 
+class _Version(argparse.Action):
+    """argparse's own would break the line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version_line())
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands; each sets ``run``."""
     parser = argparse.ArgumentParser(
         "nnssl", description="Semi-supervised training for nnU-Net v2.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"nnssl {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -101,6 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.set_defaults(run=_check)
+
+    env = commands.add_parser(
+        "env",
+        help="versions, devices and variables in one paste, for bug reports",
+        allow_abbrev=False,
+    )
+    env.add_argument("--json", action="store_true", help="print them as JSON")
+    env.set_defaults(run=_env)
 
     export = commands.add_parser(
         "export",
@@ -214,6 +230,15 @@ def _check(args: argparse.Namespace) -> int:
     from nnssl.commands.check import run_checks
 
     return run_checks(args.d, args.c, args.p, args.json)
+
+
+def _env(args: argparse.Namespace) -> None:
+    import json
+
+    from nnssl.commands.environment import as_text, environment
+
+    found = environment()
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
 
 
 def _export(args: argparse.Namespace) -> None:

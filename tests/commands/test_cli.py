@@ -533,6 +533,7 @@ def test_check_prints_all_findings_as_json_and_the_gravest_last(
     content = json.loads(capsys.readouterr().out)
     levels = [finding["level"] for finding in content["findings"]]
     assert (levels.count("error"), levels.count("warning")) == (content["errors"], content["warnings"])
+    assert content["environment"]["versions"]["nnssl"] == nnssl.__version__
     for level, place in (("error", "lab_01.nii.gz"), ("warning", "imagesUn")):
         assert any(f["level"] == level and f["place"].endswith(place) for f in content["findings"])
     main(["check", "-d", "777"])
