@@ -1,4 +1,4 @@
-"""`python -m benchmarks.leaderboard run | report | convert`: from data to table and pictures."""
+"""`python -m benchmarks.leaderboard run | report | summary | convert`: from data to table and pictures."""
 
 from __future__ import annotations
 
@@ -50,8 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--minutes", type=float, help="stop after this many minutes; rerun to resume")
     report = commands.add_parser("report", help="table and pictures from the rows", allow_abbrev=False)
+    summary = commands.add_parser(
+        "summary", help="methods by mean rank over suites and budgets", allow_abbrev=False
+    )
+    summary.add_argument("suites", nargs="+", metavar="suite", help="names in suites/ or .toml files")
     for command in (run, report):
         command.add_argument("suite", help="a name in suites/ or a .toml file")
+    for command in (run, report, summary):
         command.add_argument(
             "--results",
             type=Path,
@@ -96,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks.leaderboard.report import write_report
 
             print(write_report(load_suite(args.suite), args.results))
+        elif args.command == "summary":
+            from benchmarks.leaderboard.summary import write_summary
+
+            print(write_summary([load_suite(name) for name in args.suites], args.results))
         else:
             from benchmarks.leaderboard.convert import convert
 

@@ -345,7 +345,7 @@ class Job:
             "hardware": hardware(self.suite.device),
             "train_seconds": round(sum(end - start for start, end in epochs)),
             "seconds": round(earlier + time.time() - begun),
-            **{key: max(u[key] for u in used if key in u) for key in sorted({k for u in used for k in u})},
+            **summary(used),
         }
 
     def note_commit(self) -> None:
@@ -371,6 +371,14 @@ def usage(path: Path) -> list[dict[str, int]]:
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
+
+
+def summary(used: list[dict[str, int]]) -> dict[str, int]:
+    """The highest peaks and the sum of the times. Commands that were killed are not in it."""
+    return {
+        key: (sum if key == "cpu_seconds" else max)(u[key] for u in used if key in u)
+        for key in sorted({k for u in used for k in u})
+    }
 
 
 def hardware(device: str) -> str:

@@ -51,18 +51,35 @@ def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def per_case(rows: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
-    """(cases,): mean over seeds and structures."""
-    values = np.array([r["per_case"][metric] for r in rows], dtype=float)  # None -> nan
-    return np.nanmean(values, axis=(0, 2))
+def paired(
+    rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], metric: str = "dice"
+) -> np.ndarray:
+    """(seeds, cases): differences of case means over structures, within each seed that both have."""
+
+    def by_seed(found: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+        # None -> nan
+        return {r["seed"]: np.nanmean(np.array(r["per_case"][metric], dtype=float), axis=1) for r in found}
+
+    ours, theirs = by_seed(rows), by_seed(base)
+    shared = sorted(ours.keys() & theirs.keys())
+    return np.array([ours[seed] - theirs[seed] for seed in shared])
 
 
 def interval(difference: np.ndarray) -> tuple[float, float]:
-    """Bootstrap percentile interval of a mean of paired differences, over the cases, seeded."""
-    draws = np.random.default_rng(0).integers(len(difference), size=(RESAMPLES, len(difference)))
+    """Bootstrap percentile interval of the mean of (seeds, cases), both resampled, seeded."""
+    seeds, cases = difference.shape
+    random = np.random.default_rng(0)
+    by_case = random.integers(cases, size=(RESAMPLES, 1, cases))
+    by_seed = random.integers(seeds, size=(RESAMPLES, seeds, 1))
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(difference[draws].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(difference[by_seed, by_case].mean(axis=(1, 2)), [tail, 100 - tail])
     return float(low), float(high)
+
+
+def compared(bounds: tuple[float, float]) -> str:
+    """What an interval of differences says."""
+    low, high = bounds
+    return "above" if low > 0 else "below" if high < 0 else "not distinguishable"
 
 
 def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -89,20 +106,26 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     entry[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
             for base in ("supervised", "self_training"):
                 if base in here and base != method:
-                    difference = per_case(found, "dice") - per_case(here[base], "dice")
-                    entry[f"dice_minus_{base}"] = float(difference.mean())
-                    entry[f"dice_minus_{base}_interval"] = interval(difference)
-            if upper and "supervised" in here and method != "supervised":
-                low, gap = (
-                    per_case(here["supervised"], "dice"),
-                    per_case(upper, "dice") - per_case(here["supervised"], "dice"),
-                )
-                gain = float((per_case(found, "dice") - low).mean())
-                entry["gap_closed"] = (
-                    gain / float(gap.mean()) if interval(gap)[0] > 0 else None
-                )  # a share of nothing says nothing
+                    difference = paired(found, here[base])
+                    if difference.size:
+                        entry[f"dice_minus_{base}"] = float(difference.mean())
+                        entry[f"dice_minus_{base}_interval"] = bounds = interval(difference)
+                        entry[f"against_{base}"] = compared(bounds)
+                        entry[f"seeds_{base}"] = len(difference)
+            gap = paired(upper, here.get("supervised", []))
+            if gap.size and "dice_minus_supervised" in entry:  # a share of nothing says nothing
+                share = entry["dice_minus_supervised"] / float(gap.mean())
+                entry["gap_closed"] = share if interval(gap)[0] > 0 else None
+            if seconds := [r["cpu_seconds"] for r in found if r.get("cpu_seconds")]:
+                entry["cpu_seconds"] = float(np.mean(seconds))
+                entry["cpu_seconds_per_step"] = entry["cpu_seconds"] / steps(found[0])
             table.append(entry)
     return table
+
+
+def steps(row: Mapping[str, Any]) -> int:
+    """Training steps of a row, over all rounds."""
+    return len(row["curve"]["train_loss"]) * int(row["config"].get("num_iterations_per_epoch", 1))
 
 
 def number(value: float | None, factor: float = 1, sd: float | None = None, signed: bool = False) -> str:
@@ -117,7 +140,7 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
     """Lines of a Markdown table of one budget, best Dice first, the upper bound last."""
     heads = ["method", "seeds", *METRICS.values()]
     if not suffix:
-        heads += ["− supervised", "− self-training", "gap closed %"]
+        heads += ["− supervised", "verdict", "− self-training", "gap closed %", "core min", "s / step"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for e in sorted(
         entries, key=lambda e: (e["method"] == "supervised_all", -e[f"dice{suffix}"], e["method"])
@@ -131,43 +154,44 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
             )
         if not suffix:
             for base in ("supervised", "self_training"):
-                low, high = e.get(f"dice_minus_{base}_interval", (None, None))
-                cells.append(
-                    f"{number(e[f'dice_minus_{base}'], 100, signed=True)} [{100 * low:+.2f}, "
-                    f"{100 * high:+.2f}]"
-                    if low is not None
-                    else ""
-                )
+                cells.append(difference_cell(e, base))
+                if base == "supervised":
+                    cells.append(e.get("against_supervised", ""))
             cells.append("" if e.get("gap_closed") is None else f"{100 * e['gap_closed']:.0f}")
+            cells += [number(e.get("cpu_seconds"), 1 / 60), number(e.get("cpu_seconds_per_step"))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def difference_cell(entry: Mapping[str, Any], base: str) -> str:
+    """Difference, interval, and the number of paired seeds where it is not that of the row."""
+    if f"dice_minus_{base}" not in entry:
+        return ""
+    low, high = entry[f"dice_minus_{base}_interval"]
+    text = f"{number(entry[f'dice_minus_{base}'], 100, signed=True)} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    fewer = entry[f"seeds_{base}"] < len(entry["seeds"])
+    return text + (f" (paired seeds: {entry[f'seeds_{base}']})" if fewer else "")
+
+
 def verdict(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which methods have a higher mean Dice than what one can do without them, and which have not."""
-    base = {
-        m: d
-        for m in ("supervised", "self_training")
-        for d in (e["dice"] for e in entries if e["method"] == m)
-    }
+    """Which methods are above, below or not distinguishable from what one can do without them."""
     methods = sorted(
         (e for e in entries if e["method"] not in NAMES), key=lambda e: (-e["dice"], e["method"])
     )
-    if not base or not methods:
-        return []
-    above = [e["method"] for e in methods if e["dice"] > max(base.values())]
-    bounds, winners = " and ".join(NAMES[m] for m in base), ", ".join(above) or "no method"
-    text = f"Mean Dice above {bounds}: {winners} ({len(above)} of {len(methods)})."
-    if (share := methods[0].get("gap_closed")) is not None:
-        text += f" The best, {methods[0]['method']}, closes {100 * share:.0f} % of the gap to all labels."
-    for name, dice in base.items():
-        if below := [
-            f"{e['method']} ({number(e['dice'] - dice, 100, signed=True)})"
-            for e in methods
-            if e["dice"] <= dice
-        ]:
-            text += f" **Not above {NAMES[name]}**: {', '.join(below)}."
-    return [text, ""]
+    sentences = []
+    for base in ("supervised", "self_training"):
+        for word in ("above", "not distinguishable", "below"):
+            if found := [e for e in methods if e.get(f"against_{base}") == word]:
+                names = ", ".join(
+                    f"{e['method']} ({number(e[f'dice_minus_{base}'], 100, signed=True)})" for e in found
+                )
+                what = f"{word.capitalize()}{' from' * (word[0] == 'n')} {NAMES[base]}"
+                sentences.append(f"**{what}**: {names}.")
+    if sentences and (share := methods[0].get("gap_closed")) is not None:
+        sentences.append(
+            f"The best, {methods[0]['method']}, closes {100 * share:.0f} % of the gap to all labels."
+        )
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def markdown(
@@ -229,8 +253,11 @@ def setting(suite: Suite, finished: Sequence[Mapping[str, Any]]) -> str:
         "training.\n\n"
         "Mean over cases and structures, then over seeds, ± sd over seeds. 95HD and ASD as medpy's `hd95` "
         "and `asd`, in voxels and mm; a "
-        "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case, with a "
-        f"{CONFIDENCE} % bootstrap interval over the cases ({RESAMPLES} resamples). "
+        "missed structure counts with the grid's diagonal. Differences: Dice points, paired by case and seed "
+        f"(only seeds that both rows have), with a {CONFIDENCE} % bootstrap interval over cases and seeds "
+        f"({RESAMPLES} resamples); a row of one seed has the spread of the cases alone in it. "
+        "Above, below: the interval does not hold 0. "
+        "Core minutes and seconds per step: processor time of start, training and validation. "
         "Gap closed: share of the way from supervised only to all labels; none where the interval of that "
         "way holds 0."
     )

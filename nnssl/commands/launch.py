@@ -60,10 +60,13 @@ def _end_with(parent: int) -> None:
 
 
 def _used() -> dict[str, int]:
-    """Peak memory of this process and of its GPU."""
+    """Peak memory of this process and of its GPU; processor time with that of its children."""
     import resource
 
-    used = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    used = {
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "cpu_seconds": round(sum(os.times()[:4])),
+    }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         used["peak_gpu_memory_mb"] = torch.cuda.max_memory_reserved() // 2**20

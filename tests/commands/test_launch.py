@@ -25,6 +25,7 @@ def test_a_command_keeps_to_its_cores_gets_its_arguments_and_tells_what_it_used(
         assert (done.stdout, done.returncode) == ("5 name -d 501 --c\n", 3)
         used = [json.loads(line) for line in usage.read_text(encoding="utf-8").splitlines()]
         assert len(used) == lines and all(0 < entry["peak_memory_mb"] < 10_000 for entry in used)
+        assert all(0 <= entry["cpu_seconds"] < 60 for entry in used)
 
 
 def test_a_launched_command_ends_with_its_parent(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def content(row: Any, gain: float) -> dict[str, Any]:
         **{"metrics": means, "structures": ["organ", "lesion"], "cases": CASES, "per_case": table},
         "panel": {"case": "case_3", "aspect": 1.0},
         "curve": {"train_loss": [1.0, 0.5], "val_loss": [1.0, None], "pseudo_dice": [0.1, 0.2]},
-        "config": {},
+        "config": {"num_iterations_per_epoch": 3},
         "plan": {
             "spacing": [1.0, 1.0, 2.5],
             "patch_size": [16, 32, 32],
@@ -84,6 +84,7 @@ def content(row: Any, gain: float) -> dict[str, Any]:
             "hardware": "a processor, one thread",
             "train_seconds": 1800,
             "seconds": 1980,
+            "cpu_seconds": 120,
             "peak_memory_mb": 900,
         },
     }
@@ -113,7 +114,7 @@ def entries(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
     }
 
 
-def test_the_table_has_mean_and_sd_over_seeds_and_differences_paired_by_case(written: Path) -> None:
+def test_the_table_has_mean_and_sd_over_seeds_and_differences_paired_by_case_and_seed(written: Path) -> None:
     entry = entries(written)[2, "DiffCL"]
     assert entry["seeds"] == [0, 1]
     assert entry["dice"] == pytest.approx(0.6 + 0.1 + 0.005 + 0.0125)
@@ -121,13 +122,16 @@ def test_the_table_has_mean_and_sd_over_seeds_and_differences_paired_by_case(wri
     assert entry["dice_minus_supervised"] == pytest.approx(0.1)
     assert entry["dice_minus_supervised_interval"] == pytest.approx([0.1, 0.1])  # every case gains as much
     assert entry["dice_minus_self_training"] == pytest.approx(0.05)
+    assert entry["against_supervised"] == entry["against_self_training"] == "above"
+    assert entry["cpu_seconds_per_step"] == pytest.approx(120 / (2 * 3))
     assert entry["gap_closed"] == pytest.approx(0.5)
 
 
 def test_no_share_of_a_gap_that_may_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path, suite())
     monkeypatch.setattr(report, "interval", lambda difference: (-0.01, 0.5))
-    report.write_report(suite(), tmp_path)
+    text = report.write_report(suite(), tmp_path)
+    assert "**Not distinguishable from supervised only**: DiffCL (+10.00)." in text
     assert all(e.get("gap_closed") is None for e in entries(tmp_path).values())
 
 
@@ -150,7 +154,7 @@ def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path)
     ):
         assert part in text
     assert "| DiffCL | 2 | 71.75 ± 0.71 |" in text
-    assert "+10.00 [+10.00, +10.00] | +5.00 [+5.00, +5.00] | 50 |" in text
+    assert "+10.00 [+10.00, +10.00] | above | +5.00 [+5.00, +5.00] | 50 | 2.00 | 20.00 |" in text
     assert "| DiffCL | 2 | 81.5 |  |  |  | 71.75 | " in text
     assert "a paper; best checkpoint" in text
     assert "Not finished" not in text
@@ -164,7 +168,7 @@ def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path)
 
 def test_the_report_says_which_methods_do_not_beat_the_baselines(written: Path, tmp_path: Path) -> None:
     above = (
-        "Mean Dice above supervised only and self-training: DiffCL (1 of 1). "
+        "**Above supervised only**: DiffCL (+10.00). **Above self-training**: DiffCL (+5.00). "
         "The best, DiffCL, closes 50 % of the gap to all labels."
     )
     assert above in (written / "smoke.md").read_text(encoding="utf-8")
@@ -175,10 +179,28 @@ def test_the_report_says_which_methods_do_not_beat_the_baselines(written: Path, 
                 json.dumps(content(row, -0.03)), encoding="utf-8"
             )
     text = report.write_report(suite(), tmp_path)
-    below = "**Not above supervised only**: DiffCL (-3.00). **Not above self-training**: DiffCL (-8.00)."
-    best = "The best, DiffCL, closes -15 % of the gap to all labels."
-    assert f"Mean Dice above supervised only and self-training: no method (0 of 1). {best} {below}" in text
-    assert "DiffCL (1 of 1)" in text  # with 4 labels
+    below = "**Below supervised only**: DiffCL (-3.00). **Below self-training**: DiffCL (-8.00)."
+    assert f"{below} The best, DiffCL, closes -15 % of the gap to all labels." in text
+    assert "**Above supervised only**: DiffCL (+10.00)" in text  # with 4 labels
+
+
+def test_seeds_are_never_mixed_within_a_difference(tmp_path: Path) -> None:
+    """Supervised has seed 0 alone: what DiffCL reaches with seed 1 is no part of the difference."""
+    write_rows(tmp_path, suite())
+    for row in suite().rows():
+        path = tmp_path / "smoke" / f"{row.name}.json"
+        if row.method == "supervised" and row.seed == 1:
+            path.unlink()
+        if row.method == "DiffCL" and row.seed == 1:
+            path.write_text(json.dumps(content(row, 0.3)), encoding="utf-8")
+    text = report.write_report(suite(), tmp_path)
+    assert entries(tmp_path)[2, "DiffCL"]["dice_minus_supervised"] == pytest.approx(0.1)
+    assert "+10.00 [+10.00, +10.00] (paired seeds: 1)" in text
+    before = entries(tmp_path)[2, "DiffCL"]
+    (tmp_path / "smoke" / "supervised_n2_s0.json").unlink()
+    report.write_report(suite(), tmp_path)
+    assert "dice_minus_supervised" not in entries(tmp_path)[2, "DiffCL"]
+    assert before["dice"] == entries(tmp_path)[2, "DiffCL"]["dice"]
 
 
 def test_csv_holds_the_same_table(written: Path) -> None:
@@ -260,12 +282,22 @@ def test_the_format_of_the_features_stands_beside_the_numbers(tmp_path: Path) ->
 
 
 def test_the_bootstrap_interval_covers_the_mean_and_shrinks_with_the_spread() -> None:
-    values = np.random.default_rng(1).normal(0.03, 0.02, 20)
+    values = np.random.default_rng(1).normal(0.03, 0.02, (1, 20))
     low, high = report.interval(values)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(20), rel=0.1)
     half = report.interval(values / 2)
     assert half == pytest.approx((low / 2, high / 2))
+    apart = np.concatenate([values - 0.1, values, values + 0.1])  # seeds that differ widen it
+    wide = report.interval(apart)
+    assert wide[1] - wide[0] > 5 * (high - low)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "word"), [((0.1, 0.2), "above"), ((-0.1, 0.2), "not distinguishable"), ((-0.2, -0.1), "below")]
+)
+def test_an_interval_has_a_verdict(bounds: tuple[float, float], word: str) -> None:
+    assert report.compared(bounds) == word
 
 
 def test_a_strip_shows_image_labels_prediction_and_error_on_the_slice_with_most_of_the_smallest_structure(

@@ -247,6 +247,15 @@ def test_usage_survives_a_kill_in_the_middle_of_its_line(tmp_path: Path) -> None
     assert job.usage(tmp_path / "cut.jsonl") == [{"peak_memory_mb": 7}]
 
 
+def test_peaks_are_maxima_and_times_are_sums() -> None:
+    used = [
+        {"peak_memory_mb": 7, "cpu_seconds": 3},
+        {"peak_memory_mb": 5, "cpu_seconds": 4},
+        {"cpu_seconds": 1},
+    ]
+    assert job.summary(used) == {"peak_memory_mb": 7, "cpu_seconds": 8}
+
+
 def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_labeled_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

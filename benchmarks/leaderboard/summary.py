@@ -1,0 +1,104 @@
+"""`summary`: methods by mean rank over all suites and budgets.
+
+In every suite and budget the methods are ranked by their Dice minus that of supervised training, paired by
+case and seed; supervised training itself stands at 0. Ties share the mean of their ranks. Rank 1 is the best.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from benchmarks.leaderboard.plots import NAMES
+from benchmarks.leaderboard.report import number, read_rows, summarise
+from benchmarks.leaderboard.suite import Suite, SuiteError
+from nnssl.files import write_text
+
+VERDICTS = ("above", "not distinguishable", "below")
+
+
+def columns(suites: Sequence[Suite], results: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is compared, by suite and budget; those without a supervised row or a method beside it are not in
+    it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for suite in suites:
+        table = summarise(suite, read_rows(suite, results))
+        for budget in suite.budgets:
+            entries = [
+                e
+                for e in table
+                if e["budget"] == budget and e["method"] != "supervised_all"
+                if e["method"] == "supervised" or "dice_minus_supervised" in e
+            ]
+            if len(entries) > 1 and any(e["method"] == "supervised" for e in entries):
+                found[f"{suite.name}, {budget} labels"] = entries
+    return found
+
+
+def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One entry per method, those with rows everywhere first, by mean rank."""
+    methods: dict[str, dict[str, Any]] = {}
+    for column, entries in by_column.items():
+        gains = [e.get("dice_minus_supervised", 0.0) for e in entries]
+        base = next(e for e in entries if e["method"] == "supervised").get("cpu_seconds_per_step")
+        for entry, gain, rank in zip(entries, gains, rankdata([-g for g in gains]), strict=True):
+            own = methods.setdefault(entry["method"], {"ranks": {}, "gains": {}, "costs": []})
+            own["ranks"][column], own["gains"][column] = float(rank), float(gain)
+            if "against_supervised" in entry:
+                own.setdefault("verdicts", {})[column] = entry["against_supervised"]
+            if base and entry.get("cpu_seconds_per_step"):
+                own["costs"].append(entry["cpu_seconds_per_step"] / base)
+    table = [
+        {
+            "method": method,
+            "mean_rank": float(np.mean(list(own["ranks"].values()))),
+            "mean_gain": float(np.mean(list(own["gains"].values()))),
+            "cost": float(np.mean(own["costs"])) if own["costs"] else None,
+            **{k: own.get(k, {}) for k in ("ranks", "gains", "verdicts")},
+        }
+        for method, own in methods.items()
+    ]
+    return sorted(table, key=lambda e: (-len(e["ranks"]), e["mean_rank"], e["method"]))
+
+
+def markdown(by_column: Mapping[str, Sequence[Any]], table: Sequence[Mapping[str, Any]]) -> str:
+    heads = ["method", "mean rank", "in", "mean Dice − supervised", *VERDICTS, "cost of a step", *by_column]
+    lines = ["# All suites and budgets", ""]
+    lines += [
+        "Ranks by Dice minus supervised training's, paired by case and seed; rank 1 is the best. `in`: "
+        "suites and budgets with a row; compare mean ranks only between methods that are in equally many. "
+        "Above and below: the bootstrap interval does not hold 0. Cost: processor time per step, in "
+        "supervised steps. Last columns: Dice points above supervised training.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for entry in table:
+        verdicts = list(entry["verdicts"].values())
+        cells = [NAMES.get(entry["method"], entry["method"]), number(entry["mean_rank"])]
+        cells += [str(len(entry["ranks"])), number(entry["mean_gain"], 100, signed=True)]
+        cells += [str(verdicts.count(word)) if verdicts else "" for word in VERDICTS]
+        cells += [number(entry["cost"])]
+        cells += [number(entry["gains"].get(column), 100, signed=True) for column in by_column]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_summary(suites: Sequence[Suite], results: Path) -> str:
+    """summary.md and summary.json into `results`; returns the Markdown text."""
+    by_column = columns(suites, results)
+    if not by_column:
+        names = ", ".join(suite.name for suite in suites)
+        raise SuiteError(
+            f"no budget of {names} has a supervised row and another one in {results}: `run` first"
+        )
+    table = ranked(by_column)
+    text = markdown(by_column, table)
+    write_text(text, results / "summary.md")
+    write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", results / "summary.json")
+    return text
