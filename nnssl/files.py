@@ -17,11 +17,14 @@ import re
 import secrets
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 DAY = 24 * 3600  # seconds
+END_OF_ZIP, END_BYTES = b"PK\x05\x06", 22  # closes a zip file; its last two bytes: length of the comment
+CHECKSUM_BYTES = 40
 SCRATCH = re.compile(r"\.nnssl-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
 Path = str | os.PathLike[str]
 
@@ -91,17 +94,72 @@ def write_pickle(content: Any, path: Path) -> None:
         pickle.dump(content, stream)
 
 
+class _Hashing:
+    """A stream that keeps the hash of what is written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.flush = stream, stream.flush
+        self.hash = hashlib.blake2b(digest_size=16)
+
+    def write(self, content: Any) -> int:
+        self.hash.update(content)
+        return self.stream.write(content)
+
+
+def _checksum(content_hash: Any) -> bytes:
+    return f"blake2b:{content_hash.hexdigest()}".encode()
+
+
 def save_torch(content: Any, path: Path) -> None:
-    """`torch.save`."""
+    """`torch.save`; what it writes is a zip file, whose comment here is a checksum of all of it."""
     import torch
 
     with replacing(path) as partial, open(partial, "wb") as stream:
+        hashing: Any = _Hashing(stream)
         try:
-            torch.save(content, stream)
+            torch.save(content, hashing)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # PyTorch covers a full disk with an error of its own
                 raise error.__context__ from None
             raise
+        stream.seek(-2, os.SEEK_END)
+        stream.write(CHECKSUM_BYTES.to_bytes(2, "little") + _checksum(hashing.hash))
+
+
+def torch_damage(path: Path) -> str:
+    """What is wrong with a file of `save_torch` or `torch.save`, empty where nothing is. The file is read
+    once; nothing is unpickled."""
+    if not os.path.lexists(path):
+        return "it does not exist"
+    if not os.path.isfile(path):
+        return "it is a folder" if os.path.isdir(path) else "it is not a file"
+    size = os.path.getsize(path)
+    if size == 0:
+        return "it is empty"
+    with open(path, "rb") as stream:
+        stream.seek(max(0, size - END_BYTES - CHECKSUM_BYTES))
+        end = stream.read()
+        if end[-END_BYTES:].startswith(END_OF_ZIP) and end.endswith(b"\0\0"):
+            return _zip_damage(path)
+        length = end[END_BYTES - 2 : END_BYTES]
+        if not end.startswith(END_OF_ZIP) or length != CHECKSUM_BYTES.to_bytes(2, "little"):
+            return "it is truncated or overwritten"
+        stream.seek(0)
+        content_hash, left = hashlib.blake2b(digest_size=16), size - 2 - CHECKSUM_BYTES
+        while left and (chunk := stream.read(min(left, 1 << 22))):
+            content_hash.update(chunk)
+            left -= len(chunk)
+        content_hash.update(b"\0\0")  # the comment came later
+    return "" if end[END_BYTES:] == _checksum(content_hash) else "its content does not match its checksum"
+
+
+def _zip_damage(path: Path) -> str:
+    """Of a file without our checksum: whether zip's own ones of its parts hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"its part {bad} does not match its checksum" if (bad := archive.testzip()) else ""
+    except Exception as error:  # damaged records can raise nearly anything
+        return f"its parts cannot be read ({error})"
 
 
 def copy_file(source: Path, path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from os.path import isdir, isfile, join
 from typing import Any
 
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
@@ -18,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl.files import read_json, save_torch, scratch_folder, write_json
+from nnssl.training.checkpoint import read_checkpoint
 
 KEPT = (
     "network_weights",
@@ -96,11 +96,11 @@ def _trained(folder: str) -> str:
 
 def _load(source: str, fold: str, checkpoint_name: str) -> dict[str, Any]:
     path = join(source, f"fold_{fold}", checkpoint_name)
-    if not isfile(path):
+    if not os.path.lexists(path):
         there = sorted(
             join(f, c)
             for f in os.listdir(source)
-            if f.startswith("fold_")
+            if f.startswith("fold_") and isdir(join(source, f))
             for c in os.listdir(join(source, f))
             if c.startswith("checkpoint_") and c.endswith(".pth")
         )
@@ -108,7 +108,7 @@ def _load(source: str, fold: str, checkpoint_name: str) -> dict[str, Any]:
             f"{path} does not exist. Found: {', '.join(there) or 'no checkpoint'}. Choose with -f and -chk, "
             "or finish the training"
         )
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return read_checkpoint(path, "cpu", "-chk")
 
 
 def _planned_weights(

@@ -1,7 +1,9 @@
-"""Parts of a checkpoint: the method without the deployed network, what each rank has of its own, versions."""
+"""Reading a checkpoint, and its parts: the method without the deployed network, what each rank has of its
+own, versions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +13,51 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import nnssl
+from nnssl.files import torch_damage
+
+NAMES = tuple(
+    f"checkpoint_{name}.pth" for name in ("final", "latest", "best")
+)  # as nnU-Net's --c prefers them
+
+
+def read_checkpoint(path: str, device: Any, sound_option: str = "") -> dict[str, Any]:
+    """A checkpoint, whole. RuntimeError naming the file where it is damaged, with the sound ones beside it.
+
+    sound_option  how the command at hand takes a sound one, e.g. "-chk"; empty: only as --c finds it
+    """
+    if damage := torch_damage(path):
+        raise RuntimeError(f"{path} cannot be used: {damage}. {_way_out(path, sound_option)}")
+    content = torch.load(path, map_location=device, weights_only=False)
+    if not isinstance(content, dict) or "network_weights" not in content:
+        raise RuntimeError(f"{path} is not a checkpoint of nnU-Net: it has no key `network_weights`")
+    return content
+
+
+def _way_out(path: str, sound_option: str) -> str:
+    """What to do without this checkpoint."""
+    folder, name = os.path.split(path)
+    others = [other for other in NAMES if other != name and os.path.lexists(os.path.join(folder, other))]
+    sound = [other for other in others if not torch_damage(os.path.join(folder, other))]
+    if not sound:
+        return "No other checkpoint there is sound: restore it from a copy, or delete it and train anew"
+    told = ", ".join(f"{other} (epochs done: {_epochs(os.path.join(folder, other))})" for other in sound)
+    if sound_option:
+        return f"Sound there: {told}. Choose with {sound_option}"
+    before = [other for other in NAMES[: NAMES.index(sound[0])] if other in (name, *others)]
+    return f"Sound there: {told}. Move {' and '.join(before or [name])} away, and --c resumes from {sound[0]}"
+
+
+def refuse_blocked(folder: str) -> None:
+    """RuntimeError where something that is not a file bears the name of a checkpoint: nnU-Net would take it
+    for absent, and the training could not write there."""
+    for name in NAMES:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise RuntimeError(f"{path}: {torch_damage(path)}, expected a checkpoint. Move it away")
+
+
+def _epochs(path: str) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["current_epoch"])
 
 
 def versions() -> dict[str, str]:

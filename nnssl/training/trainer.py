@@ -48,6 +48,8 @@ from nnssl.training.checkpoint import (
     load_method,
     method_state,
     own_buffers,
+    read_checkpoint,
+    refuse_blocked,
     restore_buffers,
     versions,
 )
@@ -83,6 +85,7 @@ class SemiTrainer(nnUNetTrainer):
         self.general, self.method_config = self._configs(plans)
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        refuse_blocked(self.output_folder)
         for key in (
             "num_epochs",
             "num_iterations_per_epoch",
@@ -545,13 +548,9 @@ class SemiTrainer(nnUNetTrainer):
     def load_checkpoint(self, source: dict | str, /) -> None:
         """Put a checkpoint back, initializing first where needed; random states are restored once the loaders
         have started. Positional: nnU-Net's own name of the parameter differs between its releases."""
+        checkpoint = read_checkpoint(source, self.device) if isinstance(source, str) else source
         if not self.was_initialized:
             self.initialize()
-        checkpoint: dict = (
-            torch.load(source, map_location=self.device, weights_only=False)
-            if isinstance(source, str)
-            else source
-        )
         if "nnssl" not in checkpoint:
             name = source if isinstance(source, str) else "the checkpoint"
             raise RuntimeError(
