@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl.ssm.ssd import ssd_both_directions, ssd_scan
+from nnssl.ssm.recurrence import FEWEST_LINES, scan_both_directions
+from nnssl.ssm.ssd import ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
-DENSE_ELEMENTS = 2**25  # of the matrices of `ssd_both_directions`: 128 MiB each in float32
 KERNELS = "mamba_ssm.ops.triton.ssd_combined"
 
 
@@ -170,12 +170,13 @@ class Mamba2Mixer(nn.Module):
     def bidirectional(self, x: Tensor) -> Tensor:
         """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm.
 
-        Without convolution and groups, short lines take the faster of two ways to the same sum.
+        Without convolution and groups, many lines on a processor take the faster of two ways to the same
+        sum.
         """
         z, xbcdt = self._project(x)
-        small = len(x) * self.heads * x.shape[1] ** 2 <= DENSE_ELEMENTS
-        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and small:
-            y = ssd_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
+        many = len(x) >= FEWEST_LINES and x.device.type == "cpu"
+        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and many:
+            y = scan_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
         else:
             y = self._mix(xbcdt, False) + self._mix(xbcdt, True)
         return self.out_proj(self.norm(y, z))

@@ -351,28 +351,3 @@ def _segment_backward(
     grad_dt += grad_log * A.to(grad_log.dtype).view(*part.dt.shape[2:4], 1)
     grad_A = (grad_log * part.dt).sum((0, 1, 4)).flatten()
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_added[:, :, -1 if reverse else 0]
-
-
-def ssd_both_directions(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """`ssd_scan` forward plus `ssd_scan` in reverse, as one product with an (L, L) matrix per line and head:
-    for short lines, of which there are many.
-
-        y_i = sum_j decay_ij (C_i . B_j) dt_j x_j + (C_i . B_i) dt_i x_i + 2 D x_i
-        decay_ij: exp of the sum of dt A over the tokens after j up to i, for j > i from i up to before j
-
-    Arguments and result as in `ssd_scan`, with one group (G = 1). Memory: some tensors (batch, H, L, L).
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        x_, dt_, B_, C_ = (v.to(wide) for v in (x, dt, B, C))
-        step = (dt_ * A.to(wide)).transpose(1, 2)  # (batch, H, L)
-        upto = step.cumsum(-1)
-        before = upto - step
-        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        log_decay = torch.where(
-            past, upto[..., :, None] - upto[..., None, :], before[..., None, :] - before[..., :, None]
-        )
-        score = (C_[:, :, 0] @ B_[:, :, 0].mT)[:, None]
-        matrix = torch.exp(log_decay) * (score + torch.diag_embed(score.diagonal(dim1=-2, dim2=-1)))
-        y = (matrix @ (x_ * dt_[..., None]).transpose(1, 2)).transpose(1, 2)
-        return (y + 2 * D.to(wide)[:, None] * x_).to(x.dtype)
