@@ -19,6 +19,7 @@ KEYS = (
     *("channel_names", "modality", "labels", "numTraining", "file_ending"),
     *("regions_class_order", "overwrite_image_reader_writer", "dataset"),
 )
+DETACHED = (".mhd", ".nhdr", ".hdr", ".img")
 DESCRIPTIVE = (
     "name",
     "description",
@@ -219,11 +220,27 @@ def _file_ending(file: str, content: Content) -> Iterator[Finding]:
         yield Finding(ERROR, place, "absent", expected, "Add it")
     elif not isinstance(ending, str) or not ending.startswith(".") or {"/", "\\"} & set(ending):
         yield Finding(ERROR, place, f"is {ending!r}", expected, "Correct it (with the dot)")
+    elif ending.lower() in DETACHED:
+        yield Finding(
+            ERROR,
+            place,
+            f"{ending} keeps its voxels in a second file, without which nnU-Net copies label maps",
+            expected,
+            "Convert the images, e.g. to .mha or .nii.gz",
+        )
     elif reader == "None" and ending.lower() not in supported:
         yield Finding(ERROR, place, f"no reader for {ending}", expected, "Convert the images")
     if not isinstance(reader, str):
         yield Finding(ERROR, f"{file}, key overwrite_image_reader_writer", f"is {reader!r}", "a class name")
-    elif reader != "None" and not reader_exists(reader):
+    elif reader != "None" and isinstance(ending, str) and ending not in supported:
+        yield Finding(
+            WARNING,
+            place,
+            f"no reader of nnU-Net lists {ending}",
+            expected,
+            "Files cut short are not recognised; convert the images if you can",
+        )
+    if isinstance(reader, str) and reader != "None" and not reader_exists(reader):
         names = ", ".join(cls.__name__ for cls in LIST_OF_IO_CLASSES)
         yield Finding(ERROR, f"{file}, key overwrite_image_reader_writer", f"is {reader}", f"one of {names}")
 

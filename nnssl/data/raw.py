@@ -10,23 +10,17 @@ from __future__ import annotations
 import math
 import os
 import re
-import zlib
 from collections.abc import Collection, Mapping, Sequence
-from os.path import abspath, basename, expandvars, isdir, join
+from os.path import abspath, expandvars, isdir, join
 from typing import Any
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Header
-from nibabel.nifti2 import Nifti2Header
-from nibabel.spatialimages import HeaderDataError
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl.data.formats import SourceError, inspect_file, kind_of, nifti_problem, not_finite
+
 NO_DATA = 1e15  # magnitude that no scanner gives
-
-
-class SourceError(ValueError):
-    """A raw file cannot be used; the message names it and says what to do."""
 
 
 def num_channels(dataset_json: Mapping[str, Any]) -> int:
@@ -119,6 +113,8 @@ class CheckedPlans(PlansManager):
                 if list(files) != case.images:  # some readers read segmentations this way
                     return super().read_images(files, *args)
                 data, properties = _read(super().read_images, files, strict)
+                if problem := _grid_problem(data, properties):
+                    raise SourceError(f"{', '.join(files)}: {problem}. Repair or remove the case.")
                 if len(data) != case.channels:
                     raise SourceError(
                         f"{', '.join(files)}: {len(data)} channel(s), but dataset.json declares "
@@ -128,7 +124,7 @@ class CheckedPlans(PlansManager):
                 finite = np.isfinite(data).reshape(len(data), -1).all(axis=1)
                 if not finite.all():
                     per_channel = len(files) == case.channels
-                    raise _not_finite(
+                    raise not_finite(
                         [file for file, good in zip(files, finite, strict=True) if not good]
                         if per_channel
                         else files
@@ -143,6 +139,8 @@ class CheckedPlans(PlansManager):
             def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
                 read_seg = super().read_seg
                 label, properties = _read(lambda files: read_seg(files[0]), [file], False)
+                if problem := _grid_problem(label, properties):
+                    raise SourceError(f"{file}: {problem}. Repair or remove the case.")
                 if case.declared is not None and (problem := label_problem(np.unique(label), case.declared)):
                     declared = ", ".join(map(str, sorted(case.declared)))
                     raise SourceError(
@@ -175,16 +173,10 @@ def _no_data_mark(data: np.ndarray) -> float:
     return largest if others.size and float(others.max()) < 1e-7 * largest else 0.0
 
 
-def _not_finite(files: Sequence[str]) -> SourceError:
-    return SourceError(
-        f"{', '.join(files)}: NaN or infinite voxels. Replace them with finite values, or remove the case."
-    )
-
-
 def _read(read: Any, files: Sequence[str], strict: bool) -> Any:
     """``read(files)``; where that fails, the file that cannot be read on its own is named."""
     for file in files:
-        _inspect(file, strict)
+        inspect_file(file, strict)
     try:
         return read(files)
     except Exception as error:
@@ -195,76 +187,49 @@ def _read(read: Any, files: Sequence[str], strict: bool) -> Any:
             except Exception:
                 guilty = [file]
                 break
-        reason = " ".join(str(error).split())[:300] or "sizes or spacings of these files differ"
         raise SourceError(
-            f"{', '.join(guilty)}: cannot be read ({reason}). Repair, replace or remove the case."
+            f"{', '.join(guilty)}: cannot be read ({_reason(error, guilty, read)}). "
+            "Repair, replace or remove the case."
         ) from error
 
 
-def _inspect(file: str, strict: bool) -> None:
-    """Refuse damaged gzip streams, NIfTI files shorter than their header says and, where `strict`, NIfTI
-    files with non-finite voxels."""
-    if not file.lower().endswith((".gz", ".nii")):
-        return
-    try:
-        content = _unpacked(file)
-        voxels = _nifti_voxels(content) if ".nii" in basename(file).lower() else None
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(
-            f"{file}: truncated or damaged ({error}). Copy or download it again, or remove it."
-        ) from error
-    if voxels is None:
-        return  # the reader knows more
-    start, count, dtype = voxels
-    expected = start + count * dtype.itemsize
-    if len(content) < expected:
-        raise SourceError(
-            f"{file}: truncated, {len(content)} of {expected} bytes are there. Copy or download it again, "
-            "or remove it."
-        )
-    if strict and dtype.kind == "f" and not np.isfinite(np.frombuffer(content, dtype, count, start)).all():
-        raise _not_finite([file])
+EXPECTED = {  # kinds of content by ending; others are named in the message
+    ".nii": ("NIfTI", "NIfTI-2"),
+    ".nii.gz": ("NIfTI", "NIfTI-2"),
+    ".nrrd": ("NRRD",),
+    ".mha": ("MetaImage",),
+    ".png": ("PNG",),
+    ".bmp": ("BMP",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+}
 
 
-def _unpacked(file: str) -> bytes:
-    """Content of a file, of ``.gz`` as zlib's gzread gives it to the readers: stream after stream; bytes
-    behind the last one do not count, and a file that is not compressed is taken as it is."""
-    magic, chunk = b"\x1f\x8b", 1 << 20
-    parts = []
-    with open(file, "rb") as stream:
-        packed = stream.read(chunk)
-        if not packed:
-            raise EOFError("the file is empty")
-        if not (file.lower().endswith(".gz") and packed.startswith(magic)):
-            return packed + stream.read()
-        while packed.startswith(magic):
-            unpack = zlib.decompressobj(wbits=31)  # gzip
-            while not unpack.eof:
-                if not packed:
-                    raise EOFError("the gzip stream ends too early")
-                parts.append(unpack.decompress(packed))
-                packed = stream.read(chunk) if not unpack.eof else unpack.unused_data
-            if len(packed) < len(magic):
-                packed += stream.read(chunk)
-    return b"".join(parts)
+def _reason(error: Exception, files: Sequence[str], read: Any) -> str:
+    """Why a reader failed, for the user: what the file is if not what its name says, else the reader's own
+    words without its source files and addresses."""
+    for file in files:
+        kind, expected = kind_of(file), next((v for k, v in EXPECTED.items() if file.lower().endswith(k)), ())
+        if kind and expected and kind not in expected:
+            return f"its content is {kind}, not {expected[0]}"
+        if kind == "NIfTI-2" and isinstance(getattr(read, "__self__", None), SimpleITKIO):
+            return (
+                "NIfTI-2, which SimpleITK does not read: convert it to NIfTI-1, or plan anew with "
+                "overwrite_image_reader_writer NibabelIO in dataset.json"
+            )
+        if file.lower().endswith((".nii", ".nii.gz")) and (problem := nifti_problem(file)):
+            return problem
+    text = re.sub(r"\S+\(0x[0-9a-f]+\): ", "", " ".join(str(error).split()).rpartition("ERROR: ")[2])
+    return text[:300] or "sizes or spacings of these files differ"
 
 
-def _nifti_voxels(content: bytes) -> tuple[int, int, np.dtype] | None:
-    """Start, number and type of the voxels as SimpleITK finds them by a NIfTI-1 or -2 header: their size by
-    the type alone, their start behind the header. None for other headers and types."""
-    headers = {348: Nifti1Header, 540: Nifti2Header}
-    sizes = int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big")
-    size = next((n for n in sizes if n in headers), None)
-    if size is None:
-        return None
-    if len(content) < size:
-        raise EOFError(f"{len(content)} of the {size} bytes of its header are there")
-    header = headers[size](content[:size], check=False)
-    try:
-        dtype = header.get_data_dtype()
-    except HeaderDataError:
-        return None
-    dims = [int(n) for n in header["dim"]]
-    offset = float(header["vox_offset"])  # 0, -1 and NaN occur, and mean the same
-    start = int(offset) if size <= offset < math.inf else size
-    return start, math.prod(max(n, 1) for n in dims[1 : dims[0] + 1]), dtype
+def _grid_problem(data: np.ndarray, properties: Mapping[str, Any]) -> str:
+    """What makes a grid useless: no voxels, or a spacing that is no length."""
+    spacing = [float(s) for s in properties["spacing"]]
+    if len(spacing) != data.ndim - 1:
+        return f"{data.ndim - 1} axes, but {len(spacing)} spacings (colors, where nnU-Net expects numbers?)"
+    if not data.size:
+        return f"no voxels, its shape is {' x '.join(map(str, data.shape[1:]))}"
+    if not all(0 < s < math.inf for s in spacing):
+        return f"spacing {' x '.join(f'{s:g}' for s in spacing)}, expected positive numbers (mm)"
+    return ""

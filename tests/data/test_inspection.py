@@ -116,6 +116,12 @@ def test_every_error_stands_on_its_own_line() -> None:
         ({"file_ending": "nii.gz"}, "key file_ending: is 'nii.gz'"),
         ({"file_ending": ".dcm"}, "key file_ending: no reader for .dcm; expected one of"),
         ({"file_ending": None}, "key file_ending: is None"),
+        ({"file_ending": ".npy"}, "key file_ending: no reader for .npy"),
+        ({"file_ending": ".jpg"}, "key file_ending: no reader for .jpg"),
+        (
+            {"file_ending": ".mhd", "overwrite_image_reader_writer": "SimpleITKIO"},
+            "key file_ending: .mhd keeps its voxels in a second file",
+        ),
         ({"overwrite_image_reader_writer": "NoIO"}, "overwrite_image_reader_writer: is NoIO"),
         ({"overwrite_image_reader_writer": 3}, "overwrite_image_reader_writer: is 3"),
         ({"dataset": ["a"]}, "key dataset: holds list"),
@@ -150,6 +156,12 @@ def test_absent_keys_of_dataset_json_are_named(key: str) -> None:
 )
 def test_what_nnunet_allows_in_dataset_json_is_allowed(change: dict[str, Any]) -> None:
     assert list(inspect_dataset_json("dataset.json", {**SOUND, **change})) == []
+
+
+def test_an_ending_that_no_reader_lists_is_a_warning() -> None:
+    odd = {**SOUND, "file_ending": ".vtk", "overwrite_image_reader_writer": "SimpleITKIO"}
+    (warning,) = inspect_dataset_json("dataset.json", odd)
+    assert warning.level == "warning" and "no reader of nnU-Net lists .vtk" in warning.found
 
 
 def test_odd_but_valid_dataset_json_is_a_warning() -> None:

@@ -12,8 +12,9 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl.data.formats import inspect_file
 from nnssl.data.freshness import digest
-from nnssl.data.raw import CheckedPlans, SourceError, _inspect, channel_files, training_files
+from nnssl.data.raw import CheckedPlans, SourceError, channel_files, training_files
 from tests.raw_dataset import plans, write_dataset, write_image
 
 
@@ -62,14 +63,14 @@ def test_headers_of_both_nifti_versions_and_byte_orders_are_understood(
     file = tmp_path / "a.nii"
     data = np.random.default_rng(0).normal(size=(4, 5, 6))
     content = write(data)
-    _inspect(str(file), strict=True)
+    inspect_file(str(file), strict=True)
     file.write_bytes(content[:-8])
     with pytest.raises(SourceError, match=f"truncated, {len(content) - 8} of {len(content)} bytes"):
-        _inspect(str(file), strict=True)
+        inspect_file(str(file), strict=True)
     data[2, 2, 2] = np.inf
     write(data)
     with pytest.raises(SourceError, match="NaN or infinite"):
-        _inspect(str(file), strict=True)
+        inspect_file(str(file), strict=True)
 
 
 def packed_in_blocks(content: bytes) -> bytes:
