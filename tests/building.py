@@ -14,6 +14,7 @@ from torch import nn
 from nnssl.batch import SemiBatch, UnlabeledBatch
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
+from nnssl.training.ignore_label import without_waiting
 
 M = TypeVar("M", bound=SemiMethod)
 
@@ -78,7 +79,9 @@ class Task:
         else:
             soft_dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
             loss = DC_and_CE_loss(soft_dice, {}, ignore_label=self.labels.ignore_label)
-        return DeepSupervisionWrapper(loss, (2 / 3, 1 / 3)) if self.deep_supervision else loss
+        return without_waiting(
+            DeepSupervisionWrapper(loss, (2 / 3, 1 / 3)) if self.deep_supervision else loss
+        )
 
     def planned(self, **kwargs: Any) -> Planned:
         return Planned(

@@ -71,18 +71,16 @@ class FilterMatch(SemiMethod):
             outputs = self.student(batch.weak)
         self.pending = self.scan_entropies(full_resolution(outputs), batch)
         turns = [self.orientation(batch.weak.ndim - 2, t) for _ in kept]
-        images = torch.cat([batch.labeled, apply_each(batch.weak[kept], turns)])
-        return {
-            "joint": self.supervised_loss(
-                self.student(images), self.joint_target(batch, outputs, kept, turns)
-            )
-        }
+        chosen = indices(kept, batch.weak.device)
+        images = torch.cat([batch.labeled, apply_each(batch.weak[chosen], turns)])
+        target = self.joint_target(batch, outputs, chosen, turns)
+        return {"joint": self.supervised_loss(self.student(images), target)}
 
     def weights(self, t: float) -> dict[str, float]:
         return {"joint": 1.0}
 
     def joint_target(
-        self, batch: SemiBatch, outputs: Outputs, kept: list[int], turns: list[Orientation]
+        self, batch: SemiBatch, outputs: Outputs, kept: Tensor, turns: list[Orientation]
     ) -> Target:
         """[y_l, R y_u] in nnU-Net's form, at every scale.
 
@@ -136,8 +134,7 @@ class FilterMatch(SemiMethod):
             total = -torch.special.xlogy(p, p).sum(0).flatten(1).sum(1)
         else:
             total = -torch.special.xlogy(p, p).flatten(1).sum(1)
-        index = torch.tensor([self.case_index[c] for c in batch.unlabeled_cases], device=logits.device)
-        return index, total
+        return indices([self.case_index[c] for c in batch.unlabeled_cases], logits.device), total
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
         if self.pending is not None:
@@ -154,14 +151,19 @@ class FilterMatch(SemiMethod):
         counts = torch.stack([self.entropy, self.seen])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
-        candidates = (counts[1] > 0) & ~self.left
-        mean = (counts[0] / counts[1].clamp_min(1)).masked_fill(~candidates, torch.inf)
-        pool = len(self.left) - len(self.outside())
+        # the rest on the host, which waits once
+        mean, seen = torch.stack([counts[0] / counts[1].clamp_min(1), counts[1]]).cpu()
+        outside = self.outside()
+        left = torch.tensor([case in outside for case in self.case_index])
+        candidates = (seen > 0) & ~left
+        pool = len(left) - len(outside)
         leaving = min(int(self.config.filter_share * pool), pool - 1, int(candidates.sum()))
-        self.left[mean.argsort(stable=True)[: max(0, leaving)]] = True
+        ranks = mean.masked_fill(~candidates, torch.inf).argsort(stable=True)
+        left[ranks[: max(0, leaving)]] = True
+        self._outside = {case for case, gone in zip(self.case_index, left.tolist(), strict=True) if gone}
+        self.left.copy_(left, non_blocking=True)
         self.entropy.zero_()
         self.seen.zero_()
-        self._outside = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -172,3 +174,8 @@ class FilterMatch(SemiMethod):
         return (
             f"FilterMatch: {len(outside)} scans have left the pool: {', '.join(outside)}" if outside else ""
         )
+
+
+def indices(values: list[int], device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)

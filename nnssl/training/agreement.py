@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from nnssl.method import SemiMethod
+from nnssl.training.optimizer_step import read
 
 EVERY = 10  # steps between measurements
 HORIZON = 20  # measurements that the running mean covers
@@ -51,7 +52,11 @@ class Agreement:
         return max(0.0, self.cosine)
 
     def weigh(
-        self, terms: Mapping[str, Tensor], weights: Mapping[str, float], step: int, scale: float = 1.0
+        self,
+        terms: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        step: int,
+        scale: float = 1.0,
     ) -> dict[str, float]:
         """The weights with c in them; measures c first where it is due.
 
@@ -71,12 +76,13 @@ class Agreement:
         unlabeled = [scale * weights[k] * v for k, v in terms.items() if k in self.unlabeled]
         found = torch.stack([self._gradient(labeled), self._gradient(unlabeled)])
         found = found / found.norm(dim=1, keepdim=True)
-        if not bool(found.isfinite().all()):  # a gradient that is zero or not finite says nothing
+        old = torch.zeros_like(found) if self.directions is None else self.directions
+        directions = old + (found - old) / min(self.measurements + 1, HORIZON)
+        finite, cosine = read(found.isfinite().all(), cosine_similarity(directions[0], directions[1], dim=0))
+        if not finite:  # a gradient that is zero or not finite says nothing
             return
         self.measurements += 1
-        old = torch.zeros_like(found) if self.directions is None else self.directions
-        self.directions = old + (found - old) / min(self.measurements, HORIZON)
-        self.cosine = float(cosine_similarity(self.directions[0], self.directions[1], dim=0))
+        self.directions, self.cosine = directions, cosine
 
     def _gradient(self, losses: list[Tensor]) -> Tensor:
         found = torch.autograd.grad(

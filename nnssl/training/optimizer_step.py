@@ -46,6 +46,8 @@ class OptimizationStep:
         chosen = [[p for p in network if p.requires_grad] for network in networks or [everything]]
         self.networks = [network for network in chosen if network]
         self.skipped = self.skipped_in_a_row = 0
+        self.values: list[float] = []
+        self._scale = 0.0
 
     def autocast(self) -> Any:
         """The context of the forward pass.
@@ -64,11 +66,17 @@ class OptimizationStep:
         )
 
     def loss_scale(self) -> float:
-        """What the scaler multiplies the loss with."""
-        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        """What the scaler multiplied the last loss with, so that nothing need be read back for it."""
+        if self.scaler is None:
+            return 1.0
+        return self._scale or float(self.scaler.get_scale())  # before the first step the device has none
 
-    def take(self, loss: Tensor) -> bool:
-        """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike."""
+    def take(self, loss: Tensor, logged: Sequence[Tensor] = ()) -> bool:
+        """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike.
+
+        The host waits for the device once, after the backward pass: to learn whether loss and gradients are
+        finite, and the scalars `logged`, which are then in `values`.
+        """
         finite = torch.isfinite(loss.detach()).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -76,21 +84,20 @@ class OptimizationStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norms = torch.stack([nn.utils.clip_grad_norm_(p, MAX_GRADIENT_NORM) for p in self.networks])
-        if self.scaler is None:  # with it, infinite gradients are the ordinary search for a scale
-            finite = finite * torch.isfinite(norms).all()
-        if not finite.item():
+        gradients = torch.isfinite(norms).all().float()
+        scale = finite if self.scaler is None else self.scaler.scale(torch.ones_like(finite))
+        loss_is_finite, gradients_are_finite, self._scale, *self.values = read(
+            finite, gradients, scale, *logged
+        )
+        if not loss_is_finite or not (gradients_are_finite or self.scaler):
             self._skip()
             return False
         self.skipped_in_a_row = 0
-        if self.scaler is None:
+        if gradients_are_finite:  # with a scaler, others are the ordinary search for a scale
             self.optimizer.step()
-            return True
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return bool(
-            self.scaler.get_scale() >= scale
-        )  # a smaller one: gradients were infinite, and the step was left out
+        if self.scaler is not None:
+            self.scaler.update()
+        return bool(gradients_are_finite)
 
     def _skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,3 +113,9 @@ class OptimizationStep:
                 'float32 under "nnssl" in '
                 "the plans file, check the images, then resume with --c"
             )
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """Their values on the host, by one copy for which it waits."""
+    values: list[float] = torch.stack([x.detach().float() for x in scalars]).tolist()
+    return values

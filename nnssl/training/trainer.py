@@ -55,6 +55,7 @@ from nnssl.training.checkpoint import (
 )
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History
+from nnssl.training.ignore_label import without_waiting
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.optimizer_step import OptimizationStep
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
@@ -234,6 +235,9 @@ class SemiTrainer(nnUNetTrainer):
             steps=self.num_epochs * self.num_iterations_per_epoch,
             compile=self._do_i_compile(),
         )
+
+    def _build_loss(self) -> Any:
+        return without_waiting(super()._build_loss())
 
     def _refuse_unsupported(self) -> None:
         if self.is_cascaded and self.method_class.needs_unlabeled:
@@ -431,19 +435,18 @@ class SemiTrainer(nnUNetTrainer):
         # on several GPUs every parameter must take part in the backward pass, those of unweighted terms too
         loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
         gradients = self._term_gradients(terms, weights, step)
-        if self.step.take(loss):
+        logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
+        logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
+        logged |= {f"gradient/{k}": v for k, v in gradients.items()}
+        if self.step.take(loss, list(logged.values())):
             self.method.after_step(data, t)
         self._iteration += 1
         if self._bar is not None:
             self._bar.update()
-        logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
-        logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
+        values = dict(zip(logged, self.step.values, strict=True))
         if self.agreement is not None:
-            logged["diagnostic/agreement"] = torch.tensor(self.agreement.factor, device=self.device)
-        logged |= {f"gradient/{k}": v for k, v in gradients.items()}
-        return dict(
-            zip(logged, torch.stack([v.detach().float() for v in logged.values()]).cpu().numpy(), strict=True)
-        )
+            values["diagnostic/agreement"] = self.agreement.factor
+        return values
 
     def _term_gradients(
         self, terms: dict[str, Tensor], weights: dict[str, float], step: int

@@ -12,8 +12,11 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl.methods import method_classes
+from nnssl.training import agreement as agreement_module
 from nnssl.training.agreement import EVERY, HORIZON, Agreement
+from nnssl.training.optimizer_step import read
 from tests.building import Task
+from tests.host_reads import HostReads
 from tests.teacher_method import Averaging, AveragingConfig
 
 WITHOUT = {"Supervised", "FilterMatch"}  # labels alone; one loss over both
@@ -168,3 +171,16 @@ def test_on_several_gpus_all_gradients_are_summed_before_they_are_compared(tmp_p
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(a["directions"], b["directions"])
     assert (a["cosine"], a["measurements"]) == (b["cosine"], 1)
+
+
+def test_a_measurement_is_read_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = method()
+    agreement = Agreement(m)
+    g = torch.randn_like(last_stage(m)[0])
+    calls: list[int] = []
+    monkeypatch.setattr(agreement_module, "read", lambda *x: calls.append(len(x)) or read(*x))
+    for step in range(EVERY + 1):
+        with HostReads() as reads:
+            agreement.weigh(pulls(m, g, g), {"supervised": 1.0, "consistency": 1.0}, step)
+        assert reads.found == []
+    assert calls == [2, 2]

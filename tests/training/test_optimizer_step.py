@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nnssl.training import optimizer_step
 from nnssl.training.optimizer_step import OptimizationStep
+from tests.host_reads import HostReads
 
 
 def test_autocast_keeps_no_cast_weights_from_a_pass_without_gradient() -> None:
@@ -48,3 +52,40 @@ def test_every_network_is_clipped_on_its_own() -> None:
     assert step.take((gentle(torch.ones(1, 1)) + wild(torch.full((1, 1), 1e4))).sum())
     assert before[0] - gentle.weight.item() == pytest.approx(1, rel=1e-4)
     assert before[1] - wild.weight.item() == pytest.approx(12, rel=1e-4)
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_the_host_waits_once_for_all_that_it_wants_to_know(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(3, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), scaler, amp, torch.device("cpu"), 3, [layer.parameters()]
+    )
+    read, calls = optimizer_step.read, []
+    monkeypatch.setattr(optimizer_step, "read", lambda *x: calls.append(len(x)) or read(*x))
+    scales = []
+    for factor in (1.0, 1.0, 1.0, float("inf"), float("nan"), 1.0):
+        step.optimizer.zero_grad()
+        with HostReads() as reads:
+            scales.append(step.loss_scale())
+            loss = layer(torch.ones(1, 3)).square().sum()
+            taken = step.take(loss * factor if factor != float("inf") else _WildGradient.apply(loss), [loss])
+        assert taken == (factor == 1.0)
+        assert step.values == [loss.item()]
+        # before the first step the scaler has no scale on the device, only the number it starts with
+        assert reads.found == []
+    assert calls == [4] * 6
+    expected = [1024.0, 1024.0, 1024.0, 2048.0, 2048.0, 1024.0]  # of the step before
+    assert scales == (expected if amp == "float16" else [1.0] * 6)
+
+
+class _WildGradient(torch.autograd.Function):
+    """The identity with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("inf"))
