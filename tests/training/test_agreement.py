@@ -178,7 +178,12 @@ def test_a_measurement_is_read_back_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     agreement = Agreement(m)
     g = torch.randn_like(last_stage(m)[0])
     calls: list[int] = []
-    monkeypatch.setattr(agreement_module, "read", lambda *x: calls.append(len(x)) or read(*x))
+
+    def counted(*scalars: Tensor) -> list[float]:
+        calls.append(len(scalars))
+        return read(*scalars)
+
+    monkeypatch.setattr(agreement_module, "read", counted)
     for step in range(EVERY + 1):
         with HostReads() as reads:
             agreement.weigh(pulls(m, g, g), {"supervised": 1.0, "consistency": 1.0}, step)

@@ -61,8 +61,13 @@ def test_the_host_waits_once_for_all_that_it_wants_to_know(amp: str, monkeypatch
     step = OptimizationStep(
         torch.optim.SGD(layer.parameters(), 0.1), scaler, amp, torch.device("cpu"), 3, [layer.parameters()]
     )
-    read, calls = optimizer_step.read, []
-    monkeypatch.setattr(optimizer_step, "read", lambda *x: calls.append(len(x)) or read(*x))
+    read, calls = optimizer_step.read, list[int]()
+
+    def counted(*scalars: Tensor) -> list[float]:
+        calls.append(len(scalars))
+        return read(*scalars)
+
+    monkeypatch.setattr(optimizer_step, "read", counted)
     scales = []
     for factor in (1.0, 1.0, 1.0, float("inf"), float("nan"), 1.0):
         step.optimizer.zero_grad()
