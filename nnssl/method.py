@@ -28,7 +28,7 @@ class Planned:
     build_network    (input channels, output channels, divisor of all features = 1) -> a fresh network of the
                      planned architecture, same
                      deep supervision
-    input_channels   C of an image
+    input_channels   C of an image, with those of a cascade's previous stage
     labels           how logits are read
     patch_size       voxels per axis
     spacing          mm per axis of the preprocessed volumes, same length as patch_size
@@ -38,6 +38,8 @@ class Planned:
     mirror_axes      axes of a patch that may be mirrored
     steps            training steps of the whole run
     compile          whether to torch.compile networks and network walks
+    previous         of the input channels the last ones that are a cascade's previous segmentation, one-hot:
+                     no noise on these
     """
 
     build_network: Callable[..., nn.Module]
@@ -51,6 +53,7 @@ class Planned:
     mirror_axes: tuple[int, ...] = ()
     steps: int = 250_000
     compile: bool = False
+    previous: int = 0
 
     @property
     def scale_weights(self) -> tuple[float, ...]:

@@ -28,7 +28,8 @@ class Task:
 
     dim: int = 3
     channels: int = 2  # network outputs
-    images: int = 1  # image channels
+    images: int = 1  # image channels, with those of a cascade's previous stage
+    previous: int = 0  # of these the last ones, one-hot
     regions: bool = False
     ignore: bool = False
     residual: bool = False
@@ -94,6 +95,7 @@ class Task:
             labeled_cases=("case_0", "case_1"),
             unlabeled_cases=("u_0", "u_1"),
             mirror_axes=tuple(range(self.dim)),
+            previous=self.previous,
             **kwargs,
         )
 
@@ -141,6 +143,9 @@ class Task:
             ]
         weak = torch.randn((unlabeled, self.images, *self.patch_size), generator=g)
         strong = tuple(weak + 0.1 * torch.randn(weak.shape, generator=g) for _ in range(views))
+        if self.previous:
+            for x in (images, weak, *strong):
+                x[:, -self.previous :] = (x[:, -self.previous :] > 0.5).float()
         cases = ("case_0", "case_1")[:labeled]
         return SemiBatch(images, target, cases, UnlabeledBatch(weak, strong, ("u_0", "u_1")[:unlabeled]))
 

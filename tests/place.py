@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,9 @@ def dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
         begin()
 
     return on_epoch_start
+
+
+def fork_pools(patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's worker processes as copies of this one: a new interpreter takes seconds to import."""
+    context = multiprocessing.get_context
+    patch.setattr(multiprocessing, "get_context", lambda *_: context("fork"))

@@ -225,6 +225,7 @@ TASKS = {
     "regions": Task(channels=2, regions=True),
     "ignore_label": Task(channels=3, ignore=True),
     "regions_with_ignore": Task(channels=2, regions=True, ignore=True),
+    "cascade": Task(channels=3, images=3, previous=2),
 }
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
@@ -285,6 +286,24 @@ def test_every_term_is_alive_and_reaches_exactly_its_networks(row: Row, task: Ta
             if any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
         }
         assert reached == row.reaches[name], name
+
+
+@rows
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.9])
+def test_the_previous_stage_reaches_every_network_as_zeros_and_ones(row: Row, t: float) -> None:
+    """No noise, blur or average on the last channels of a cascade's input, whatever a method mixes."""
+    task = TASKS["cascade"]
+    method, seen = task.method(row.method, row.config), []
+    networks: list[Any] = [m for m in method.modules() if hasattr(m, "encoder") and hasattr(m, "decoder")]
+    for network in networks:
+        first = next(m for m in network.encoder.modules() if isinstance(m, torch.nn.Conv3d))
+        first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    method.before_step(t)
+    method(task.batch(), t)
+    assert seen
+    for x in seen:
+        image, previous = x[:, :1], x[:, 1:3]
+        assert set(previous.unique().tolist()) == {0.0, 1.0} and image.unique().numel() > 2
 
 
 @rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +35,14 @@ def _quotas(groups: Path, membership: Path) -> list[int]:
 
 
 def unordered(
-    function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], workers: int
+    function: Callable[..., Result],
+    jobs: Iterable[tuple[Any, ...]],
+    workers: int,
+    queued: int | None = None,
 ) -> Iterator[Result]:
     """``function(*job)`` for every job, in the order in which they finish; in this process if `workers` is 1.
+
+    queued  the next job is made only once no more than so many wait for a worker: large ones need memory
 
     Raises RuntimeError if a worker is killed, and whatever `function` raises; jobs not yet begun are then
     dropped.
@@ -49,8 +54,13 @@ def unordered(
         workers, multiprocessing.get_context("spawn"), _end_with_parent
     )  # fork would copy CUDA and its threads
     try:
-        for future in as_completed([pool.submit(function, *job) for job in jobs]):
-            yield future.result()
+        pending: set[Future[Result]] = set()
+        for job in jobs:
+            pending.add(pool.submit(function, *job))
+            while queued is not None and len(pending) > workers + queued:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(pending))
     except BrokenProcessPool as error:
         raise RuntimeError(
             "A worker process was killed, most likely because memory ran out. Finished work is kept; "

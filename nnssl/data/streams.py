@@ -21,7 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
 from nnssl.data.unlabeled import ensure_unlabeled
-from nnssl.data.views import ViewTransform, nonzero_channels
+from nnssl.data.views import RepeatableMorphology, RepeatableRemoval, ViewTransform, nonzero_channels
 
 
 class UnlabeledDataset:
@@ -31,24 +31,30 @@ class UnlabeledDataset:
     Args:
         folder: the `..._unlabeled` folder; its files hold no label by construction.
         identifiers: case names.
+        previous: in a cascade the folder of the previous stage's segmentations, `<case>.b2nd` (D, H, W).
     """
 
-    def __init__(self, folder: str, identifiers: list[str]) -> None:
+    def __init__(self, folder: str, identifiers: list[str], previous: str | None = None) -> None:
         self.source_folder = folder
         self.identifiers = sorted(identifiers)
+        self.previous = previous
 
-    def load_case(self, identifier: str) -> tuple[Any, Any]:
-        """Image and mask as lazily read arrays."""
-        return self._open(identifier), self._open(identifier + "_seg")
-
-    def _open(self, name: str) -> Any:
-        mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
-        return blosc2.open(
-            urlpath=os.path.join(self.source_folder, name + ".b2nd"),
-            mode="r",
-            dparams={"nthreads": 1},
-            **mmap,
+    def load_case(self, identifier: str) -> tuple[Any, Any, Any]:
+        """Image, mask and the previous stage's segmentation (None without one) as lazily read arrays."""
+        previous = None if self.previous is None else open_array(self.previous, identifier)
+        return (
+            open_array(self.source_folder, identifier),
+            open_array(self.source_folder, identifier + "_seg"),
+            previous,
         )
+
+
+def open_array(folder: str, name: str) -> Any:
+    """`folder`/`name`.b2nd, read lazily."""
+    mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+    return blosc2.open(
+        urlpath=os.path.join(folder, name + ".b2nd"), mode="r", dparams={"nthreads": 1}, **mmap
+    )
 
 
 class UnlabeledLoader(nnUNetDataLoader):
@@ -85,14 +91,17 @@ class UnlabeledLoader(nnUNetDataLoader):
         weak, strong = [], []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             for case in cases:
-                image, nonzero = self._data.load_case(case)
+                image, nonzero, previous = self._data.load_case(case)
                 lower, upper = self.get_bbox(image.shape[1:], False, None)
                 box = [[a, b] for a, b in zip(lower, upper, strict=True)]
                 patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
-                inside = torch.from_numpy(crop_and_pad_nd(nonzero, box, -1)).to(torch.int16)
+                segmentation = torch.from_numpy(crop_and_pad_nd(nonzero, box, -1)).to(torch.int16)
+                if previous is not None:
+                    cropped = crop_and_pad_nd(previous, box, -1, cast_cropped_to=np.int16)
+                    segmentation = torch.cat([segmentation, torch.from_numpy(cropped)[None]])
                 if self.patch_size_was_2d:
-                    patch, inside = patch[:, 0], inside[:, 0]
-                w, s = self.views(patch, inside)
+                    patch, segmentation = patch[:, 0], segmentation[:, 0]
+                w, s = self.views(patch, segmentation)
                 weak.append(w)
                 strong.append(s)
         return {
@@ -144,8 +153,8 @@ def start_stream(
 
 
 def make_repeatable(loader: nnUNetDataLoader) -> None:
-    """Take out of nnU-Net's augmentation the one choice that depends on timing: blur by convolution or by
-    FFT, equal up to rounding."""
+    """Take out of nnU-Net's augmentation what depends on more than the random state: the choice between blur
+    by convolution and by FFT, by timing; in a cascade the order of the labels, by all draws before."""
     pending, seen = [loader.transforms], set()
     while pending:
         transform = pending.pop()
@@ -154,6 +163,9 @@ def make_repeatable(loader: nnUNetDataLoader) -> None:
         seen.add(id(transform))
         if isinstance(transform, GaussianBlurTransform):
             transform.benchmark = False
+        for cls in (RepeatableMorphology, RepeatableRemoval):
+            if type(transform) is cls.__base__:
+                transform.__class__ = cls  # it adds no attribute
         pending.extend(getattr(transform, "transforms", ()))
         pending.append(getattr(transform, "transform", None))
 
@@ -174,6 +186,17 @@ def world() -> tuple[int, int]:
     )
 
 
+def patient_group() -> Any:
+    """A group of all processes that waits for days; None where there is one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world()[1] > 1 else None
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if (group := patient_group()) is not None:
+        dist.barrier(group)
+
+
 def prepare_unlabeled(
     plans_manager: Any,
     configuration: str,
@@ -186,7 +209,7 @@ def prepare_unlabeled(
     rank, size = world()
     cases: list[str] = []
     # a group of its own: nnU-Net's gives up waiting after 10 minutes, which preprocessing may well take
-    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if size > 1 else None
+    group = patient_group()
     for turn in range(size):
         if turn == rank:
             cases = ensure_unlabeled(plans_manager, configuration, dataset_json, hidden, log=log)
@@ -225,6 +248,7 @@ def unlabeled_stream(
     num_strong: int,
     pin_memory: bool,
     seed: Sequence[int] | None,
+    previous: str | None = None,
 ) -> Any:
     """A running stream of unlabeled batches.
 
@@ -233,12 +257,13 @@ def unlabeled_stream(
             for its own augmentation.
         seed: numbers that seed the background workers, the epoch among them, or a continued run would see the
             same patches again; None: unseeded.
+        previous: in a cascade the folder of the previous stage's segmentations.
     """
     rotation, dummy_2d, initial_patch_size, mirror_axes = geometry
     patch_size = configuration_manager.patch_size
     mask_channels = nonzero_channels(configuration_manager.use_mask_for_norm)
-    views = ViewTransform(patch_size, rotation, mirror_axes, dummy_2d, num_strong, mask_channels)
-    loader = UnlabeledLoader(
-        UnlabeledDataset(folder, cases), batch_size, initial_patch_size, patch_size, label_manager, views
-    )
+    labels = () if previous is None else label_manager.foreground_labels
+    views = ViewTransform(patch_size, rotation, mirror_axes, dummy_2d, num_strong, mask_channels, labels)
+    data = UnlabeledDataset(folder, cases, previous)
+    loader = UnlabeledLoader(data, batch_size, initial_patch_size, patch_size, label_manager, views)
     return start_stream(loader, get_allowed_n_proc_DA(), pin_memory, seed)

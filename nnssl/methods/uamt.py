@@ -77,6 +77,7 @@ class UAMT(TeacherMethod):
         c, mu = self.config, torch.zeros((), device=x.device)
         for _ in range(c.passes):
             noise = (c.noise * torch.randn_like(x)).clamp(-2 * c.noise, 2 * c.noise)
+            noise[:, x.shape[1] - self.planned.previous :] = 0
             mu = mu + self.probabilities(self.disturbed(self.teacher, x + noise, c.dropout)) / c.passes
         return normalized_entropy(mu, self.labels)
 

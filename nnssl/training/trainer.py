@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -29,14 +30,17 @@ from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.split import absent_classes, hidden_cases
 from nnssl.data.streams import (
     TwoStreams,
+    UnlabeledDataset,
     make_repeatable,
     prepare_unlabeled,
     share_of_batch,
     unlabeled_stream,
+    wait_for_all,
+    world,
 )
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
-from nnssl.files import save_torch
+from nnssl.files import read_json, save_torch
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
@@ -57,6 +61,13 @@ from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History
 from nnssl.training.ignore_label import without_waiting
 from nnssl.training.memory_format import use_channels_last
+from nnssl.training.next_stage import (
+    fingerprint_of,
+    folder_for_unlabeled,
+    folder_of_previous_stage,
+    predict_unlabeled,
+    unusable_predictions,
+)
 from nnssl.training.optimizer_step import OptimizationStep
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
 from nnssl.training.task import Trainable, geometry, preprocessed_cases
@@ -137,7 +148,6 @@ class SemiTrainer(nnUNetTrainer):
         compile, DDP around all."""
         if self.was_initialized:
             raise RuntimeError("initialize() was called twice on the same trainer")
-        self._refuse_unsupported()
         raise_errors(inspect_preprocessed(self.preprocessed_dataset_folder))
         if self.general.seed is not None:
             seed_everything(self.general.seed + self.local_rank)
@@ -234,18 +244,11 @@ class SemiTrainer(nnUNetTrainer):
             mirror_axes=self.mirror_axes(),
             steps=self.num_epochs * self.num_iterations_per_epoch,
             compile=self._do_i_compile(),
+            previous=len(labels.foreground_labels) if self.is_cascaded else 0,
         )
 
     def _build_loss(self) -> Any:
         return without_waiting(super()._build_loss())
-
-    def _refuse_unsupported(self) -> None:
-        if self.is_cascaded and self.method_class.needs_unlabeled:
-            raise RuntimeError(
-                f"{type(self).__name__} cannot train the cascade {self.configuration_name}: unlabeled scans "
-                "have no prediction of the previous stage. Train 3d_fullres, or this configuration with "
-                "nnUNetTrainerSupervised."
-            )
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""
@@ -337,15 +340,11 @@ class SemiTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
+        self._refuse_missing_stages()
         if self.method_class.needs_unlabeled:
             self._inspect_scans()
-            unlabeled = prepare_unlabeled(
-                self.plans_manager,
-                self.configuration_name,
-                self.dataset_json,
-                self._hidden(),
-                log=self.print_to_log_file,
-            )
+            unlabeled = self._prepare_unlabeled(self.configuration_name)
+            previous = self._previous_of_unlabeled(unlabeled)
         train, val = super().get_dataloaders()
         if self.general.seed is not None:
             for stream in (train, val):
@@ -364,6 +363,7 @@ class SemiTrainer(nnUNetTrainer):
             None
             if self.general.seed is None
             else (self.general.seed % 2**32, self.local_rank, self.current_epoch),
+            previous,
         )
         return TwoStreams(train, stream), val
 
@@ -499,6 +499,120 @@ class SemiTrainer(nnUNetTrainer):
         float16."""
         with self.step.autocast():
             super().perform_actual_validation(save_probabilities)
+            if self.method_class.needs_unlabeled:
+                for configuration in self.configuration_manager.next_stage_names or []:
+                    self._predict_unlabeled(configuration)
+
+    # cascades
+
+    def _refuse_missing_stages(self) -> None:
+        """Refuse a stage whose neighbour is not there: nnU-Net's validation predicts for the next one, and
+        its loader reads what the previous one predicted."""
+        for stage in self.configuration_manager.next_stage_names or []:
+            folder = self._preprocessed_for(stage)
+            if not os.path.isdir(folder):
+                raise RuntimeError(
+                    f"{self.configuration_name} predicts the scans for {stage}, whose preprocessed data are "
+                    f"expected in {folder}, which does not exist. Run `nnssl plan-and-preprocess` with "
+                    f"-c {stage}"
+                )
+        if not self.is_cascaded:
+            return
+        train, val = self.do_split()
+        cases = sorted({*train, *val})
+        bad = unusable_predictions(
+            cases, self.preprocessed_dataset_folder, self.folder_with_segs_from_previous_stage
+        )
+        if bad:
+            shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
+            raise RuntimeError(
+                f"{len(bad)} labeled cases without a usable prediction by "
+                f"{self.configuration_manager.previous_stage_name} in "
+                f"{self.folder_with_segs_from_previous_stage}: {shown}. {self._folds_that_predict(list(bad))}"
+            )
+
+    def _folds_that_predict(self, cases: list[str]) -> str:
+        """Which trainings of the previous stage have these cases in their validation."""
+        splits = [] if self.fold == "all" else read_json(self._splits_file)
+        folds = {case: [i for i, fold in enumerate(splits) if case in fold["val"]] for case in cases}
+        if alone := [case for case, found in folds.items() if self.fold != "all" and not found]:
+            return (
+                f"No fold of {self._splits_file} has {listed(alone, 8)} in its validation, and a cascade "
+                "learns from predictions of networks that did not train on the case. Make folds that cover "
+                "all cases (`nnssl split` without --val), or train both stages in fold all"
+            )
+        needed = sorted({str(found[0]) for found in folds.values() if found}) or ["all"]
+        return f"Train it with the same trainer and plan first, fold {', '.join(needed)}"
+
+    def _previous_of_unlabeled(self, cases: list[str]) -> str | None:
+        """Folder of the previous stage's segmentations of all unlabeled cases; None outside a cascade."""
+        if not self.is_cascaded:
+            return None
+        previous = folder_of_previous_stage(self.folder_with_segs_from_previous_stage, self.fold)
+        folder = unlabeled_folder(self.preprocessed_dataset_folder)
+        if bad := unusable_predictions(cases, folder, previous, unlabeled=True):
+            shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
+            stage = self.configuration_manager.previous_stage_name
+            raise RuntimeError(
+                f"{len(bad)} unlabeled cases without a usable prediction by {stage} in {previous}: {shown}. "
+                f"Train {stage} with the same trainer, plan and fold first; if it is trained, run its "
+                "training command again with --val"
+            )
+        return previous
+
+    def _predict_unlabeled(self, next_configuration: str) -> None:
+        """Predict the unlabeled scans for the next stage of a cascade, every rank its share."""
+        cases = self._prepare_unlabeled(self.configuration_name)
+        self._prepare_unlabeled(next_configuration)
+        self.set_deep_supervision_enabled(False)
+        self.network.eval()
+        predictor = nnUNetPredictor(
+            device=self.device, perform_everything_on_device=self.device.type == "cuda", allow_tqdm=False
+        )
+        predictor.manual_initialization(
+            self.network,
+            self.plans_manager,
+            self.configuration_manager,
+            None,
+            self.dataset_json,
+            type(self).__name__,
+            self.inference_allowed_mirroring_axes,
+        )
+        rank, size = world()
+        try:
+            number = predict_unlabeled(
+                predictor,
+                fingerprint_of(self.network.state_dict(), self.inference_allowed_mirroring_axes),
+                cases[rank::size],
+                UnlabeledDataset(
+                    unlabeled_folder(self.preprocessed_dataset_folder),
+                    cases,
+                    self._previous_of_unlabeled(cases),
+                ),
+                unlabeled_folder(self._preprocessed_for(next_configuration)),
+                folder_for_unlabeled(self.output_folder, next_configuration),
+            )
+        finally:
+            self.set_deep_supervision_enabled(True)
+        wait_for_all()
+        self.print_to_log_file(
+            f"{number} unlabeled cases predicted for {next_configuration}, "
+            f"{len(cases[rank::size]) - number} were up to date"
+        )
+
+    def _preprocessed_for(self, configuration: str) -> str:
+        """Folder of the labeled cases as another configuration has them."""
+        identifier = self.plans_manager.get_configuration(configuration).data_identifier
+        return os.path.join(self.preprocessed_dataset_folder_base, identifier)
+
+    def _prepare_unlabeled(self, configuration: str) -> list[str]:
+        return prepare_unlabeled(
+            self.plans_manager,
+            configuration,
+            self.dataset_json,
+            self._hidden(),
+            log=self.print_to_log_file,
+        )
 
     # checkpoints and what touches the network
 

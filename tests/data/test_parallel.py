@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,22 @@ def test_every_job_is_done_once(workers: int) -> None:
     assert sorted(unordered(divmod, [(number, 3) for number in range(7)], workers)) == [
         divmod(number, 3) for number in range(7)
     ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_are_made_no_earlier_than_needed(workers: int) -> None:
+    made = 0
+
+    def jobs() -> Iterator[tuple[int, int]]:
+        nonlocal made
+        for made in range(1, 8):
+            yield made, 3
+
+    ahead = []
+    for done, result in enumerate(unordered(divmod, jobs(), workers, queued=1), 1):
+        ahead.append(made - done)
+        assert result in {divmod(number, 3) for number in range(1, 8)}
+    assert len(ahead) == 7 and max(ahead) <= workers + 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -8,16 +8,20 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
     UnlabeledLoader,
+    make_repeatable,
     share_of_batch,
     start_stream,
     worker_seeds,
 )
-from nnssl.data.views import ViewTransform
+from nnssl.data.views import RepeatableMorphology, ViewTransform
 from nnssl.training.randomness import seed_everything
 
 LABELS = SimpleNamespace(all_labels=[0, 1], has_ignore_label=True)
@@ -85,6 +89,29 @@ def test_2d_patches_are_slices(folder: str) -> None:
     assert batch["weak"].shape == (4, 1, 12, 10) and batch["strong"][0].shape == (4, 1, 12, 10)
 
 
+@pytest.mark.parametrize("patch", [PATCH, (12, 10)])
+def test_a_cascades_segmentation_is_cut_out_with_the_image(
+    folder: str, tmp_path: Path, patch: tuple[int, ...]
+) -> None:
+    """Label 2 in the middle of images that are 1 there; outside the volume there is no label."""
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    for i, shape in enumerate(((14, 20, 18), (4, 6, 5), (10, 16, 30))):
+        label = np.zeros(shape, np.uint8)
+        label[tuple(slice(n // 4, n - n // 4) for n in shape)] = 2
+        blosc2.asarray(label, urlpath=str(previous / f"case_{i}.b2nd"))
+        image = (label[None] == 2).astype(np.float32)
+        blosc2.asarray(image, urlpath=str(Path(folder) / f"case_{i}.b2nd"), mode="w")
+    views = ViewTransform(patch, (0.0, 0.0), (0,), False, 1, previous_labels=(1, 2))
+    data = UnlabeledDataset(folder, ["case_0", "case_1", "case_2"], str(previous))
+    seed_everything(0)
+    batch = next(UnlabeledLoader(data, 12, patch, patch, LABELS, views))
+    assert batch["weak"].shape == (12, 3, *patch) and (batch["weak"][:, 1] == 0).all()
+    plain = [w for w in batch["weak"] if w[0].unique().numel() <= 2]
+    assert len(plain) > 3 and all(torch.equal(w[0], w[2]) for w in plain)
+    assert any(w[0].any() for w in plain)
+
+
 def test_the_same_seed_draws_the_same_batches_also_from_a_pickled_loader(folder: str) -> None:
     """What a spawned worker receives is a pickled copy."""
     drawn = []
@@ -108,6 +135,18 @@ def test_background_workers_deliver_and_end(folder: str) -> None:
     for worker in workers:
         worker.join(timeout=10)
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_make_repeatable_replaces_what_depends_on_earlier_draws() -> None:
+    morphology = ApplyRandomBinaryOperatorTransform([-2, -1])
+    stream = SimpleNamespace(transforms=ComposeTransforms([RandomTransform(morphology, 0.4)]))
+    make_repeatable(stream)
+    assert type(morphology) is RepeatableMorphology
+    morphology.channel_idx = [-1, -2]
+    seed_everything(0)
+    first = morphology.get_parameters(image=torch.zeros(3, 2, 2))
+    seed_everything(0)
+    assert morphology.get_parameters(image=torch.zeros(3, 2, 2)) == first
 
 
 def test_workers_get_seeds_of_their_own() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.data.views import ViewTransform, nonzero_channels
+from nnssl.data.views import ViewTransform, nonzero_channels, previous_stage_transforms
 from nnssl.training.randomness import seed_everything
 
 
@@ -108,3 +108,55 @@ def test_the_same_seed_gives_the_same_views_also_after_pickling() -> None:
 )
 def test_mask_channels_follow_the_plan(given: list[bool] | None, expected: list[int]) -> None:
     assert nonzero_channels(given) == expected
+
+
+def cascade_views(**kwargs: object) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Views of an image that is 5 in label 1 and 9 in label 2, whose previous segmentation is right."""
+    labels = torch.zeros(22, 28, 32, dtype=torch.int16)
+    labels[5:15, 5:15, 5:15], labels[5:15, 17:24, 16:28] = 1, 2
+    image = torch.zeros(1, 22, 28, 32)
+    image[0, labels == 1], image[0, labels == 2] = 5, 9
+    segmentation = torch.stack([torch.zeros_like(labels), labels])
+    weak, strong = transform(previous_labels=(1, 2), **kwargs)(image, segmentation)
+    return weak, strong, labels
+
+
+def test_the_previous_stage_moves_with_the_image_in_every_view() -> None:
+    seed_everything(0)
+    agreement = []
+    for _ in range(20):
+        weak, strong, _ = cascade_views()
+        assert weak.shape == (3, 16, 20, 24) and all(s.shape == weak.shape for s in strong)
+        for view in (weak, *strong):
+            assert set(view[1:].unique().tolist()) <= {0.0, 1.0} and view[1:].sum(0).max() <= 1
+        for channel, value in ((1, 5), (2, 9)):
+            inside = weak[0].round() == value
+            if inside.sum() > 100:
+                agreement.append((weak[channel][inside]).mean().item())
+    assert len(agreement) > 10 and min(agreement) > 0.9
+
+
+def test_mistakes_of_the_previous_stage_are_simulated_in_strong_views_alone() -> None:
+    seed_everything(1)
+    changed, different = [], []
+    for _ in range(30):
+        weak, (a, b), labels = cascade_views(mirror_axes=(), rotation=(0.0, 0.0))
+        changed.append(not torch.equal(a[1:], weak[1:]))
+        different.append(not torch.equal(a[1:], b[1:]))
+        if weak[0].unique().numel() == 3:  # neither rotated nor scaled
+            cut = labels[3:19, 4:24, 4:28]
+            assert torch.equal(weak[1:], torch.stack([cut == 1, cut == 2]).float())
+    assert 5 < sum(changed) < 28 and sum(different) > 5
+
+
+def test_simulated_mistakes_depend_on_the_random_state_alone() -> None:
+    """Not on draws before: a continued training starts with fresh transforms."""
+    mistakes, drawn = previous_stage_transforms(3), []
+    image = torch.rand(4, 16, 16, 16).round()
+    for _ in range(3):
+        seed_everything(3)
+        drawn.append([mistakes(image=image.clone())["image"] for _ in range(6)])
+        seed_everything(len(drawn))
+        mistakes(image=image.clone())
+    assert any(not torch.equal(x, image) for x in drawn[0])
+    assert all(torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other, strict=True))

@@ -434,18 +434,6 @@ def test_a_wrong_key_in_the_plans_file_stops_before_anything_is_written(place: P
     assert not place.results.exists()
 
 
-def test_a_cascade_is_refused_with_unlabeled_scans(place: Place) -> None:
-    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
-    plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
-    plans["configurations"]["3d_cascade_fullres"] = {
-        "inherits_from": "3d_fullres",
-        "previous_stage": "3d_lowres",
-    }
-    (place.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
-    with pytest.raises(RuntimeError, match="cannot train the cascade 3d_cascade_fullres"):
-        place.trainer(config="3d_cascade_fullres").initialize()
-
-
 def test_2d_with_background_workers_and_another_unlabeled_batch(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
