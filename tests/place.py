@@ -93,6 +93,7 @@ def plan_and_preprocess(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         point_at(folder, patch)
         patch.delenv("nnUNet_n_proc_DA", raising=False)
+        fork_pools(patch)
         write_dataset(folder / "raw")
         one_process = ("-np", "1", "-npfp", "1", "--no_pbar")
         status = main(["plan-and-preprocess", "-d", "777", "-c", "2d", "3d_fullres", *one_process])
