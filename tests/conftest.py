@@ -79,3 +79,22 @@ def place(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     place.plan(**SHORT, DiffCL=SMALL)
     place.split()
     return place
+
+
+@pytest.fixture
+def drawn(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A dataset with a plan and the names of preprocessed cases: what a trainer needs to be initialized."""
+    from nnssl.commands.trainers import trainers_folder
+    from tests.place import ARCHITECTURE, SHORT, Place
+    from tests.raw_dataset import plans
+
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+    configuration = {**plans()["configurations"]["3d_fullres"], "architecture": ARCHITECTURE}
+    tiny.edit_plan(configurations={"3d_fullres": configuration})
+    tiny.labeled.mkdir()
+    for index in range(6):
+        (tiny.labeled / f"lab_{index:02d}.b2nd").touch()
+    drawn = Place(tmp_path)
+    drawn.plan(**SHORT)
+    drawn.split()
+    return drawn

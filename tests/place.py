@@ -35,6 +35,28 @@ SMALL: dict[str, Any] = {
     "num_negatives": 32,
 }
 
+MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
+ARCHITECTURE = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "arch_kwargs": {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+}
+
 
 class Place:
     """One dataset below a folder of its own; nnU-Net's variables point at it."""
@@ -126,3 +148,17 @@ def fork_pools(patch: pytest.MonkeyPatch) -> None:
     """nnU-Net's worker processes as copies of this one: a new interpreter takes seconds to import."""
     context = multiprocessing.get_context
     patch.setattr(multiprocessing, "get_context", lambda *_: context("fork"))
+
+
+def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoint_final.pth") -> Any:
+    """A trainer whose model folder is written as at the end of a training, without one."""
+    trainer = drawn.trainer(name)
+    trainer.initialize()
+    trainer.inference_allowed_mirroring_axes = (0, 2)
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, checkpoint))
+    for file, content in (
+        ("plans.json", trainer.plans_manager.plans),
+        ("dataset.json", trainer.dataset_json),
+    ):
+        Path(trainer.output_folder_base, file).write_text(json.dumps(content), encoding="utf-8")
+    return trainer

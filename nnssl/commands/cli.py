@@ -145,7 +145,35 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("-o", required=True, metavar="DIR", help="output folder")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(run=_export)
+
+    _add_pseudo_label(commands)
     return parser
+
+
+def _add_pseudo_label(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pseudo-label",
+        help="segment all scans of imagesUn; a table tells which to correct first",
+        description="Predicts every scan of imagesUn with nnU-Net's predictor, all folds given, mirrored as "
+        "in the training. DIR/segmentations and DIR/confidence (per cent) get a file per scan, "
+        "DIR/quality.csv a line, worst first by how far mirrorings and folds agree. Rerun to resume.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    add("-c", required=True, metavar="CONFIG", help="configuration")
+    add("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
+    add("-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    add(
+        "-chk",
+        default="checkpoint_final.pth",
+        metavar="NAME",
+        help="checkpoint (default: checkpoint_final.pth)",
+    )
+    add("-o", required=True, metavar="DIR", help="output folder")
+    add("-device", choices=["cuda", "cpu", "mps"], help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_pseudo_label)
 
 
 def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -250,6 +278,12 @@ def _export(args: argparse.Namespace) -> None:
         "PREDICTIONS"
     )
     print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {archive}")
+
+
+def _pseudo_label(args: argparse.Namespace) -> None:
+    from nnssl.commands.pseudo_label import pseudo_label, summary
+
+    print(summary(pseudo_label(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.device)))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def export_model(
     source = str(get_output_folder(dataset, trainer, plans_name, configuration))
     if not isdir(source):
         raise ValueError(
-            f"no trained model in {source}: train it first, or correct -tr, -p or -c. {_trained(source)}"
+            f"no trained model in {source}: train it first, or correct -tr, -p or -c. "
+            f"{trained_models(source)}"
         )
     plans, dataset_json = (read_json(join(source, name)) for name in ("plans.json", "dataset.json"))
     plans = _plain(plans)
@@ -87,7 +88,7 @@ def export_model(
     return places
 
 
-def _trained(folder: str) -> str:
+def trained_models(folder: str) -> str:
     """What there is beside a folder of results, for error messages."""
     parent = os.path.dirname(folder)
     models = sorted(m for m in os.listdir(parent) if m.count("__") == 2) if isdir(parent) else []
@@ -95,6 +96,11 @@ def _trained(folder: str) -> str:
 
 
 def _load(source: str, fold: str, checkpoint_name: str) -> dict[str, Any]:
+    return read_checkpoint(checkpoint_file(source, fold, checkpoint_name), "cpu", "-chk")
+
+
+def checkpoint_file(source: str, fold: str, checkpoint_name: str) -> str:
+    """Path of a fold's checkpoint; ValueError naming those that are there instead."""
     path = join(source, f"fold_{fold}", checkpoint_name)
     if not os.path.lexists(path):
         there = sorted(
@@ -108,7 +114,7 @@ def _load(source: str, fold: str, checkpoint_name: str) -> dict[str, Any]:
             f"{path} does not exist. Found: {', '.join(there) or 'no checkpoint'}. Choose with -f and -chk, "
             "or finish the training"
         )
-    return read_checkpoint(path, "cpu", "-chk")
+    return path
 
 
 def _planned_weights(

@@ -146,7 +146,7 @@ def judge(case: Case, target: Target) -> tuple[str, dict[str, Any] | None]:
         return "incomplete", None
     if not case.images:
         return "", None
-    now, then = [_stamp(file) for file in case.sources], record["sources"]
+    now, then = [stamp(file) for file in case.sources], record["sources"]
     if [(s["file"], s["bytes"]) for s in now] != [(s["file"], s["bytes"]) for s in then]:
         return "source changed", None
     touched = [i for i, (s, t) in enumerate(zip(now, then, strict=True)) if s["mtime_ns"] != t["mtime_ns"]]
@@ -184,14 +184,15 @@ def _contradiction(case: Case, target: Target, properties: dict[str, Any]) -> st
     return ""
 
 
-def _stamp(file: str) -> dict[str, Any]:
+def stamp(file: str) -> dict[str, Any]:
+    """Name, size and time of change of a file."""
     stat = os.stat(file)
     return {"file": basename(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def make_record(case: Case, target: Target, sizes: list[int], with_digest: bool) -> dict[str, Any]:
     """The record of a case with arrays of these sizes in bytes."""
-    sources = [{**_stamp(file), "blake2b": digest(file) if with_digest else None} for file in case.sources]
+    sources = [{**stamp(file), "blake2b": digest(file) if with_digest else None} for file in case.sources]
     return {
         "format": RECORD_FORMAT,
         "origin": case.origin,

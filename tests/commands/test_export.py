@@ -20,64 +20,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
 from nnssl.commands.cli import main
-from nnssl.commands.trainers import trainers_folder
-from tests.place import SHORT, SMALL, Place, run
-from tests.raw_dataset import Tiny, plans, write_case
+from tests.place import MEAN_TEACHER, SHORT, SMALL, Place, run, trained
+from tests.raw_dataset import write_case
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
-MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
-
-
-ARCHITECTURE = {
-    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "arch_kwargs": {
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 8],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * 3,
-        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        "n_conv_per_stage": [1, 1, 1],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-}
-
-
-@pytest.fixture
-def drawn(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A dataset with a plan and the names of preprocessed cases: what a trainer needs to be initialized."""
-    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
-    configuration = {**plans()["configurations"]["3d_fullres"], "architecture": ARCHITECTURE}
-    tiny.edit_plan(configurations={"3d_fullres": configuration})
-    tiny.labeled.mkdir()
-    for index in range(6):
-        (tiny.labeled / f"lab_{index:02d}.b2nd").touch()
-    drawn = Place(tmp_path)
-    drawn.plan(**SHORT)
-    drawn.split()
-    return drawn
-
-
-def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoint_final.pth") -> Any:
-    """A trainer whose model folder is written as at the end of a training, without one."""
-    trainer = drawn.trainer(name)
-    trainer.initialize()
-    trainer.inference_allowed_mirroring_axes = (0, 2)
-    trainer.save_checkpoint(os.path.join(trainer.output_folder, checkpoint))
-    for file, content in (
-        ("plans.json", trainer.plans_manager.plans),
-        ("dataset.json", trainer.dataset_json),
-    ):
-        Path(trainer.output_folder_base, file).write_text(json.dumps(content), encoding="utf-8")
-    return trainer
 
 
 def export(output: Path, *options: str, name: str = MEAN_TEACHER, folds: tuple[str, ...] = ("0",)) -> int:

@@ -16,10 +16,8 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnssl.files import CHECKSUM_BYTES, save_torch, torch_damage
 from nnssl.training.checkpoint import read_checkpoint
-from tests.commands.test_export import MEAN_TEACHER, drawn, export, trained
-from tests.place import Place
-
-__all__ = ["drawn"]  # a fixture
+from tests.commands.test_export import export
+from tests.place import MEAN_TEACHER, Place, trained
 
 FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 

@@ -1,0 +1,382 @@
+"""``nnssl pseudo-label``: segmentations of all unlabeled scans, those first that most need correction.
+
+nnU-Net's own predictor averages over folds and mirrorings. Here it makes one pass after the other, so that
+what is averaged can be compared: where the passes disagree, the network is unsure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import isdir, isfile, join
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from torch import Tensor
+from tqdm import tqdm
+
+from nnssl.commands.export import FINAL, checkpoint_file, trained_models
+from nnssl.data.findings import listed, raise_errors
+from nnssl.data.freshness import Case, digest, stamp
+from nnssl.data.inspection import read_dataset_json
+from nnssl.data.raw import CheckedPlans, SourceError, num_channels
+from nnssl.data.unlabeled import find_unlabeled_images
+from nnssl.files import move, read_json, scratch_folder, write_json, write_text
+from nnssl.training.checkpoint import read_checkpoint
+
+STATE, TABLE, FORMAT = "pseudo_labels.json", "quality.csv", 1
+SEGMENTATIONS, CONFIDENCE = "segmentations", "confidence"
+Classes = dict[str, int | tuple[int, ...]]
+
+
+class PassPredictor(nnUNetPredictor):
+    """nnU-Net's predictor, which makes one pass over a scan per fold and mirroring."""
+
+    mirrored: tuple[int, ...] = ()
+
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        axes = [axis + 2 for axis in self.mirrored]
+        return torch.flip(self.network(torch.flip(x, axes)), axes) if axes else self.network(x)
+
+    def mirrorings(self) -> list[tuple[int, ...]]:
+        """Sets of axes, as nnU-Net averages over them."""
+        axes = self.allowed_mirroring_axes or ()
+        return [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.list_of_parameters) * len(self.mirrorings())
+
+    def passes(self, data: Tensor) -> Iterator[Tensor]:
+        """Logits (heads, D, H, W) of a preprocessed scan, float32 on the CPU."""
+        network: Any = self.network
+        for parameters in self.list_of_parameters:
+            getattr(network, "_orig_mod", network).load_state_dict(parameters)  # within a compiled one
+            for axes in self.mirrorings():
+                self.mirrored = axes
+                yield self.predict_sliding_window_return_logits(data).float().cpu()
+
+
+def pseudo_label(
+    dataset_id: int,
+    configuration: str,
+    folds: Sequence[str],
+    trainer: str,
+    output: str,
+    plans_name: str = "nnUNetPlans",
+    checkpoint_name: str = FINAL,
+    device: str | None = None,
+) -> str:
+    """Predict every scan of imagesUn that `output` does not hold yet; returns the path of the table.
+
+    `output` gets ``segmentations`` and ``confidence`` (per cent, 0 to 100) in the format of the images, and
+    ``quality.csv``, worst first. Every scan is written whole, so that the command can be interrupted; a file
+    that somebody edited is never written again.
+    """
+    dataset = str(convert_id_to_dataset_name(dataset_id))
+    raw = join(nnUNet_raw, dataset)
+    findings, dataset_json = read_dataset_json(join(raw, "dataset.json"))
+    raise_errors(findings)
+    scans = find_unlabeled_images(raw, dataset_json)
+    if not scans:
+        raise ValueError(f"{join(raw, 'imagesUn')}: no scans. Put the scans to predict there.")
+    folder = str(get_output_folder(dataset, trainer, plans_name, configuration))
+    checkpoints = _checkpoints(folder, folds, checkpoint_name)
+    state = _State(output, {"model": folder, "checkpoints": {f: stamp(c) for f, c in checkpoints.items()}})
+    cases = [Case(name, tuple(files), "imagesUn") for name, files in scans.items()]
+    todo = [case for case in cases if not state.holds(case)]
+    if todo:
+        predictor = _load(folder, list(checkpoints), checkpoint_name, device)
+        problems = _predict_all(todo, predictor, state)
+    path = state.write_table({case.name for case in cases})
+    if todo and problems:
+        raise ValueError(
+            f"{len(problems)} of {len(cases)} scans could not be predicted (the others are in {path}):\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return path
+
+
+def _checkpoints(folder: str, folds: Sequence[str], name: str) -> dict[str, str]:
+    """{fold: path of its checkpoint}; ValueError naming what was trained instead."""
+    if not isdir(folder):
+        raise ValueError(
+            f"no trained model in {folder}: train it first, or correct -tr, -p or -c. "
+            f"{trained_models(folder)}"
+        )
+    found = {fold: checkpoint_file(folder, fold, name) for fold in dict.fromkeys(folds)}
+    for path in found.values():
+        read_checkpoint(path, "cpu", "-chk")  # names a damaged one; nnU-Net's predictor does not
+    return found
+
+
+def _load(folder: str, folds: list[str], checkpoint_name: str, device: str | None) -> PassPredictor:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = PassPredictor(device=torch.device(chosen), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(folder, folds, checkpoint_name)
+    if predictor.configuration_manager.previous_stage_name is not None:
+        raise ValueError(
+            f"{folder}: a cascade, whose scans would need predictions of the previous stage. Take "
+            "3d_fullres, 3d_lowres or 2d."
+        )
+    return predictor
+
+
+def _predict_all(cases: Sequence[Case], predictor: PassPredictor, state: _State) -> list[str]:
+    """Predict and write case by case; returns what went wrong, a line per case."""
+    problems = []
+    with tqdm(total=len(cases) * predictor.num_passes, desc="pseudo-labels", unit="pass") as bar:
+        for case in cases:
+            bar.set_postfix_str(case.name)
+            before = bar.n
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints
+                    state.add(case, *_predict(case, predictor, bar.update), predictor)
+            except SourceError as error:
+                problems.append(f"{case.name}: {error}")
+            bar.update(before + predictor.num_passes - bar.n)
+    return problems
+
+
+def _predict(
+    case: Case, predictor: PassPredictor, done: Callable[[int], Any]
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]]:
+    """Segmentation, confidence in per cent (both on the grid of the image), the reader's properties and the
+    row of the table."""
+    sources = [stamp(file) for file in case.sources]
+    manager, labels = predictor.configuration_manager, predictor.label_manager
+    plans = CheckedPlans(
+        predictor.plans_manager.plans, case.images, num_channels(predictor.dataset_json), strict=True
+    )
+    preprocessor = manager.preprocessor_class(verbose=False)
+    data, _, properties = preprocessor.run_case(
+        list(case.images), None, plans, manager, predictor.dataset_json
+    )
+    mean: Tensor | None = None
+    segmented = []
+    for logits in predictor.passes(torch.from_numpy(data).float()):
+        segmented.append(_packed(labels.convert_logits_to_segmentation(logits)))
+        mean = logits if mean is None else mean.add_(logits)
+        done(1)
+    if mean is None:
+        raise RuntimeError("the predictor made no pass: the model has no parameters")
+    mean /= len(segmented)
+    classes, spacing = classes_of(predictor.dataset_json), properties["spacing"]
+    probabilities = labels.apply_inference_nonlin(mean).numpy()
+    final = np.asarray(labels.convert_logits_to_segmentation(mean))
+    row = quality(
+        final,
+        (array[:] for array in segmented),
+        probabilities,
+        classes,
+        with_background=not labels.has_regions,
+    )
+    del probabilities, final
+    segmentation, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
+        mean,
+        predictor.plans_manager,
+        manager,
+        labels,
+        properties,
+        return_probabilities=True,
+        num_threads_torch=torch.get_num_threads(),
+    )
+    sure = np.maximum(probabilities, 1 - probabilities).min(0) if labels.has_regions else probabilities.max(0)
+    millilitres = float(np.prod(spacing)) / 1000
+    row["ml"] = {n: round(float(_mask(segmentation, v).sum() * millilitres), 3) for n, v in classes.items()}
+    row["sources"] = sources
+    return segmentation, np.rint(100 * sure).astype(np.uint8), properties, row
+
+
+def _packed(segmentation: Any) -> Any:
+    """Compressed in memory: up to forty label maps of a scan have to be kept."""
+    return blosc2.asarray(np.ascontiguousarray(segmentation, dtype=np.uint16))
+
+
+# expected quality
+
+
+def classes_of(dataset_json: Mapping[str, Any]) -> Classes:
+    """Foreground classes or regions in the order of the network's outputs: {name: label value(s)}."""
+    found: Classes = {}
+    for name, value in dataset_json["labels"].items():
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if name != "ignore" and set(values) != {0}:
+            found[name] = values if len(values) > 1 else int(values[0])
+    if all(isinstance(value, int) for value in found.values()):
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+    return found
+
+
+def quality(
+    final: np.ndarray,
+    passes: Iterator[np.ndarray],
+    probabilities: np.ndarray,
+    classes: Classes,
+    with_background: bool,
+) -> dict[str, Any]:
+    """How good a segmentation can be expected to be, without knowing the truth.
+
+    agreement   per class: mean Dice of the passes' segmentations with the final one; None where no pass has
+                the class
+    confidence  mean over the classes of the soft Dice of probability and segmentation: the Dice that one
+                expects where probabilities are right
+
+    Args:
+        final: the label map (D, H, W) of the averaged passes.
+        passes: the label map of each pass.
+        probabilities: (heads, D, H, W) of the averaged passes; `with_background`: the first head is none of
+            the classes.
+    """
+    masks = {name: _mask(final, value) for name, value in classes.items()}
+    scores: dict[str, list[float]] = {name: [] for name in classes}
+    number = 0
+    for segmentation in passes:
+        number += 1
+        for name, value in classes.items():
+            score = dice(_mask(segmentation, value), masks[name])
+            if score is not None:
+                scores[name].append(score)
+    soft = []
+    for head, mask in enumerate(masks.values(), int(with_background)):
+        if mask.any():
+            p = probabilities[head]
+            soft.append(2 * float(p[mask].sum()) / float(p.sum() + mask.sum()))
+    per_class = {name: float(np.mean(values)) if values else None for name, values in scores.items()}
+    known = [value for value in per_class.values() if value is not None]
+    return {
+        "agreement": (float(np.mean(known)) if known else 0.0) if number > 1 else None,
+        "confidence": float(np.mean(soft)) if soft else 0.0,
+        "per_class": per_class if number > 1 else dict.fromkeys(classes),
+    }
+
+
+def _mask(segmentation: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
+    return np.isin(segmentation, value) if isinstance(value, tuple) else segmentation == value
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Of two masks; None where both are empty."""
+    total = np.count_nonzero(a) + np.count_nonzero(b)
+    return 2 * np.count_nonzero(a & b) / total if total else None
+
+
+# the output folder
+
+
+class _State:
+    """What an output folder holds, and of which model: ``pseudo_labels.json``, the files and the table."""
+
+    def __init__(self, folder: str, model: dict[str, Any]) -> None:
+        self.folder, self.file = folder, join(folder, STATE)
+        self.content: dict[str, Any] = {"format": FORMAT, **model, "cases": {}}
+        if isfile(self.file):
+            found = read_json(self.file)
+            if {k: v for k, v in found.items() if k != "cases"} != {"format": FORMAT, **model}:
+                raise ValueError(
+                    f"{folder} holds pseudo-labels of another model or of other checkpoints "
+                    f"({found.get('model')}). Choose another folder with -o."
+                )
+            self.content = found
+        elif isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} is not empty and holds no {STATE}. Choose a new folder with -o.")
+
+    def path(self, part: str, case: str, ending: str) -> str:
+        return join(self.folder, part, case + ending)
+
+    def holds(self, case: Case) -> bool:
+        """Whether the case is there and of today's scan; ValueError where a scan changed after its
+        segmentation was edited."""
+        record = self.content["cases"].get(case.name)
+        if record is None or not all(isfile(join(self.folder, file)) for file in record["files"]):
+            return False
+        if record["sources"] == [stamp(file) for file in case.sources]:
+            return True
+        segmentation = join(self.folder, record["files"][0])
+        if digest(segmentation) != record["digest"]:
+            raise ValueError(
+                f"{segmentation} was edited, and the scan {case.images[0]} changed since. Move the edited "
+                "file away to have the scan predicted again."
+            )
+        return False
+
+    def add(
+        self,
+        case: Case,
+        segmentation: np.ndarray,
+        confidence: np.ndarray,
+        properties: dict[str, Any],
+        row: dict[str, Any],
+        predictor: PassPredictor,
+    ) -> None:
+        """Write the files of a case, then its record."""
+        ending = predictor.dataset_json["file_ending"]
+        writer = predictor.plans_manager.image_reader_writer_class()
+        files = []
+        for part, array in ((SEGMENTATIONS, segmentation), (CONFIDENCE, confidence)):
+            os.makedirs(join(self.folder, part), exist_ok=True)
+            with scratch_folder(join(self.folder, part)) as scratch:  # TIFF comes with a second file
+                writer.write_seg(array, join(scratch, case.name + ending), properties)
+                for name in sorted(os.listdir(scratch)):
+                    move(join(scratch, name), join(self.folder, part, name))
+            files.append(f"{part}/{case.name}{ending}")
+        record = {"files": files, "digest": digest(join(self.folder, files[0])), **row}
+        self.content["cases"][case.name] = record
+        write_json(self.content, self.file, indent=1)
+        self.write_table(set(self.content["cases"]))
+
+    def write_table(self, cases: set[str]) -> str:
+        """``quality.csv`` of these cases, worst first."""
+        records = {name: r for name, r in self.content["cases"].items() if name in cases}
+        ranked = sorted(records, key=lambda name: (*_order(records[name]), name))
+        classes = list(next(iter(records.values()))["per_class"]) if records else []
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        heads = [*(f"agreement {c}" for c in classes), *(f"ml {c}" for c in classes)]
+        writer.writerow(["rank", "case", "agreement", "confidence", *heads, "segmentation"])
+        for rank, name in enumerate(ranked, 1):
+            r = records[name]
+            values = [r["agreement"], r["confidence"], *(r["per_class"][c] for c in classes)]
+            shown = ["" if v is None else f"{v:.4f}" for v in values]
+            writer.writerow([rank, name, *shown, *(f"{r['ml'][c]:g}" for c in classes), r["files"][0]])
+        path = join(self.folder, TABLE)
+        write_text(text.getvalue(), path)
+        return path
+
+
+def _order(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Agreement, then confidence; with a single pass nothing can agree, and confidence decides."""
+    agreement = record["agreement"]
+    return (record["confidence"] if agreement is None else agreement), record["confidence"]
+
+
+def unedited(folder: str, names: Sequence[str]) -> list[str]:
+    """Cases whose segmentation in `folder` is still the one that was predicted there."""
+    for place in (folder, os.path.dirname(os.path.abspath(folder))):
+        if isfile(join(place, STATE)):
+            records = read_json(join(place, STATE))["cases"]
+            files = {n: join(folder, os.path.basename(records[n]["files"][0])) for n in names if n in records}
+            return [n for n, file in files.items() if isfile(file) and digest(file) == records[n]["digest"]]
+    return []
+
+
+def summary(path: str, shown: int = 5) -> str:
+    """What to print at the end: the cases to correct first."""
+    with open(path, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    single = all(not row["agreement"] for row in rows)
+    by = "confidence (one fold and no mirroring: nothing to compare)" if single else "agreement"
+    worst = listed([row["case"] for row in rows[:shown]])
+    return f"{path}: {len(rows)} scans by {by}, worst first: {worst}{', ...' * (len(rows) > shown)}"
