@@ -32,6 +32,7 @@ Differs from the paper:
 - Positives are of middling similarity, negatives all voxels called otherwise: the most and the least similar
   ones, the paper's, soon teach nothing.
 - Similarities are computed on a random subset of the certain voxels of each class: for the cost.
+- g learns from a share of the patches of a step: for the cost.
 - Regions are independent +-b channels. Ignored voxels are 0 in x_0 and carry no loss.
 """
 
@@ -89,6 +90,8 @@ class DiffCLConfig(Config):
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
     # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
     noise_power: Annotated[float, Range(0.1, 100)] = 1.0
+    # share of a step's labeled and of its unlabeled patches that g learns from: its cost (ours)
+    denoiser_share: PositiveShare = 0.5
     denoiser_divisor: Annotated[int, Range(1, 64)] = 1  # planned features over those of g (ours)
     embedding: Width = 64  # E: width of q (ours)
     bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
@@ -173,12 +176,15 @@ class DiffCL(SemiMethod):
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        x_0 = self.label_map(torch.cat([onehot, pseudo_f]))
+        i, j = self.denoised(n), self.denoised(len(strong))
+        x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
         if labeled_mask is not None:
-            x_0[:n] *= labeled_mask
+            x_0[: len(i)] *= labeled_mask[i]
         tau = self.diffusion.draw_steps(len(x_0), x_0.device, self.config.noise_power)
         noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
-        labeled_g, unlabeled_g = split_batch(self.denoiser(noisy, tau, images), n)
+        outputs_g = self.denoiser(noisy, tau, images[torch.cat([i, n + j])])
+        labeled_g, unlabeled_g = split_batch(outputs_g, len(i))
+        target_g = [y[i] for y in batch.target] if isinstance(batch.target, list) else batch.target[i]
 
         if self.config.weight_contrast > 0:
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
@@ -194,8 +200,8 @@ class DiffCL(SemiMethod):
             "supervised": self.supervised_loss(labeled_f, batch.target),
             "pseudo": self.pseudo_loss(full_resolution(unlabeled_f), pseudo_g, teach_f),
             "contrast": contrast,
-            "diffusion": self.supervised_loss(labeled_g, batch.target),
-            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f, certain_f),
+            "diffusion": self.supervised_loss(labeled_g, target_g),
+            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]),
         }
 
     def is_unlabeled(self, term: str) -> bool:
@@ -237,6 +243,12 @@ class DiffCL(SemiMethod):
                 lambda x, tau: self.estimate(self.denoiser(x, tau, images)), start, taus
             )
             return p_f, self.shares(x_0).unflatten(0, (c.samples, -1)).mean(0)
+
+    def denoised(self, n: int) -> Tensor:
+        """Which of n patches g learns from in this step: drawn, because their places in a batch differ (the
+        last ones hold foreground)."""
+        k = max(1, round(n * self.config.denoiser_share))
+        return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
     def pseudo_loss(self, logits: Tensor, pseudo: Tensor, certain: Tensor) -> Tensor:
         """Soft Dice (U, K, S) over the certain voxels (U, 1, S)."""

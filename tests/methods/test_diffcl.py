@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_boxes_cut_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatc
 
 def test_the_noisy_label_is_zero_where_labels_are_ignored() -> None:
     task = Task(channels=3, ignore=True)
-    m, batch, seen = method(task, replace(SMALL, label_scale=1.0)), task.batch(), {}
+    m, batch, seen = method(task, replace(SMALL, label_scale=1.0, denoiser_share=1.0)), task.batch(), {}
     forward = m.diffusion.q_sample
 
     def spy(x_0: torch.Tensor, tau: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -304,6 +305,37 @@ def test_samples_that_disagree_are_not_certain() -> None:
     noise[:2, 1], noise[2:, 0] = -1, -1  # the first sample calls every voxel 0, the second 1
     _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16), noise)
     torch.testing.assert_close(p_g, torch.full_like(p_g, 0.5))
+
+
+@pytest.mark.parametrize(("share", "labeled", "unlabeled"), [(1.0, 2, 4), (0.5, 1, 2), (0.01, 1, 1)])
+def test_the_denoiser_learns_from_a_share_of_the_patches_with_their_own_labels(
+    share: float, labeled: int, unlabeled: int
+) -> None:
+    task = Task()
+    m, batch = method(task, replace(SMALL, denoiser_share=share, label_scale=1.0)), task.batch(unlabeled=4)
+    seen: dict[str, torch.Tensor] = {}
+    noise, forward = m.diffusion.q_sample, m.denoiser.forward
+
+    def spy_noise(x_0: torch.Tensor, tau: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        seen["x_0"] = x_0
+        return noise(x_0, tau, eps)
+
+    def spy_images(x: torch.Tensor, tau: torch.Tensor, images: torch.Tensor) -> Any:
+        if m.denoiser.training:
+            seen["images"] = images
+        return forward(x, tau, images)
+
+    put(m.diffusion, q_sample=spy_noise)
+    put(m.denoiser, forward=spy_images)
+    m(batch, 0.5)
+    assert len(seen["images"]) == labeled + unlabeled
+    onehot, _ = m.labels.encode(batch.full_target())
+    drawn = [
+        next(k for k, image in enumerate(batch.labeled) if torch.equal(image, x))
+        for x in seen["images"][:labeled]
+    ]
+    assert len(set(drawn)) == labeled
+    torch.testing.assert_close(seen["x_0"][:labeled], 2 * onehot[drawn] - 1)
 
 
 def test_the_denoiser_may_be_narrower_than_the_student() -> None:
