@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from mambapy.mamba import MambaBlock, MambaConfig
 from torch import nn
 
 from benchmarks.speed.timing import command, machine, medians, peak_bytes, table
@@ -41,6 +40,8 @@ def training_pass(mixer: nn.Module, length: int, width: int, device: torch.devic
 
 
 def mixers(length: int, width: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    from mambapy.mamba import MambaBlock, MambaConfig
+
     torch.manual_seed(0)
     blocks: dict[str, nn.Module] = {
         "mambapy": MambaBlock(

@@ -1,0 +1,1 @@
+"""Everything that a GPU is needed for, in resumable pieces: `python -m benchmarks.gpu`."""
