@@ -33,6 +33,7 @@ from nnssl.data.names import unlabeled_files
 from nnssl.data.raw import num_channels, plans_in, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
 from nnssl.files import read_json
+from nnssl.training.lookup import dataset_name
 
 PREFIX = {OK: "ok", WARNING: "warn", ERROR: "FAIL"}
 
@@ -174,15 +175,14 @@ def _devices() -> Iterator[Finding]:
 
 
 def _dataset(dataset_id: int, configuration: str | None, plans_name: str) -> Iterator[Finding]:
-    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnssl.methods import method_classes
 
     try:
-        name = str(convert_id_to_dataset_name(dataset_id))
-    except RuntimeError as error:
-        yield Finding(ERROR, f"dataset {dataset_id}", " ".join(str(error).split()))
+        name = dataset_name(dataset_id)
+    except ValueError as error:
+        yield Finding(ERROR, "-d", str(error))
         return
     raw, preprocessed = (
         join(os.environ.get(variable) or "", name) for variable in ("nnUNet_raw", "nnUNet_preprocessed")

@@ -4,11 +4,15 @@ them."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from nnssl.commands.environment import version_line
 from nnssl.commands.trainers import list_trainers, trainers_folder
+from nnssl.errors import told_line
+from nnssl.training.arguments import add_arguments
+from nnssl.training.lookup import check_numbers
 
 DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_and_preprocess
 
@@ -20,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     traceback = "--traceback" in given
     args = build_parser().parse_args([argument for argument in given if argument != "--traceback"])
     try:
+        check_numbers()
         return args.run(args) or 0
     except KeyboardInterrupt:
         if traceback:
@@ -27,16 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nnssl {args.command}: interrupted. Rerun to resume.", file=sys.stderr)
         return 130
     except Exception as error:
-        if traceback:
+        line = told_line(error)
+        if traceback or (line is None and args.command == "train"):  # nobody repeats a training for it
             raise
-        print(f"nnssl {args.command}: error: {_described(error)}", file=sys.stderr)
+        if args.command != "train" or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks fail alike
+            print(f"nnssl {args.command}: error: {line or _unforeseen(error)}", file=sys.stderr)
         return 1
 
 
-def _described(error: Exception) -> str:
-    """The message; of an error that nobody foresaw, on one line and with its kind."""
-    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and str(error):
-        return str(error)
+def _unforeseen(error: Exception) -> str:
+    """On one line and with its kind."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}. This was not foreseen; --traceback shows where it comes from."
 
@@ -69,6 +74,16 @@ def build_parser() -> argparse.ArgumentParser:
     trainers.set_defaults(run=_trainers)
 
     _add_plan_and_preprocess(commands)
+
+    train = commands.add_parser(
+        "train",
+        help="nnUNetv2_train, with dataset and options checked first",
+        description="All options of nnUNetv2_train. Finds our trainers without nnUNet_extTrainer, inspects "
+        "the dataset, and runs on several nodes under torchrun.",
+        allow_abbrev=False,
+    )
+    add_arguments(train)
+    train.set_defaults(run=_train)
 
     split = commands.add_parser(
         "split",
@@ -240,6 +255,12 @@ def _trainers(args: argparse.Namespace) -> None:
     width = max(map(len, trainers), default=0)
     for name, line in trainers.items():
         print(f"{name:{width}}  {line}")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nnssl.commands.train import train
+
+    return train(args)
 
 
 def _split(args: argparse.Namespace) -> None:

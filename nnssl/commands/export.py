@@ -10,7 +10,6 @@ from os.path import isdir, isfile, join
 from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nnssl.files import read_json, save_torch, scratch_folder, write_json
 from nnssl.training.checkpoint import read_checkpoint
+from nnssl.training.lookup import dataset_name
 
 KEPT = (
     "network_weights",
@@ -47,7 +47,7 @@ def export_model(
         folds: fold numbers, or `all` for the model trained on all cases.
         checkpoint_name: which checkpoint of every fold; it becomes checkpoint_final.pth.
     """
-    dataset = str(convert_id_to_dataset_name(dataset_id))
+    dataset = dataset_name(dataset_id)
     source = str(get_output_folder(dataset, trainer, plans_name, configuration))
     if not isdir(source):
         raise ValueError(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from os.path import isfile, join
 from typing import Any
@@ -18,8 +19,6 @@ from typing import Any
 import nnunetv2
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
@@ -33,6 +32,8 @@ from nnssl.data.split import backup, load_splits
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
 from nnssl.files import copy_file, read_json, write_json
 from nnssl.methods import method_classes
+from nnssl.training.arguments import plans_of_planner
+from nnssl.training.lookup import dataset_name, nnunet_folder
 
 NNUNET_PROCESSES = {
     "2d": 8,
@@ -51,8 +52,10 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
             "configuration."
         )
     for dataset_id in args.d:
-        name = str(convert_id_to_dataset_name(dataset_id))
-        raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
+        name = dataset_name(dataset_id)
+        raw, preprocessed = (
+            join(nnunet_folder(variable), name) for variable in ("nnUNet_raw", "nnUNet_preprocessed")
+        )
         if not isfile(join(raw, "dataset.json")):
             raise ValueError(
                 f"{join(raw, 'dataset.json')} does not exist. Set nnUNet_raw to the folder of raw datasets."
@@ -79,6 +82,10 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace, raw: str, preprocessed: str, plans_file: str) -> None:
     """Refuse what the options name and is not there."""
     if args.p and not isfile(plans_file):
+        if (plans := plans_of_planner(args.p)) is not None:
+            raise ValueError(
+                f"-p {args.p} is a planner: plan with -pl {args.p}, then -p {plans} names the plan."
+            )
         raise ValueError(
             f"-p {args.p}: {plans_file} does not exist. Plans here: {plans_in(preprocessed)}; leave "
             "-p out to make one."
@@ -150,16 +157,30 @@ def _plan(
         print(f"The old plan was saved as {backup(plans_file)}.")
     print("Experiment planning ...")
     preprocessor = args.preprocessor_name or "DefaultPreprocessor"
-    plan_experiments(
-        [dataset_id],
-        args.pl,
-        args.gpu_memory_target,
-        preprocessor,
-        args.overwrite_target_spacing,
-        args.overwrite_plans_name,
-    )
+    with _planning_threads():
+        plan_experiments(
+            [dataset_id],
+            args.pl,
+            args.gpu_memory_target,
+            preprocessor,
+            args.overwrite_target_spacing,
+            args.overwrite_plans_name,
+        )
     if kept:
         write_json({**read_json(plans_file), **kept}, plans_file)
+
+
+@contextmanager
+def _planning_threads() -> Iterator[None]:
+    """nnU-Net plans with nnUNet_n_proc_DA threads; 0, which suits trainings, is no number of threads."""
+    given = os.environ.get("nnUNet_n_proc_DA")
+    if given is not None and int(given) == 0:
+        os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["nnUNet_n_proc_DA"] = given
 
 
 def _plans_name(planner: str) -> str:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+from nnunetv2.paths import nnUNet_raw
 
 from nnssl.data.findings import raise_errors
 from nnssl.data.inspection import read_dataset_json
 from nnssl.data.split import make_splits, training_cases, write_splits
 from nnssl.files import read_json
+from nnssl.training.lookup import dataset_name, nnunet_folder
 
 
 def split(args: argparse.Namespace) -> None:
-    name = str(convert_id_to_dataset_name(args.d))
+    name = dataset_name(args.d)
     file = os.path.join(nnUNet_raw, name, "dataset.json") if nnUNet_raw.is_set() else ""
     if os.path.isfile(file):
         raise_errors(read_dataset_json(file)[0])
     val = _read_cases(args.val) if args.val is not None else None
     splits = make_splits(training_cases(name), args.labeled, args.unlabeled, val, args.first, args.seed)
-    splits_file = os.path.join(nnUNet_preprocessed, name, "splits_final.json")
+    splits_file = os.path.join(nnunet_folder("nnUNet_preprocessed"), name, "splits_final.json")
     saved = write_splits(splits, splits_file)
     if saved:
         print(f"The old split was saved as {saved}.")

@@ -45,11 +45,13 @@ def inspect_files(
     plans_name: str = "nnUNetPlans",
     sections: Mapping[str, type] | None = None,
     planning: bool = False,
+    fold: int | str | None = None,
 ) -> Iterator[Finding]:
     """Everything that can be told without opening an image.
 
     sections  configuration class of every method, to check the key ``nnssl`` of the plan
     planning  a split that a training would miss may still be written, the copy of dataset.json renewed
+    fold      the one to train, which for `all` needs no split; None: look at all folds
     """
     sound = content = None
     if isfile(join(raw, "dataset.json")):
@@ -66,8 +68,8 @@ def inspect_files(
     if isfile(plans_file):
         yield from inspect_plans(plans_file, sections or {})
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
-    if cases is not None:
-        yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning)
+    if cases is not None and not isinstance(fold, str):
+        yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
 
 
 def read_dataset_json(file: str) -> tuple[list[Finding], Any]:

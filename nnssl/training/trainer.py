@@ -45,7 +45,9 @@ from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
 from nnssl.training.agreement import Agreement
+from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
+from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
     from_all_ranks,
     highest,
@@ -74,6 +76,8 @@ from nnssl.training.task import Trainable, geometry, preprocessed_cases
 
 CUDA = torch.device("cuda")
 
+watch()
+
 
 class SemiTrainer(nnUNetTrainer):
     """Base of all trainers of this library; a subclass names its method.
@@ -94,6 +98,7 @@ class SemiTrainer(nnUNetTrainer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
+        check_device(device.type)
         self.general, self.method_config = self._configs(plans)
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)

@@ -159,6 +159,10 @@ def test_hidden_cases_of_a_split_are_preprocessed_too(tiny: Tiny) -> None:
             r"-p nnUNetOther: .*nnUNetOther\.json does not exist\. Plans here: nnUNetPlans;",
         ),
         (["-c", "3d_fulres"], "-c 3d_fulres: the plan has 2d, 3d_fullres"),
+        (
+            ["-p", "nnUNetPlannerResEncM"],
+            "plan with -pl nnUNetPlannerResEncM, then -p nnUNetResEncUNetMPlans",
+        ),
         (["-np", "1", "2"], "-np: 2 numbers for 3 configurations"),
         (["-pl", "NoPlanner"], "-pl NoPlanner: nnU-Net has no such class"),
     ],
@@ -243,7 +247,7 @@ def test_traceback_may_stand_anywhere(tiny: Tiny, position: int) -> None:
     [
         (KeyError("labels"), 1, "error: KeyError: 'labels'. This was not foreseen; --traceback shows"),
         (AssertionError(), 1, "error: AssertionError: "),
-        (ValueError("told"), 1, "error: told"),
+        (ValueError("no raise of ours"), 1, "error: ValueError: no raise of ours. This was not foreseen"),
         (KeyboardInterrupt(), 130, "interrupted. Rerun to resume."),
     ],
 )

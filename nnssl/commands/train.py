@@ -1,0 +1,198 @@
+"""``nnssl train``: nnUNetv2_train with the dataset inspected and the command line checked first, on one
+process or, under torchrun, on many.
+
+A process that torchrun started finds its place in RANK, WORLD_SIZE and LOCAL_RANK; `-num_gpus` starts such
+processes itself, as nnU-Net does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os.path import isfile, join
+from typing import Any
+
+from nnssl.data.findings import WARNING, raise_errors
+from nnssl.errors import told_line
+from nnssl.training.arguments import FINAL, check_data, check_names
+from nnssl.training.lookup import trainer_paths
+
+
+def train(args: argparse.Namespace) -> int:
+    """Carry out the command in this process, or in `-num_gpus` of them."""
+    os.environ["nnUNet_extTrainer"] = os.pathsep.join(trainer_paths())
+    rank, ranks = _place()
+    if ranks > 1 and args.num_gpus > 1:
+        raise ValueError(
+            f"-num_gpus {args.num_gpus}: torchrun started {ranks} processes. Leave -num_gpus out."
+        )
+    dataset, plans = check_names(args)
+    _inspect(args, dataset, rank == 0)
+    check_data(args, dataset, plans, max(ranks, args.num_gpus))
+    args.dataset_name_or_id = dataset
+    if args.num_gpus > 1:
+        return _spawn(args)
+    _train(args)
+    return 0
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process and number of all, by the variables that torchrun sets."""
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise ValueError(f"RANK and WORLD_SIZE must be whole numbers: {error}") from None
+
+
+def _inspect(args: argparse.Namespace, dataset: str, aloud: bool) -> None:
+    """The files of the dataset; the trainer inspects the scans when it starts."""
+    from nnssl.data.inspection import inspect_files
+    from nnssl.methods import method_classes
+
+    raw = join(os.environ.get("nnUNet_raw", ""), dataset)
+    preprocessed = join(os.environ["nnUNet_preprocessed"], dataset)
+    sections = {name: method.config_class for name, method in method_classes().items()}
+    fold = args.fold if args.fold == "all" else int(args.fold)
+    findings = list(inspect_files(raw, preprocessed, args.p, sections, fold=fold))
+    for finding in findings:
+        if aloud and finding.level == WARNING:
+            print(f"WARNING: {finding}")
+    raise_errors(findings)
+
+
+def _train(args: argparse.Namespace) -> None:
+    """What nnUNetv2_train does with one rank, on any device and any number of nodes."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+    from torch.backends import cudnn
+
+    device = _prepare(args.device)
+    fold = args.fold if args.fold == "all" else int(args.fold)
+    with _process_group(device):
+        trainer: Any = get_trainer_from_args(
+            args.dataset_name_or_id, args.configuration, fold, args.tr, args.p, args.c, device
+        )
+        trainer.disable_checkpointing = args.disable_checkpointing
+        if not (args.c or args.val) and isfile(join(trainer.output_folder, FINAL)):
+            trainer.print_to_log_file(
+                f"WARNING: {trainer.output_folder} holds a finished training; this one starts anew and will "
+                "replace its checkpoints"
+            )
+        maybe_load_checkpoint(trainer, args.c, args.val)
+        if args.pretrained_weights:
+            load_weights(trainer, args.pretrained_weights)
+        if torch.cuda.is_available():
+            cudnn.deterministic = False
+            cudnn.benchmark = True
+        if not args.val:
+            trainer.run_training()
+        if args.val_best:
+            trainer.load_checkpoint(join(trainer.output_folder, "checkpoint_best.pth"))
+        trainer.perform_actual_validation(args.npz)
+
+
+def _prepare(name: str) -> Any:
+    """The device of this process, and its threads."""
+    import torch
+
+    from nnssl.data.parallel import usable_cores
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda":
+        torch.set_num_threads(1)  # as nnU-Net: more do not help beside a GPU
+        torch.set_num_interop_threads(1)
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
+    return torch.device(name)
+
+
+@contextmanager
+def _process_group(device: Any) -> Iterator[None]:
+    """Of all ranks, where there are several."""
+    import torch.distributed as dist
+
+    if _place()[1] == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def load_weights(trainer: Any, file: str) -> None:
+    """`-pretrained_weights` as nnU-Net takes them, all but the segmentation layers; ValueError where they do
+    not fit. On any device and any rank."""
+    import torch
+
+    if not trainer.was_initialized:
+        trainer.initialize()
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        loaded = checkpoint["network_weights"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: no checkpoint of nnU-Net ({type(error).__name__}: {reason}).") from None
+    own = trainer.network.state_dict()
+    kept = {key: value for key, value in own.items() if ".seg_layers." not in key}
+    wrong = [key for key, value in kept.items() if key not in loaded or loaded[key].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"{file}: {len(wrong)} of {len(kept)} weights are absent or of another shape, first {wrong[0]}. "
+            "The plan must be that of the pretraining (nnUNetv2_move_plans_between_datasets)."
+        )
+    trainer.network.load_state_dict({**own, **{key: loaded[key] for key in kept}})
+    trainer.print_to_log_file(f"{len(kept)} pretrained weights of {file}")
+
+
+def _spawn(args: argparse.Namespace) -> int:
+    """A process per GPU; the first that fails ends the others."""
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    processes = mp.get_context("spawn")
+    ranks = [
+        processes.Process(target=_rank, args=(rank, args, os.environ.get("MASTER_PORT", port)))
+        for rank in range(args.num_gpus)
+    ]
+    try:
+        for process in ranks:
+            process.start()
+        pending = list(ranks)
+        while pending:
+            pending[0].join(0.2)
+            failed = [process for process in ranks if process.exitcode not in (None, 0)]
+            if failed:
+                return 1
+            pending = [process for process in pending if process.is_alive()]
+        return 0
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.terminate()
+        for process in ranks:
+            if process.pid is not None:
+                process.join()
+
+
+def _rank(rank: int, args: argparse.Namespace, port: str) -> None:
+    """One process of several on this computer."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.num_gpus, "MASTER_PORT": port}
+    os.environ |= {**{key: str(value) for key, value in places.items()}, "MASTER_ADDR": "localhost"}
+    try:
+        _train(args)
+    except Exception as error:
+        if (line := told_line(error)) is None:
+            raise
+        if rank == 0:
+            print(f"nnssl train: error: {line}", file=sys.stderr)
+        sys.exit(1)
