@@ -518,7 +518,7 @@ def test_check_counts_unlabeled_cases_to_be_preprocessed_and_names_absent_classe
 def test_check_reports_a_dataset_that_is_not_there_or_has_no_plan(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert any("dataset 778: Could not find" in line for line in checked(capsys, "-d", "778")[1]["FAIL"])
+    assert any("-d: no dataset 778 in" in line for line in checked(capsys, "-d", "778")[1]["FAIL"])
     assert any(
         "no plan" in line and "nnUNetOther.json" in line
         for line in checked(capsys, "-d", "777", "-p", "nnUNetOther")[1]["FAIL"]
