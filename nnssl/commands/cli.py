@@ -162,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     _add_pseudo_label(commands)
+    _add_adopt(commands)
     return parser
 
 
@@ -189,6 +190,27 @@ def _add_pseudo_label(commands: argparse._SubParsersAction[argparse.ArgumentPars
     add("-o", required=True, metavar="DIR", help="output folder")
     add("-device", choices=["cuda", "cpu", "mps"], help="default: cuda where there is one, else cpu")
     parser.set_defaults(run=_pseudo_label)
+
+
+def _add_adopt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "adopt",
+        help="take corrected segmentations over as labels",
+        description="Moves the scans of FOLDER from imagesUn to imagesTr, with the files of FOLDER as their "
+        "labels, and preprocesses them. They train in every fold and validate in none; plan and trained "
+        "models stay. All or nothing: values, grids and names are checked first. Rerun to resume.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    parser.add_argument("folder", metavar="FOLDER", help="corrected segmentations, named like their scans")
+    parser.add_argument("-np", type=int, metavar="N", help="preprocessing processes (default: nnU-Net's)")
+    parser.add_argument("--dry-run", action="store_true", help="check and tell, change nothing")
+    parser.add_argument(
+        "--accept-unedited",
+        action="store_true",
+        help="adopt segmentations of `nnssl pseudo-label` that nobody changed, too",
+    )
+    parser.set_defaults(run=_adopt)
 
 
 def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -305,6 +327,12 @@ def _pseudo_label(args: argparse.Namespace) -> None:
     from nnssl.commands.pseudo_label import pseudo_label, summary
 
     print(summary(pseudo_label(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.device)))
+
+
+def _adopt(args: argparse.Namespace) -> None:
+    from nnssl.commands.adopt import adopt
+
+    adopt(args.d, args.folder, args.dry_run, args.accept_unedited, args.np)
 
 
 if __name__ == "__main__":

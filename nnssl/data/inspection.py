@@ -26,6 +26,7 @@ from nnssl.data.dataset_json import (
 from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
+    inspect_adoption,
     inspect_names,
     inspect_spacing_files,
     inspect_unlabeled_names,
@@ -57,6 +58,7 @@ def inspect_files(
     if isfile(join(raw, "dataset.json")):
         findings, content = read_dataset_json(join(raw, "dataset.json"))
         yield from findings
+        yield from inspect_adoption(raw)
         if not errors_of(findings):
             sound = content
             yield from inspect_names(raw, content)
@@ -301,7 +303,7 @@ def inspect_contents(
     scans = [scan for scan in scans if all(isfile(file) for file in scan.files)]
     if not scans:
         return
-    reader = (plans or {}).get("image_reader_writer") or _reader(dataset_json, scans[0].files[0])
+    reader = (plans or {}).get("image_reader_writer") or reader_of(dataset_json, scans[0].files[0])
     if reader == "Tiff3DIO":
         yield from missing_spacing_files(raw, dataset_json)
     measured = measure(scans, reader, num_channels(dataset_json), preprocessed, num_processes, progress)
@@ -316,6 +318,7 @@ def inspect_scans_of_training(
 ) -> Iterator[Finding]:
     """What a training asks of the raw dataset: its unlabeled scans. The labeled images serve to compare; what
     is wrong with them is a warning, for they are preprocessed already. No label map is opened."""
+    yield from inspect_adoption(raw)
     if not isdir(join(raw, "imagesUn")):
         return
     yield from inspect_unlabeled_names(raw, dataset_json)
@@ -326,7 +329,8 @@ def inspect_scans_of_training(
         yield replace(finding, level=WARNING) if about_labeled else finding
 
 
-def _reader(dataset_json: dict[str, Any], example: str) -> str:
+def reader_of(dataset_json: dict[str, Any], example: str) -> str:
+    """Name of nnU-Net's reader for a dataset without a plan."""
     return str(determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False).__name__)
 
 

@@ -18,6 +18,7 @@ from nnssl.data.raw import channel_files, num_channels, training_files
 from nnssl.files import read_json
 
 FOLDERS = ("imagesTr", "labelsTr", "imagesUn")
+ADOPTION, JOURNAL = "nnssl_adopt", "journal.json"  # folder of `nnssl adopt`, and what makes it binding
 
 
 def inspect_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
@@ -27,6 +28,17 @@ def inspect_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding
     yield from inspect_unlabeled_names(raw, dataset_json)
     yield from _capitals(raw, dataset_json)
     yield from inspect_spacing_files(raw, dataset_json)
+
+
+def inspect_adoption(raw: str) -> Iterator[Finding]:
+    """An adoption of corrected segmentations that was killed halfway."""
+    if isfile(join(raw, ADOPTION, JOURNAL)):
+        yield Finding(
+            ERROR,
+            join(raw, ADOPTION),
+            "an adoption was interrupted",
+            remedy="Rerun `nnssl adopt` to finish it",
+        )
 
 
 def _folders(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:

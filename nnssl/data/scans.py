@@ -34,6 +34,7 @@ PER_PROCESS = 8  # starting a process costs more than reading a few files
 
 SPACING, EXTENT, INTENSITIES, VALUES = 2.0, 2.0, 10.0, 3.0  # factors beyond the labeled cases
 SATURATED = 0.05  # share of voxels at the maximum, among those above the minimum
+OFF_GRID = "spacing, origin or direction are not those of the image"
 Statistics = dict[str, Any]
 
 
@@ -317,7 +318,7 @@ def inspect_labels(measured: Mapping[Scan, Statistics], declared: set[int]) -> I
             yield Finding(
                 WARNING,
                 file,
-                "spacing, origin or direction are not those of the image",
+                OFF_GRID,
                 remedy="nnU-Net ignores those of the label map; make sure that both lie on one grid",
             )
 
