@@ -5,6 +5,7 @@ Tensors are PyTorch's FakeTensors on the device `cuda`. Forward passes and updat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,6 +41,18 @@ ONE_DTYPE = {
     "lerp": (0, 1),
     "lerp_": (0, 1),
 }
+# arithmetic that losses, banks and projectors do in float32; halves may be moved and compared
+ARITHMETIC = {
+    *("mm", "bmm", "mv", "addmm", "baddbmm", "add", "sub", "mul", "div", "sum", "mean", "cumsum", "prod"),
+    *("exp", "log", "pow", "rsqrt", "sqrt", "reciprocal", "_softmax", "_log_softmax", "linalg_vector_norm"),
+    *("logsumexp", "softplus", "sigmoid", "var_mean", "lerp", "convolution", "entr", "xlogy"),
+    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_trilinear3d", "upsample_bilinear2d"),
+}
+# the files and packages of networks, which autocast is meant for, and functions in which halves do no harm
+NETWORKS = ("/dynamic_network_architectures/", "/nnssl/networks/", "/nnssl/ssm/")
+IN_FLOAT32 = ("/nnssl/networks/heads.py",)  # of the networks
+# nnU-Net's own loss; a mean of eight neighbours
+HARMLESS = ("supervised_loss", "gather_interpolated")
 # their outputs' shapes depend on values, so the host waits for them
 DYNAMIC = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal"}
 
@@ -53,6 +66,8 @@ class FakeCuda(TorchDispatchMode):
     to cuda         a copy from the CPU that is not `non_blocking`, an index or a mask on the CPU among them
     nonzero, ...    operations whose output's shape depends on values; they raise
 
+    Arithmetic in half precision that is no network's is listed in `halves`.
+
     Operations on CPU tensors alone are carried out.
     """
 
@@ -60,10 +75,12 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: list[str] = []
+        self.halves: list[str] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> FakeCuda:
         self.waits.clear()
+        self.halves.clear()
         for patch in (
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
@@ -112,7 +129,11 @@ class FakeCuda(TorchDispatchMode):
         kinds = {args[i].dtype for i in places if i < len(args) and isinstance(args[i], Tensor)}
         if len(kinds) > 1 and not from_cpu:
             raise RuntimeError(f"{name} takes one dtype, found {', '.join(sorted(map(str, kinds)))}")
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name.rstrip("_") in ARITHMETIC and getattr(out, "dtype", None) in (torch.float16, torch.bfloat16):
+            if place := _outside_of_networks():
+                self.halves.append(f"{name} in {place}")
+        return out
 
     # what is moved
 
@@ -159,3 +180,16 @@ def half_precision(dtype: torch.dtype) -> Iterator[None]:
 
 def _stand_in(dtype: torch.dtype) -> Any:
     return 1.0 if dtype.is_floating_point else False if dtype == torch.bool else 0
+
+
+def _outside_of_networks() -> str:
+    """Where the operation under way comes from; empty within networks and where halves do no harm."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if function in HARMLESS or (any(n in file for n in NETWORKS) and not file.endswith(IN_FLOAT32)):
+            return ""
+        if "/nnssl/" in file:
+            return f"{file.rpartition('/nnssl/')[2]}, {function}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

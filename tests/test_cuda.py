@@ -66,6 +66,7 @@ def step(cuda: FakeCuda, method: SemiMethod, batch: Any, t: float, dtype: torch.
             terms = method(batch, t)
         method.after_step(batch, t)
     assert terms.keys() == method.weights(t).keys()
+    assert cuda.halves == []
     for key, term in (terms | method.diagnostics).items():
         assert term.device == CUDA and term.ndim == 0, key
         assert term.dtype == torch.float32, key

@@ -29,10 +29,13 @@ def info_nce(
         negative: (K, M, E) unit norm. negative_valid: (K, M) bool.
         temperature: T > 0.
     """
-    pull = torch.einsum("ke,kpe->kp", anchor, positive).float() / temperature
-    push = (torch.einsum("ke,kme->km", anchor, negative).float() / temperature).masked_fill(
-        ~negative_valid, -torch.inf
-    )
+    with torch.autocast(anchor.device.type, enabled=False):  # half precision is too coarse for small T
+        anchor, positive, negative = (
+            x.to(torch.promote_types(x.dtype, torch.float32)) for x in (anchor, positive, negative)
+        )
+        pull = torch.einsum("ke,kpe->kp", anchor, positive) / temperature
+        push = torch.einsum("ke,kme->km", anchor, negative) / temperature
+    push = push.masked_fill(~negative_valid, -torch.inf)
     usable = positive_valid & negative_valid.any(1, keepdim=True)
     # a row without negatives would give logsumexp(-inf) and a NaN gradient: it is unusable, any finite value
     # does

@@ -56,7 +56,7 @@ from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
 from nnssl.method import TeacherMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
-from nnssl.networks.heads import VoxelProjector, scale_gradient
+from nnssl.networks.heads import VoxelProjector, in_float32, scale_gradient
 from nnssl.sampling import gather_interpolated
 
 CROP = {2: 8, 3: 4}  # logits per axis of a crop, by the number of axes
@@ -311,7 +311,8 @@ class ACTION(TeacherMethod):
         features = [scale_gradient(f, c.weight_anatomical) for f in features]
 
         def represent(index: Tensor) -> Tensor:
-            return self.representation(torch.cat([gather_interpolated(f, index, size) for f in features], -1))
+            sampled = torch.cat([gather_interpolated(f, index, size) for f in features], -1)
+            return in_float32(self.representation, sampled)
 
         return anatomical_contrast(
             represent,
@@ -326,7 +327,7 @@ class ACTION(TeacherMethod):
 
 def pool(features: Tensor) -> Tensor:
     """(B, F, S) -> (B, 2 F): mean and maximum over space."""
-    features = features.flatten(2)
+    features = features.flatten(2).float()
     return torch.cat([features.mean(2), features.amax(2)], 1)
 
 
@@ -335,7 +336,7 @@ def crop_cells(logits: Tensor, grid: tuple[int, ...]) -> Tensor:
     keep the shape of what is in it."""
     axes, n = len(grid), CROP[len(grid)]
     pooling: Callable[..., Tensor] = F.adaptive_avg_pool3d if axes == 3 else F.adaptive_avg_pool2d
-    pooled = pooling(logits, [n * cells for cells in grid])
+    pooled = pooling(logits.float(), [n * cells for cells in grid])
     for axis in range(axes):  # (B, K, g_1, n, g_2, n, ...)
         pooled = pooled.unflatten(2 + 2 * axis, (grid[axis], n))
     cells, inside = (list(range(first, 2 + 2 * axes, 2)) for first in (2, 3))

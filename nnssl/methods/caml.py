@@ -70,6 +70,7 @@ from nnssl.method import SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
 from nnssl.networks.dropout import Walk, forward_streams
 from nnssl.networks.features import stage_grids
+from nnssl.networks.heads import in_float32
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.sampling import gather_voxels, sample_members, top_members
 from nnssl.schedules import gaussian_ramp
@@ -205,7 +206,7 @@ class CAML(SemiMethod):
         voxels = right[0, 0].numel()
         index = index + voxels * torch.arange(n, device=index.device)[:, None]  # counted sample after sample
         rows_v, rows_a = (
-            head.projector(gather_voxels(f, index))
+            in_float32(head.projector, gather_voxels(f, index))
             for head, f in ((self.head_v, features_v), (self.head_a, features_a))
         )
         return (rows_v + rows_a) / 2, valid
@@ -241,14 +242,14 @@ class CAML(SemiMethod):
 
 class CorrelationHead(nn.Module):
     """Projector and predictor, two-layer MLPs on gathered feature vectors (..., F) -> (..., E), not
-    normalised."""
+    normalised; float32 under autocast too."""
 
     def __init__(self, features: int, embedding: int) -> None:
         super().__init__()
         self.projector, self.predictor = (_mlp(width, embedding) for width in (features, embedding))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.predictor(self.projector(x))
+        return in_float32(self.predictor, in_float32(self.projector, x))
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:

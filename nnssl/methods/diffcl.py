@@ -300,7 +300,7 @@ class DiffCL(SemiMethod):
         gathered = scale_gradient(gather_voxels(features[n:], index), c.weight_contrast)
         q = self.projector(gathered)  # (K', N, E): candidates that f calls k
         everything = q.flatten(0, 1)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             own = torch.einsum("kne,ke->kn", q, center)
             positive, positive_valid = _sample_middle_share(
                 own, valid & known[:, None], c.positive_fraction, c.num_positives

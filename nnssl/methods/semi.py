@@ -158,7 +158,9 @@ class Semi(TeacherMethod):
         """Mean of c over every class's voxels, and whether there are any: (K'), (K')."""
         member = member.flatten(1).float()
         count = member.sum(1)
-        return member @ certain.flatten() / count.clamp_min(1), count > 0
+        with torch.autocast(certain.device.type, enabled=False):  # sums of float16 end at 65504
+            total = member @ certain.flatten()
+        return total / count.clamp_min(1), count > 0
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
         ema_update(self.teacher, self.student, self.decay(t))

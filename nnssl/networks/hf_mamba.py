@@ -95,6 +95,12 @@ def _without_box(x: Tensor, radii: Sequence[int]) -> Tensor:
     return x - _along(last_basis, low, last)
 
 
+def _without_box_in_float32(x: Tensor, radii: Sequence[int]) -> Tensor:
+    """In the dtype of x: the sums over a grid that lie between may leave the range of float16."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _without_box(x.to(torch.promote_types(x.dtype, torch.float32)), radii).to(x.dtype)
+
+
 class _HighPass(torch.autograd.Function):
     """Orthogonal projection, its own adjoint: the backward is the same operation and nothing is kept for
     it."""
@@ -102,13 +108,11 @@ class _HighPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, radii: tuple[int, ...]) -> Tensor:
         ctx.radii = radii
-        with torch.autocast(x.device.type, enabled=False):
-            return _without_box(x, radii)
+        return _without_box_in_float32(x, radii)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with torch.autocast(grad.device.type, enabled=False):
-            return _without_box(grad, ctx.radii), None
+        return _without_box_in_float32(grad, ctx.radii), None
 
 
 def high_pass(x: Tensor, spacing: Sequence[float], cutoff: float) -> Tensor:
