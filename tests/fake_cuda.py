@@ -5,9 +5,11 @@ Tensors are PyTorch's FakeTensors on the device `cuda`. Forward passes and updat
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import nnssl
 from nnssl.batch import SemiBatch, UnlabeledBatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -49,10 +52,12 @@ ARITHMETIC = {
     *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_trilinear3d", "upsample_bilinear2d"),
 }
 # the files and packages of networks, which autocast is meant for, and functions in which halves do no harm
-NETWORKS = ("/dynamic_network_architectures/", "/nnssl/networks/", "/nnssl/ssm/")
-IN_FLOAT32 = ("/nnssl/networks/heads.py",)  # of the networks
+PACKAGE = str(Path(nnssl.__file__).parent) + os.sep
+NETWORKS = ("/dynamic_network_architectures/", PACKAGE + "networks", PACKAGE + "ssm")
+IN_FLOAT32 = PACKAGE + os.path.join("networks", "heads.py")  # of the networks
 # nnU-Net's own loss; a mean of eight neighbours
 HARMLESS = ("supervised_loss", "gather_interpolated")
+OF_NNUNET = PACKAGE + os.path.join("training", "ignore_label.py")
 # their outputs' shapes depend on values, so the host waits for them
 DYNAMIC = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal"}
 
@@ -121,7 +126,11 @@ class FakeCuda(TorchDispatchMode):
         if from_cpu and (copied or indexed):
             self.waits.append("to cuda")
             if indexed:  # as the kernel does: indices may be on either device
-                args = (args[0], [None if i is None else i.to(CUDA) for i in args[1]], *args[2:])
+                args = (
+                    args[0],
+                    [self.tensor(i) if i is not None and i.device == CPU else i for i in args[1]],
+                    *args[2:],
+                )
         by_mask = indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if name in DYNAMIC or by_mask:
             self.waits.append(name)
@@ -130,9 +139,9 @@ class FakeCuda(TorchDispatchMode):
         if len(kinds) > 1 and not from_cpu:
             raise RuntimeError(f"{name} takes one dtype, found {', '.join(sorted(map(str, kinds)))}")
         out = func(*args, **kwargs)
-        if name.rstrip("_") in ARITHMETIC and getattr(out, "dtype", None) in (torch.float16, torch.bfloat16):
-            if place := _outside_of_networks():
-                self.halves.append(f"{name} in {place}")
+        halved = getattr(out, "dtype", None) in (torch.float16, torch.bfloat16)
+        if halved and name.rstrip("_") in ARITHMETIC and (place := _outside_of_networks()):
+            self.halves.append(f"{name} in {place}")
         return out
 
     # what is moved
@@ -187,9 +196,13 @@ def _outside_of_networks() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
-        if function in HARMLESS or (any(n in file for n in NETWORKS) and not file.endswith(IN_FLOAT32)):
+        if (
+            file == OF_NNUNET
+            or function in HARMLESS
+            or (any(n in file for n in NETWORKS) and file != IN_FLOAT32)
+        ):
             return ""
-        if "/nnssl/" in file:
-            return f"{file.rpartition('/nnssl/')[2]}, {function}"
+        if file.startswith(PACKAGE):
+            return f"{file.removeprefix(PACKAGE)}, {function}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

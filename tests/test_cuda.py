@@ -189,6 +189,13 @@ def test_mixed_devices_and_dtypes_are_found(name: str) -> None:
         faulty_step(fault)[1]()
 
 
+def test_half_precision_outside_of_networks_is_found() -> None:
+    cuda, run = faulty_step(lambda half, kept: half * half)
+    with pytest.raises(AssertionError):
+        run()
+    assert [place.partition(" in ")[0] for place in cuda.halves] == ["mul"]
+
+
 @pytest.mark.parametrize("name", WAITING)
 def test_waiting_is_found(name: str) -> None:
     fault, waits = WAITING[name]

@@ -51,10 +51,12 @@ def prototypes(features: Tensor, member: Tensor, region: Tensor, num_regions: in
         member: (B, K, V) bool.
         region: (V,) int64 in 0 .. R - 1, the region of each voxel.
     """
-    within = F.one_hot(region, num_regions).to(features.dtype).mT  # (R, V)
-    weight = member[:, :, None] * within  # (B, K, R, V)
-    count = weight.sum(-1, keepdim=True)
-    total = (weight.flatten(1, 2) @ features.mT).unflatten(1, weight.shape[1:3])
+    with torch.autocast(features.device.type, enabled=False):  # counts pass the integers of half precision
+        features = _wide(features)
+        within = F.one_hot(region, num_regions).to(features.dtype).mT  # (R, V)
+        weight = member[:, :, None] * within  # (B, K, R, V)
+        count = weight.sum(-1, keepdim=True)
+        total = (weight.flatten(1, 2) @ features.mT).unflatten(1, weight.shape[1:3])
     image_count = count.sum(2, keepdim=True)
     g = torch.where(
         count > 0, total / count.clamp_min(1), total.sum(2, keepdim=True) / image_count.clamp_min(1)
@@ -70,8 +72,9 @@ def prototype_similarity(features: Tensor, g: Tensor, region: Tensor) -> Tensor:
         g: (B, K, R, D).
         region: (V,) in 0 .. R - 1.
     """
-    unit, g = F.normalize(features, dim=1), F.normalize(g, dim=-1)
-    similarity = torch.einsum("udv,bkrd->ubkrv", unit, g)
+    with torch.autocast(features.device.type, enabled=False):
+        unit, g = F.normalize(_wide(features), dim=1), F.normalize(_wide(g), dim=-1)
+        similarity = torch.einsum("udv,bkrd->ubkrv", unit, g)
     return similarity.gather(3, region.expand(*similarity.shape[:3], 1, -1))[:, :, :, 0]
 
 
@@ -127,3 +130,7 @@ def confident_dice(source: Tensor, prediction: Tensor, labels: LabelSpace, thres
     K, S) probabilities."""
     mask = confidence_mask(source, threshold, labels)
     return soft_dice_loss(prediction, labels.harden(source), mask, skip_first=not labels.has_regions)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

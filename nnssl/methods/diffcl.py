@@ -176,7 +176,7 @@ class DiffCL(SemiMethod):
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        i, j = self.denoised(n), self.denoised(len(strong))
+        i, j = (self.denoised(m).to(images.device, non_blocking=True) for m in (n, len(strong)))
         x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
         if labeled_mask is not None:
             x_0[: len(i)] *= labeled_mask[i]
