@@ -77,6 +77,8 @@ class SemiMethod(nn.Module):
     needs_unlabeled    whether there is an unlabeled stream at all
     num_strong_views   strong views per unlabeled patch
     agreement          value of the key `agreement` where the plans file leaves it open
+    fresh_blocks       parts of the names of the student's tensors that the planned network lacks, so that
+                       -pretrained_weights leaves them as they are
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
 
@@ -90,6 +92,7 @@ class SemiMethod(nn.Module):
     needs_unlabeled: ClassVar[bool] = True
     num_strong_views: ClassVar[int] = 1
     agreement: ClassVar[bool] = False
+    fresh_blocks: ClassVar[tuple[str, ...]] = ()
 
     student: Any  # a planned network: nn.Module with encoder and decoder
 

@@ -34,7 +34,7 @@ class Job:
     """A row of a suite in its work folder."""
 
     def __init__(self, suite: Suite, row: Row, work: Path, results: Path) -> None:
-        self.suite, self.row = suite, row
+        self.suite, self.row, self.work, self.results = suite, row, work, results
         self.space = Workspace(work / suite.name, suite)
         self.result = results / suite.name / f"{row.name}.json"
         self.panel = results / suite.name / "panels" / f"{row.name}.png"
@@ -104,10 +104,36 @@ class Job:
                 self.row.trainer,
                 "-p",
                 plans,
-                "--c",
             ]
+            begun = any(folder.glob("checkpoint_*.pth"))  # nnU-Net takes one or the other
+            arguments += ["--c"] if begun or not self.row.start else ["-pretrained_weights", self.start()]
             self.nnunet(space, *TRAIN, *arguments)
         return folder
+
+    def source(self) -> Job | None:
+        """The row whose network this one starts from."""
+        if self.row.start is None:
+            return None
+        row = next(row for row in self.suite.rows() if row.name == self.row.start)
+        return Job(self.suite, row, self.work, self.results)
+
+    def start(self) -> str:
+        """Its last checkpoint; RuntimeError where there is none."""
+        source = self.source()
+        assert source is not None, "no row to start from"
+        folder = source.folder()
+        checkpoint = folder / "checkpoint_final.pth"
+        if source.state() != "finished" or not checkpoint.is_file():
+            raise RuntimeError(
+                f"starts from row {source.row.name}, which has no finished checkpoint {checkpoint}: run it "
+                "first, in the same work folder"
+            )
+        return str(checkpoint)
+
+    def folder(self) -> Path:
+        """nnU-Net's folder of the fold, of a row with one training."""
+        name = f"{self.row.trainer}__{self.plans}__{self.suite.configuration}"
+        return self.space.folder / "results" / self.suite.dataset / name / f"fold_{self.row.fold}"
 
     def nnunet(self, space: Workspace, *command: str) -> None:
         environment = space.environment()

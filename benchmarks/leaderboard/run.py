@@ -118,12 +118,15 @@ def run_suite(
                             bar.update()
                             bar.write(f"{name}: {job.state()}")
                 elsewhere = [job for job in waiting if taken(job)]
+                pending = {job.row.name for job in waiting} | running.keys()
                 for job in list(waiting):
                     if job in elsewhere:
                         continue
                     if job.state() == "finished":  # by another runner
                         waiting.remove(job)
                         bar.update()
+                    elif job.row.start in pending:
+                        continue
                     elif slurm is not None or len(running) + len(elsewhere) < jobs:
                         slot = min(set(range(len(running) + 1)) - {used for _, _, used in running.values()})
                         process = executor(logs, suite, slurm, slot).submit(

@@ -18,6 +18,7 @@
     [method.nnUNetTrainerDiffCL]             # optional, for one method
     seeds = { 2 = [0, 1] }                   # by budget (the others take the suite's), or one list for all
     options = { ddim_steps = 2 }             # the method's own section
+    start = "supervised"                     # -pretrained_weights: that method's row of budget and seed
 
 `supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases
 (the upper bound), `self_training` what a user of stock nnU-Net would do (run.py). Any other method is a
@@ -47,7 +48,14 @@ from nnssl.config import Config, Count, Few, GeneralConfig, NonNegative, Positiv
 FOLDER = Path(__file__).parent
 SPECIAL = ("supervised", "supervised_all", "self_training")
 Percent = Annotated[float, Range(0, 100)]
-METHOD_KEYS = {"trainer": str, "seeds": (list, dict), "budgets": list, "options": dict, "schedule": dict}
+METHOD_KEYS = {
+    "trainer": str,
+    "seeds": (list, dict),
+    "budgets": list,
+    "options": dict,
+    "schedule": dict,
+    "start": str,
+}
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,17 @@ class Row:
     seed: int
     settings: Mapping[str, Any]  # the section `nnssl` of its plans file
     fingerprint: str  # over everything that decides its numbers
+    start: str | None = None  # name of the row whose network this one starts from
 
     @property
     def name(self) -> str:
-        budget = "all" if self.labeled is None else f"n{self.labeled}"
-        return re.sub(r"[^A-Za-z0-9_]+", "-", self.method) + f"_{budget}_s{self.seed}"
+        return row_name(self.method, self.labeled, self.seed)
+
+
+def row_name(method: str, labeled: int | None, seed: int) -> str:
+    """As in the results: method, budget, seed."""
+    budget = "all" if labeled is None else f"n{labeled}"
+    return re.sub(r"[^A-Za-z0-9_]+", "-", method) + f"_{budget}_s{seed}"
 
 
 @dataclass(frozen=True)
@@ -125,9 +139,10 @@ class Suite:
         return self.schedule["num_epochs"] * self.schedule["num_iterations_per_epoch"]
 
     def rows(self) -> list[Row]:
-        """Every training, lower bounds first, then method by method."""
-        found = []
-        for method in self.methods:
+        """Every training, lower bounds first, then method by method, last what starts from another row."""
+        found: list[Row] = []
+        fingerprints: dict[str, str] = {}
+        for method in sorted(self.methods, key=lambda m: "start" in self.method.get(m, {})):
             own = self.method.get(method, {})
             kind = method if method in SPECIAL[1:] else "trainer"
             trainer = own.get("trainer", "nnUNetTrainerSupervised" if method in SPECIAL else method)
@@ -152,6 +167,10 @@ class Suite:
                         labeled,
                         deciding,
                     ]
+                    start = None
+                    if "start" in own:
+                        start = row_name(own["start"].removeprefix("nnUNetTrainer"), labeled, seed)
+                        decides.append({"start": fingerprints.get(start)})
                     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
                     found.append(
                         Row(
@@ -163,8 +182,10 @@ class Suite:
                             seed,
                             settings,
                             digest,
+                            start,
                         )
                     )
+                    fingerprints[found[-1].name] = digest
         return found
 
 
@@ -261,7 +282,14 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     halved = {**suite.schedule, **suite.method.get("self_training", {}).get("schedule", {})}
     if "self_training" in suite.methods and halved["num_epochs"] < 2:
         raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
-    names = [row.name for row in suite.rows()]
+    rows = suite.rows()
+    names = [row.name for row in rows]
+    beginnings = {row.name for row in rows if row.start is None and row.kind == "trainer"}
+    if lost := [row for row in rows if row.start is not None and row.start not in beginnings]:
+        raise SuiteError(
+            f"start: row {lost[0].name} would start from {lost[0].start}, which is not among the suite's "
+            "rows of one training from nothing"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SuiteError(f"methods: two of them would write the same row {twice[0]}; rename one")
     for entry in suite.published:

@@ -126,6 +126,7 @@ class DiffCL(SemiMethod):
     name = "DiffCL"
     config_class = DiffCLConfig
     config: DiffCLConfig
+    fresh_blocks = (".hfm.",)
 
     @classmethod
     def adapt_network(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -71,6 +72,7 @@ from nnssl.training.next_stage import (
     unusable_predictions,
 )
 from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
 from nnssl.training.task import Trainable, geometry, preprocessed_cases
 
@@ -203,6 +205,8 @@ class SemiTrainer(nnUNetTrainer):
                 self.method, device_ids=[self.local_rank], broadcast_buffers=False
             )
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        if start := sys.modules.get("nnunetv2.run.run_training"):  # which loads -pretrained_weights
+            start.load_pretrained_weights = self._load_pretrained  # type: ignore[attr-defined]
         self.was_initialized = True
         self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
         if line := self.method.describe():
@@ -210,6 +214,13 @@ class SemiTrainer(nnUNetTrainer):
         self.logger.update_config(
             {"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}}
         )
+
+    def _load_pretrained(self, network: nn.Module, path: str, verbose: bool = False) -> None:
+        """In the place of nnU-Net's `load_pretrained_weights`, which refuses networks with blocks of ours."""
+        if network is not self.network:  # of another trainer in this process
+            return load_pretrained_weights(network, path, verbose)
+        fresh = self.method.fresh_blocks
+        self.print_to_log_file(load_pretrained(self.method, network, path, self.dataset_json, fresh))
 
     def _planned(self) -> Planned:
         """Everything of the plan that a method may need."""

@@ -80,6 +80,43 @@ def test_every_row_is_run_once_and_finished_ones_never_again(tmp_path: Path, stu
     assert stub[2:] == ["supervised_all_all_s0"]
 
 
+def starting() -> Suite:
+    """The smoke suite with FixMatch from the supervised network, listed before it."""
+    own = {"nnUNetTrainerFixMatch": {"start": "supervised"}}
+    return dataclasses.replace(
+        load_suite("smoke"), methods=["nnUNetTrainerFixMatch", "supervised"], method=own
+    )
+
+
+def test_a_row_waits_for_the_one_that_it_starts_from(tmp_path: Path, stub: list[str]) -> None:
+    assert run.run_suite(starting(), tmp_path, tmp_path / "work", tmp_path / "results", jobs=4) == 0
+    assert stub == ["supervised_n1_s0", "FixMatch_n1_s0"]
+
+
+def test_a_row_starts_from_the_last_checkpoint_and_resumes_from_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = starting()
+    one = Job(suite, next(r for r in suite.rows() if r.start), tmp_path, tmp_path / "results")
+    source = one.source()
+    assert source is not None
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Job, "nnunet", lambda self, space, *command: commands.append(command))
+    monkeypatch.setattr(prepare.Workspace, "write_plans", lambda *_: None)
+    train = lambda: one.train(one.space, one.plans, one.row.settings)  # noqa: E731
+    with pytest.raises(RuntimeError, match="starts from row supervised_n1_s0, which has no finished"):
+        train()
+    row_file(source, "finished")
+    source.folder().mkdir(parents=True)
+    (source.folder() / "checkpoint_final.pth").touch()
+    folder = train()
+    assert commands[-1][-2:] == ("-pretrained_weights", str(source.folder() / "checkpoint_final.pth"))
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_latest.pth").touch()
+    train()
+    assert commands[-1][-1] == "--c" and "-pretrained_weights" not in commands[-1]
+
+
 def test_progress_names_the_epochs_of_rows_that_go_on_after_others_ended(
     tmp_path: Path, stub: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,29 @@ def test_options_of_one_method_leave_the_fingerprints_of_the_others(tmp_path: Pa
     assert {n for n in before if before[n] != after[n]} == {"DiffCL_n2_s7"}
 
 
+STARTING = GOOD + 'start = "supervised"\n'
+
+
+def test_a_row_may_start_from_the_network_of_another_of_its_budget_and_seed(tmp_path: Path) -> None:
+    rows = {r.name: r for r in load_suite(write(tmp_path, STARTING)).rows()}
+    assert {n: r.start for n, r in rows.items() if r.start} == {
+        f"ours_n{n}_s{s}": f"supervised_n{n}_s{s}" for n in (1, 2) for s in (0, 1)
+    }
+    other = STARTING.replace(
+        "[method.ours]", "[method.supervised]\nschedule = { initial_lr = 0.02 }\n[method.ours]"
+    )
+    changed = {r.name: r.fingerprint for r in load_suite(write(tmp_path, other)).rows()}
+    assert {r.method for n, r in rows.items() if r.fingerprint != changed[n]} == {"supervised", "ours"}
+
+
+@pytest.mark.parametrize("source", ["nnUNetTrainerDiffCL", "supervised_all", "self_training", "ours", "none"])
+def test_a_start_from_what_is_no_single_training_of_that_budget_and_seed_is_refused(
+    tmp_path: Path, source: str
+) -> None:
+    with pytest.raises(SuiteError, match=r"start: row ours_n1_s0 would start from \w+_n1_s0, which is not"):
+        load_suite(write(tmp_path, STARTING.replace('"supervised"\n', f'"{source}"\n')))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -1,0 +1,94 @@
+"""-pretrained_weights of stock nnU-Net, with every trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+
+from nnssl.commands.trainers import trainers_folder
+from tests.place import SHORT, SMALL, Place
+
+pytestmark = pytest.mark.slow
+TRAINERS = sorted(p.stem for p in Path(trainers_folder()).glob("nnUNetTrainer*.py"))
+
+
+@pytest.fixture
+def finished(place: Place) -> str:
+    """The checkpoint of a stock network, of the seed that no trainer below has."""
+    place.plan(**SHORT, DiffCL=SMALL)
+    torch.manual_seed(7)
+    source = place.trainer("nnUNetTrainer")
+    source.initialize()
+    path = os.path.join(source.output_folder, "checkpoint_final.pth")
+    source.disable_checkpointing = False
+    source.save_checkpoint(path)
+    return path
+
+
+def function(network: torch.nn.Module) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return network.eval()(torch.randn(1, 2, 8, 16, 16))[0]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_starts_from_a_stock_network_with_its_function_unchanged(
+    place: Place, finished: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = place.trainer("nnUNetTrainer")
+    maybe_load_checkpoint(stock, False, False, finished)  # stock keeps its own segmentation layers
+    stock.network.load_state_dict(torch.load(finished, weights_only=False)["network_weights"])
+    trainer = place.trainer(name)
+    maybe_load_checkpoint(trainer, False, False, finished)
+    torch.testing.assert_close(function(trainer.network), function(stock.network), rtol=0, atol=1e-5)
+    assert "taken over (same labels)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "second"), [("nnUNetTrainerCPS", "second"), ("nnUNetTrainerDiffCL", "denoiser")]
+)
+def test_second_networks_start_from_it_as_far_as_shapes_agree(
+    place: Place, finished: str, name: str, second: str
+) -> None:
+    weights = torch.load(finished, weights_only=False)["network_weights"]
+    trainer = place.trainer(name)
+    maybe_load_checkpoint(trainer, False, False, finished)
+    own = {k.removeprefix("network."): v for k, v in getattr(trainer.method, second).state_dict().items()}
+    first, deep, head = (
+        "encoder.stages.0.0.convs.0.conv.weight",
+        "encoder.stages.1.0.convs.0.conv.weight",
+        "decoder.seg_layers.0.weight",
+    )
+    assert torch.equal(own[deep], weights[deep])
+    assert not torch.equal(own[head], weights[head])  # two networks that differ have something to teach
+    assert (own[first].shape == weights[first].shape) == (second == "second")
+
+
+def test_other_labels_leave_the_segmentation_layers_fresh(place: Place, finished: str) -> None:
+    checkpoint = torch.load(finished, weights_only=False)
+    checkpoint["init_args"]["dataset_json"]["labels"] = {"background": 0, "another organ": 1}
+    torch.save(checkpoint, finished)
+    trainer = place.trainer("nnUNetTrainerFixMatch")
+    trainer.initialize()
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    maybe_load_checkpoint(trainer, False, False, finished)
+    for key, value in trainer.network.state_dict().items():
+        kept = ".seg_layers." in key
+        assert torch.equal(value, before[key] if kept else checkpoint["network_weights"][key])
+
+
+def test_a_network_of_other_widths_is_refused_by_name(place: Place, finished: str) -> None:
+    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    for configuration in plans["configurations"].values():
+        if "architecture" in configuration:
+            arguments = configuration["architecture"]["arch_kwargs"]
+            arguments["features_per_stage"] = [6] * arguments["n_stages"]
+    (place.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    trainer = place.trainer("nnUNetTrainerFixMatch")
+    with pytest.raises(RuntimeError, match=r"checkpoint_final\.pth does not fit .* expected \(6, .*-p\)"):
+        maybe_load_checkpoint(trainer, False, False, finished)
