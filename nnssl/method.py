@@ -19,6 +19,7 @@ from nnssl.labels import LabelSpace
 
 Outputs = Tensor | list[Tensor]
 F = TypeVar("F", bound=Callable)
+SUPERVISED = "nnU-Net's loss (cross-entropy and Dice, at every scale) of the student on labeled patches."
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class SemiMethod(nn.Module):
     agreement          value of the key `agreement` where the plans file leaves it open
     fresh_blocks       parts of the names of the student's tensors that the planned network lacks, so that
                        -pretrained_weights leaves them as they are
+    meaning            a sentence about every term, and about every diagnostic, for reports
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
+    acceptance         of the last step: `count_accepted`; None where every pseudo-label is taken
 
     A step is `before_step`, `terms`, backward pass and optimizer, `after_step`. `terms` changes nothing that
     is saved: called twice with the same random state, it gives the same losses. It may leave behind
@@ -93,6 +96,7 @@ class SemiMethod(nn.Module):
     num_strong_views: ClassVar[int] = 1
     agreement: ClassVar[bool] = False
     fresh_blocks: ClassVar[tuple[str, ...]] = ()
+    meaning: ClassVar[Mapping[str, str]] = {}
 
     student: Any  # a planned network: nn.Module with encoder and decoder
 
@@ -103,6 +107,7 @@ class SemiMethod(nn.Module):
         self.planned = planned
         self.labels = planned.labels
         self.diagnostics: dict[str, Tensor] = {}
+        self.acceptance: Tensor | None = None
         self.build()
 
     @classmethod
@@ -147,6 +152,11 @@ class SemiMethod(nn.Module):
         changes; default: nothing."""
         return ""
 
+    def accepted(self, p: Tensor, t: float) -> Tensor | None:
+        """Where pseudo-labels made of probabilities p (U, K, S) teach at progress t: (U, 1, S), above 0
+        there. None: everywhere, or not to be told from p."""
+        return None
+
     def deployed(self, which: str) -> nn.Module:
         """The network that becomes the model. which: `student` or `teacher` (config key `deploy`)."""
         if which != "student":
@@ -164,6 +174,16 @@ class SemiMethod(nn.Module):
     def supervised_loss(self, outputs: Outputs, target: Target) -> Tensor:
         """nnU-Net's compound loss, deep supervision included."""
         return self.planned.supervised_loss(outputs, target)
+
+    def count_accepted(self, pseudo: Tensor, weight: Tensor) -> None:
+        """Set `acceptance` (2, K'), of each class of `LabelSpace.classes`: share of the voxels that are
+        called so and teach, and share that are called so.
+
+        pseudo: (U, K, S) zeros and ones; weight: (U, 1, S), above 0 where they teach.
+        """
+        member = self.labels.classes(pseudo).flatten(1)
+        taught = member & (weight > 0).flatten()
+        self.acceptance = torch.stack([m.float().mean(1) for m in (taught, member)])
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over dim 1, or sigmoid per region; float32, with gradient."""

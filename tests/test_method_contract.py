@@ -264,6 +264,12 @@ def test_terms_are_finite_scalars_with_the_keys_of_the_weights(row: Row, task: T
     method = started(row, task)
     terms = method(task.batch(), 0.5)
     assert terms.keys() == method.weights(0.5).keys() == row.reaches.keys()
+    assert terms.keys() | method.diagnostics.keys() == method.meaning.keys()
+    assert all(sentence.endswith(".") for sentence in method.meaning.values())
+    if method.acceptance is not None:
+        taught, called = method.acceptance
+        assert called.shape == (method.labels.num_classes,) and bool((taught <= called).all())
+        assert row.method.needs_unlabeled and float(called.sum()) >= 1 - 1e-5
     for name, value in terms.items():
         assert value.ndim == 0 and torch.isfinite(value), name
 

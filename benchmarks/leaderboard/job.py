@@ -27,7 +27,7 @@ from nnssl.files import copy_file, read_json, write_json, write_text
 TRAIN = ("nnunetv2.run.run_training:run_training_entry", "nnUNetv2_train")
 PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
 PREDICT_BFLOAT16 = "benchmarks.leaderboard.predict:predict_in_bfloat16"
-PACKAGES = ("nnunetv2", "batchgeneratorsv2", "torch", "numpy", "medpy")
+PACKAGES = ("nnunetv2", "batchgeneratorsv2", "torch", "numpy", "scipy")
 
 
 class Job:

@@ -1,10 +1,8 @@
 """Dice, Jaccard, 95 % Hausdorff distance and average surface distance of a label map, as the papers compute
-them: medpy's definitions.
+them: `nnssl.metrics`, in voxels and in mm.
 
-ASD is medpy's `asd`, from the surface of the prediction to that of the truth (not symmetric). A structure
-that the truth has and the prediction lacks, or the other way round, scores Dice and Jaccard 0 and, as
-distance, the diagonal of the grid (the papers' public code counts 0 there, which rewards it); one that both
-lack is not scored.
+The papers' public code counts a distance of 0 for a structure that was not found, which rewards it; here it
+is the diagonal of the grid.
 """
 
 from __future__ import annotations
@@ -13,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from medpy.metric import binary
 from scipy import ndimage
+
+from nnssl.metrics import overlap, surface_distances
 
 NAMES = ("dice", "jaccard", "hd95_voxel", "asd_voxel", "hd95_mm", "asd_mm")
 
@@ -23,17 +22,8 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     """Values of `NAMES` for two masks of one shape; `spacing` in mm, in the order of the axes."""
     if not truth.any() and not prediction.any():
         return [None] * len(NAMES)
-    if not truth.any() or not prediction.any():
-        voxel, mm = (float(np.linalg.norm(np.multiply(truth.shape, s))) for s in (1.0, spacing))
-        return [0.0, 0.0, voxel, voxel, mm, mm]
-    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[
-        0
-    ]  # distances are the same there, and faster
-    p, t = (np.pad(mask[box], 1) for mask in (prediction, truth))
-    values = [binary.dc(p, t), binary.jc(p, t)]
-    for s in (None, tuple(spacing)):
-        values += [binary.hd95(p, t, s), binary.asd(p, t, s)]
-    return [float(v) for v in values]
+    voxel, mm = surface_distances(prediction, truth, [(1.0,) * truth.ndim, tuple(spacing)])
+    return [*overlap(prediction, truth), *voxel, *mm]
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.leaderboard.plots import NAMES, write_pictures
 from benchmarks.leaderboard.suite import Suite, SuiteError
 from nnssl.files import read_json, write_text
+from nnssl.metrics import CONFIDENCE, RESAMPLES, interval
 
-RESAMPLES, CONFIDENCE = 10_000, 95
 METRICS = {
     "dice": "Dice %",
     "jaccard": "Jaccard %",
@@ -63,17 +63,6 @@ def paired(
     ours, theirs = by_seed(rows), by_seed(base)
     shared = sorted(ours.keys() & theirs.keys())
     return np.array([ours[seed] - theirs[seed] for seed in shared])
-
-
-def interval(difference: np.ndarray) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean of (seeds, cases), both resampled, seeded."""
-    seeds, cases = difference.shape
-    random = np.random.default_rng(0)
-    by_case = random.integers(cases, size=(RESAMPLES, 1, cases))
-    by_seed = random.integers(seeds, size=(RESAMPLES, seeds, 1))
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(difference[by_seed, by_case].mean(axis=(1, 2)), [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def compared(bounds: tuple[float, float]) -> str:

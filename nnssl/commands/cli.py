@@ -163,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_pseudo_label(commands)
     _add_adopt(commands)
+    _add_report(commands)
     return parser
 
 
@@ -211,6 +212,31 @@ def _add_adopt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="adopt segmentations of `nnssl pseudo-label` that nobody changed, too",
     )
     parser.set_defaults(run=_adopt)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a page about one or several trainings: scores, differences, pictures, curves",
+        description="Writes report.html, which needs nothing beside it, its pictures as PNG and the scores "
+        "as CSV. The first trainer is what the others are compared with, on the same cases. Works while a "
+        "training runs, too; trainings of nnU-Net's own trainers can be among them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "folders",
+        nargs="*",
+        metavar="FOLDER",
+        help="instead of -d, -c and -tr: TRAINER__PLANS__CONFIG, or fold_X in it",
+    )
+    add("-d", type=int, metavar="ID", help="dataset ID")
+    add("-c", metavar="CONFIG", help="configuration")
+    add("-f", nargs="+", metavar="FOLD", help="folds (default: all that are there)")
+    add("-tr", nargs="+", metavar="TRAINER", help="trainers, as in nnUNetv2_train -tr")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    add("-o", required=True, metavar="DIR", help="output folder")
+    parser.set_defaults(run=_report)
 
 
 def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -310,6 +336,12 @@ def _env(args: argparse.Namespace) -> None:
 
     found = environment()
     print(json.dumps(found, indent=2) if args.json else as_text(found))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from nnssl.commands.report import report
+
+    report(args)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -37,9 +37,10 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
-from nnssl.method import TeacherMethod, full_resolution, inactive, inference, split_batch
+from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
 from nnssl.networks.heads import VoxelProjector, in_float32, scale_gradient
@@ -146,6 +147,15 @@ class Distillation(nn.Module):
 class ACTION(TeacherMethod):
     name = "ACTION"
     config_class = ACTIONConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED + " Absent in phase 1.",
+        "global": "How far the student's view of whole unlabeled patches, relative to those of other "
+        "scans, is from the teacher's (phases 1 and 2).",
+        "local": "The same of crops (phase 2).",
+        "pseudo": "Cross-entropy of mixed unlabeled patches against the teacher's labels, weighted by "
+        "the share of confident voxels (phase 3).",
+        "anatomical": "Contrast between hard voxels and class means (phase 3).",
+    }
     config: ACTIONConfig
 
     def build(self) -> None:
@@ -272,9 +282,9 @@ class ACTION(TeacherMethod):
         images = torch.cat([batch.labeled, x_m])
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled, unlabeled = split_batch(walked.outputs, n)
-        share = confidence_mask(p_m, self.config.threshold_pseudo, self.labels).mean(
-            tuple(range(1, p_m.ndim)), keepdim=True
-        )
+        certain = self.accepted(p_m, 1.0)
+        self.count_accepted(pseudo, certain)
+        share = certain.mean(tuple(range(1, p_m.ndim)), keepdim=True)
         weight = share.expand(-1, -1, *p_m.shape[2:])
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         if labeled_mask is None:
@@ -290,6 +300,10 @@ class ACTION(TeacherMethod):
                 walked.features, full_resolution(walked.outputs), torch.cat([onehot, pseudo]), counted
             ),
         }
+
+    def accepted(self, p: Tensor, t: float) -> Tensor:
+        """What counts towards w."""
+        return confidence_mask(p, self.config.threshold_pseudo, self.labels)
 
     def contrast(self, features: list[Tensor], logits: Tensor, onehot: Tensor, counted: Tensor) -> Tensor:
         """L_a over the voxels of both streams.

@@ -23,8 +23,10 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,11 @@ class BCPConfig(Config):
 class BCP(TeacherMethod):
     name = "BCP"
     config_class = BCPConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": "Cross-entropy and Dice on patches mixed by copy-paste, over the voxels that come "
+        "from labeled patches; before the copy-paste phase nnU-Net's loss.",
+        "pseudo": "The same over the voxels that come from unlabeled patches, against the teacher's labels.",
+    }
     config: BCPConfig
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:

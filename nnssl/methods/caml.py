@@ -41,9 +41,10 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import class_correlation, omni_correlation
 from nnssl.losses.pseudo_label import soft_dice_loss
-from nnssl.method import SemiMethod, full_resolution, split_batch
+from nnssl.method import SUPERVISED, SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
 from nnssl.networks.dropout import Walk, forward_streams
 from nnssl.networks.features import stage_grids
@@ -107,6 +108,15 @@ class CAMLConfig(Config):
 class CAML(SemiMethod):
     name = "CAML"
     config_class = CAMLConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "supervised_aux": "The same of the auxiliary network.",
+        "consistency": "Mean squared difference between each network's probabilities and the sharpened ones "
+        "of the other.",
+        "dice": "Dice loss of each network on unlabeled patches against the other's sharpened probabilities.",
+        "correlation": "How little the two networks agree on which labeled voxels an unlabeled voxel "
+        "resembles.",
+    }
     config: CAMLConfig
 
     def build(self) -> None:

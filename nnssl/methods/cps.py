@@ -18,7 +18,9 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import cross_entropy_dice
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import SUPERVISED, SemiMethod, full_resolution, inference, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
@@ -42,6 +44,14 @@ class CPSConfig(Config):
 class CPS(SemiMethod):
     name = "CPS"
     config_class = CPSConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "supervised_second": "The same of the second network.",
+        "pseudo": "Cross-entropy and Dice of the student on the strong view against what the second "
+        "network calls the weak view.",
+        "pseudo_second": "Cross-entropy and Dice of the second network on the strong view against what the "
+        "student calls the weak view.",
+    }
     config: CPSConfig
 
     def build(self) -> None:

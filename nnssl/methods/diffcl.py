@@ -38,8 +38,9 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
-from nnssl.method import Outputs, SemiMethod, full_resolution, inactive, inference, split_batch
+from nnssl.method import SUPERVISED, Outputs, SemiMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector, scale_gradient
 from nnssl.networks.hf_mamba import describe_hfm, insert_hfm
@@ -125,6 +126,19 @@ class DiffCLConfig(Config):
 class DiffCL(SemiMethod):
     name = "DiffCL"
     config_class = DiffCLConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "pseudo": "Dice loss of the student against the diffusion network's pseudo-labels, where those "
+        "are certain and the student is not certain of another class.",
+        "contrast": "InfoNCE: voxels of a class are pulled together and away from voxels of other classes.",
+        "diffusion": "nnU-Net's loss of the diffusion network on labeled patches.",
+        "diffusion_pseudo": "Dice loss of the diffusion network against the student's certain pseudo-labels.",
+        "f_certain": "Share of the unlabeled voxels of which the student is certain.",
+        "g_certain": "Share of the unlabeled voxels of which the diffusion network is certain.",
+        "g_teaches": "Share of the unlabeled voxels at which the diffusion network teaches the student.",
+        "g_alone_certain": "Share of the unlabeled voxels of which the diffusion network is certain and the "
+        "student is not.",
+    }
     config: DiffCLConfig
     fresh_blocks = (".hfm.",)
 
@@ -191,6 +205,7 @@ class DiffCL(SemiMethod):
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
             contrast = inactive(self.projector.parameters())
+        self.count_accepted(pseudo_g, teach_f)
         self.diagnostics = {
             "f_certain": certain_f.mean(),
             "g_certain": certain_g.mean(),
@@ -204,6 +219,10 @@ class DiffCL(SemiMethod):
             "diffusion": self.supervised_loss(labeled_g, target_g),
             "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]),
         }
+
+    def accepted(self, p: Tensor, t: float) -> Tensor:
+        """Of the student's own: where they teach the denoiser."""
+        return confidence_mask(p, self.config.threshold, self.labels)
 
     def is_unlabeled(self, term: str) -> bool:
         return term in ("pseudo", "contrast", "diffusion_pseudo")

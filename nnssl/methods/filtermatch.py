@@ -19,8 +19,9 @@ others of the same batch, for the stream goes on drawing them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,10 @@ class FilterMatchConfig(Config):
 class FilterMatch(SemiMethod):
     name = "FilterMatch"
     config_class = FilterMatchConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "joint": "nnU-Net's loss of the student on labeled patches and on turned unlabeled patches "
+        "with the student's own labels, in one.",
+    }
     config: FilterMatchConfig
     num_strong_views = 0
 

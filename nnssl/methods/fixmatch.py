@@ -19,7 +19,9 @@ Differs from the papers:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
-from nnssl.method import TeacherMethod, full_resolution, split_batch
+from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
@@ -45,6 +47,11 @@ class FixMatchConfig(Config):
 class FixMatch(TeacherMethod):
     name = "FixMatch"
     config_class = FixMatchConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "pseudo": "Cross-entropy and Dice of the student on the strong view against the pseudo-labels "
+        "of the weak view, over the voxels above the confidence threshold.",
+    }
     config: FixMatchConfig
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
@@ -55,13 +62,15 @@ class FixMatch(TeacherMethod):
         p_w, x_s = cutmix(p_w, box), cutmix(batch.strong[0], box)
 
         labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, x_s])), len(batch.labeled))
-        certain = confidence_mask(p_w, self.config.threshold, self.labels)
+        certain, pseudo = self.accepted(p_w, t), self.labels.harden(p_w)
+        self.count_accepted(pseudo, certain)
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
-            "pseudo": cross_entropy_dice(
-                full_resolution(unlabeled), self.labels.harden(p_w), self.labels, certain
-            ),
+            "pseudo": cross_entropy_dice(full_resolution(unlabeled), pseudo, self.labels, certain),
         }
+
+    def accepted(self, p: Tensor, t: float) -> Tensor:
+        return confidence_mask(p, self.config.threshold, self.labels)
 
     def weights(self, t: float) -> dict[str, float]:
         return {

@@ -21,8 +21,9 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share, Temperature
 from nnssl.losses.consistency import mse_consistency, sharpen
-from nnssl.method import Outputs, SemiMethod, full_resolution, split_batch
+from nnssl.method import SUPERVISED, Outputs, SemiMethod, full_resolution, split_batch
 from nnssl.networks.features import decode, encode
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.schedules import gaussian_ramp
@@ -48,6 +49,12 @@ class MCNetConfig(Config):
 class MCNet(SemiMethod):
     name = "MCNet"
     config_class = MCNetConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "supervised_second": "The same of the second decoder.",
+        "consistency": "Mean squared difference between each decoder's probabilities and the sharpened ones "
+        "of the other.",
+    }
     config: MCNetConfig
 
     def build(self) -> None:

@@ -17,7 +17,9 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.losses.consistency import mse_consistency
-from nnssl.method import TeacherMethod, full_resolution, split_batch
+from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
 
 
@@ -41,6 +43,11 @@ class MeanTeacherConfig(Config):
 class MeanTeacher(TeacherMethod):
     name = "MeanTeacher"
     config_class = MeanTeacherConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "consistency": "Mean squared difference between the student's probabilities on the strong view and "
+        "the teacher's on the weak view.",
+    }
     config: MeanTeacherConfig
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:

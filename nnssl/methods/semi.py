@@ -25,8 +25,9 @@ Every other ingredient is a key of its own and can be switched off.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,15 @@ class PseudoLabels(NamedTuple):
 class Semi(TeacherMethod):
     name = "Semi"
     config_class = SemiConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": "nnU-Net's loss of the student on labeled patches, in mixed patches over the labeled "
+        "voxels.",
+        "pseudo": "Cross-entropy and Dice of the student, at every scale, against the teacher's pseudo-"
+        "labels, weighted voxel by voxel by how sure the teacher is.",
+        "weight": "Mean weight of an unlabeled voxel.",
+        "disagreement": "Mean difference between the teacher's plain and mirrored prediction.",
+        "threshold_lowest": "Confidence threshold of the class that has the lowest.",
+    }
     config: SemiConfig
 
     confidence: Tensor
@@ -117,11 +127,7 @@ class Semi(TeacherMethod):
             disagreement = (
                 gap.amax(1, keepdim=True) if self.labels.has_regions else gap.sum(1, keepdim=True) / 2
             )
-        certain = (
-            torch.maximum(p, 1 - p).amin(1, keepdim=True)
-            if self.labels.has_regions
-            else p.amax(1, keepdim=True)
-        )
+        certain = self.certainty(p)
         labels = self.labels.harden(p)
         member = self.labels.classes(labels)
         self.pending = self.class_confidence(certain, member)
@@ -133,7 +139,18 @@ class Semi(TeacherMethod):
             "disagreement": disagreement.mean(),
             "threshold_lowest": self.class_thresholds().amin(),
         }
+        self.count_accepted(labels, weight)
         return PseudoLabels(labels, weight)
+
+    def certainty(self, p: Tensor) -> Tensor:
+        """c (U, 1, S) of probabilities (U, K, S)."""
+        if self.labels.has_regions:
+            return torch.maximum(p, 1 - p).amin(1, keepdim=True)
+        return p.amax(1, keepdim=True)
+
+    def accepted(self, p: Tensor, t: float) -> Tensor:
+        member = self.labels.classes(self.labels.harden(p))
+        return (self.certainty(p) >= self.thresholds(member)).float()
 
     def random_mirroring(self, dim: int) -> Orientation | None:
         """F: one of the allowed mirrorings that change something, or None where there is none."""

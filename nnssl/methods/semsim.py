@@ -41,7 +41,9 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,7 @@ from nnssl.losses.affinity import (
     refine,
 )
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
-from nnssl.method import SemiMethod, full_resolution, inference, split_batch
+from nnssl.method import SUPERVISED, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import stage_grids
 from nnssl.networks.fusion import SpatialAwareFusion, cut_windows, windows_per_axis
@@ -103,6 +105,21 @@ class SemSimConfig(Config):
 class SemSim(SemiMethod):
     name = "SemSim"
     config_class = SemSimConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "pseudo": "Dice loss of the first strong view against the certain pseudo-labels of the weak view.",
+        "intra": "Dice loss against pseudo-labels that were refined by the affinities of voxels within "
+        "the image.",
+        "cross": "Cross-entropy against pseudo-labels made of the similarity to the labeled images' "
+        "class prototypes.",
+        "pseudo_certain": "Share of the unlabeled voxels that the term pseudo acts on.",
+        "pseudo_certain_foreground": "The same among voxels called foreground.",
+        "intra_certain": "Share of the unlabeled voxels that the term intra acts on.",
+        "intra_certain_foreground": "The same among voxels called foreground.",
+        "cross_certain": "Share of the unlabeled voxels that the term cross acts on.",
+        "cross_certain_foreground": "The same among voxels called foreground.",
+        "cross_weight": "Mean weight of these voxels: lower where the labeled images disagree.",
+    }
     num_strong_views = 2
     config: SemSimConfig
 
@@ -151,7 +168,9 @@ class SemSim(SemiMethod):
             cross = self.cross_image(e_l, e_s2, e_w, p_w, self.to_grid(box_2.float()) > 0.5, batch)
             p_w, p1_w = cutmix(p_w, box_1), cutmix(p1_w, self.to_grid(box_1.float()) > 0.5)
             # of e's voxels, the share of what they cover
-            certain = self.to_grid(confidence_mask(p_w, c.threshold, self.labels))
+            accepted = self.accepted(p_w, t)
+            self.count_accepted(self.labels.harden(p_w), accepted)
+            certain = self.to_grid(accepted)
             self.diagnostics |= self.confident("pseudo", p_w)
             self.diagnostics |= shares("intra", certain, self.foreground(p1_w))
             return {
@@ -182,6 +201,9 @@ class SemSim(SemiMethod):
         return (
             f"SemSim: fusion of {sizes} in {windows} windows, affinities on {grid} in {regions} sub-regions"
         )
+
+    def accepted(self, p: Tensor, t: float) -> Tensor:
+        return confidence_mask(p, self.config.threshold, self.labels)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Mean over what each voxel of e's grid covers: (B, K, S) -> (B, K, grid)."""

@@ -10,13 +10,15 @@ Differs from stock nnU-Net only in the keys for schedule, seed and logging. Unla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config
-from nnssl.method import SemiMethod
+from nnssl.method import SUPERVISED, SemiMethod
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class SupervisedConfig(Config):
 class Supervised(SemiMethod):
     name = "Supervised"
     config_class = SupervisedConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+    }
     needs_unlabeled = False
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:

@@ -21,8 +21,9 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import Config, Few, NonNegative, Share
 from nnssl.labels import LabelSpace
 from nnssl.losses.consistency import mse_consistency
-from nnssl.method import TeacherMethod, full_resolution, inference, split_batch
+from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import feature_dropout
 from nnssl.networks.features import decode, encode
 from nnssl.schedules import gaussian_ramp
@@ -53,6 +54,12 @@ class UAMTConfig(Config):
 class UAMT(TeacherMethod):
     name = "UAMT"
     config_class = UAMTConfig
+    meaning: ClassVar[Mapping[str, str]] = {
+        "supervised": SUPERVISED,
+        "consistency": "Mean squared difference between the student's probabilities and the teacher's, over "
+        "the voxels of which the teacher is certain.",
+        "certain": "Share of the unlabeled voxels of which the teacher is certain.",
+    }
     config: UAMTConfig
 
     def build(self) -> None:
@@ -64,6 +71,7 @@ class UAMT(TeacherMethod):
         with inference(self.teacher):
             certain = (self.uncertainty(batch.weak) < self.entropy_threshold(t)).float()
         self.diagnostics = {"certain": certain.mean()}
+        self.count_accepted(self.labels.harden(p_w), certain)
         labeled, unlabeled = split_batch(
             self.student(torch.cat([batch.labeled, batch.strong[0]])), len(batch.labeled)
         )

@@ -9,8 +9,12 @@ from nnssl.files import replacing, write_text
 
 
 class History:
-    """Rows {"epoch", "lr", "loss/<term>", "diagnostic/<name>", "gradient/<term>", "weight/<term>"}; saved in
-    the checkpoint: the file always matches it.
+    """Rows {"epoch", "lr", "total", "loss/<term>", "diagnostic/<name>", "gradient/<term>",
+    "accepted/<class>", "called/<class>", "weight/<term>"}; saved in the checkpoint: the file always matches
+    it.
+
+    total: the weighted sum that was minimised. accepted: of the unlabeled voxels called a class, the share
+    that taught; called: share of all unlabeled voxels.
 
     Times are not in here (nnU-Net's log has them): the same run writes the same file.
     """
@@ -19,8 +23,7 @@ class History:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, epoch: int, lr: float, losses: dict[str, float], weights: dict[str, float]) -> None:
-        """losses: epoch means keyed `loss/<term>`, `diagnostic/<name>` or `gradient/<term>`; weights: at the
-        end of the epoch."""
+        """losses: epoch means keyed as in the class's docstring; weights: at the end of the epoch."""
         self.rows = [r for r in self.rows if r["epoch"] < epoch]
         self.rows.append(
             {"epoch": epoch, "lr": lr, **losses, **{f"weight/{k}": v for k, v in weights.items()}}
@@ -42,7 +45,7 @@ class History:
         # a continued run may have other columns than it began with
         columns = list(dict.fromkeys(c for row in self.rows for c in row))
         lines = [",".join(f"{r.get(c, float('nan')):.10g}" for c in columns) for r in self.rows]
-        lines.insert(0, ",".join(columns))
+        lines.insert(0, ",".join(f'"{c}"' if "," in c else c for c in columns))  # a class's name may have one
         write_text("\n".join(lines) + "\n", os.path.join(folder, "losses.csv"))
         self._plot(os.path.join(folder, "losses.png"))
 

@@ -49,6 +49,12 @@ class OptimizationStep:
         self.values: list[float] = []
         self._scale = 0.0
 
+    def precision(self) -> str:
+        """What the forward pass really runs in."""
+        half = self.amp == "float16" and self.device.type == "cuda"
+        brain = self.amp == "bfloat16" and self.device.type in ("cuda", "cpu")
+        return self.amp if half or brain else "float32"
+
     def autocast(self) -> Any:
         """The context of the forward pass.
 
@@ -56,14 +62,10 @@ class OptimizationStep:
         fill it in passes without gradient too (the student's pseudo-labels), and the pass with gradient then
         takes these copies, which lead to no weight.
         """
-        on = (self.amp == "float16" and self.device.type == "cuda") or (
-            self.amp == "bfloat16" and self.device.type in ("cuda", "cpu")
-        )
-        return (
-            torch.autocast(self.device.type, dtype=getattr(torch, self.amp), cache_enabled=False)
-            if on
-            else nullcontext()
-        )
+        precision = self.precision()
+        if precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, precision), cache_enabled=False)
 
     def loss_scale(self) -> float:
         """What the scaler multiplied the last loss with, so that nothing need be read back for it."""

@@ -39,6 +39,7 @@ from nnssl.data.streams import (
     wait_for_all,
     world,
 )
+from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.files import read_json, save_torch
@@ -74,6 +75,7 @@ from nnssl.training.next_stage import (
 from nnssl.training.optimizer_step import OptimizationStep
 from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
+from nnssl.training.record import facts, write_record
 from nnssl.training.task import Trainable, geometry, preprocessed_cases
 
 CUDA = torch.device("cuda")
@@ -120,6 +122,7 @@ class SemiTrainer(nnUNetTrainer):
         self._iteration = 0
         self._bar: tqdm | None = None
         self._announced = ""
+        self._facts: dict[str, Any] = {}
 
     # construction
 
@@ -386,6 +389,9 @@ class SemiTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._check_classes()
+        if self.local_rank == 0:
+            self._facts = facts(self)
+            write_record(self, self._facts)
         if self._resumed is None:  # pretrained weights, if any, are in self.network by now
             if self.network is not self.method.student:
                 copy_weights(self.method.student, self.network)
@@ -427,6 +433,10 @@ class SemiTrainer(nnUNetTrainer):
                 total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False
             )
 
+    def _class_names(self) -> list[str]:
+        """Of `LabelSpace.classes`."""
+        return ["background", *structures(self.dataset_json)]
+
     def progress(self) -> float:
         """t: share of all iterations done, in [0, 1]."""
         return (self.current_epoch + self._iteration / self.num_iterations_per_epoch) / self.num_epochs
@@ -454,6 +464,9 @@ class SemiTrainer(nnUNetTrainer):
         logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
         logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
         logged |= {f"gradient/{k}": v for k, v in gradients.items()}
+        if self.method.acceptance is not None:
+            for kind, shares in zip(("accepted", "called"), self.method.acceptance, strict=True):
+                logged |= {f"{kind}/{k}": v for k, v in zip(self._class_names(), shares, strict=True)}
         if self.step.take(loss, list(logged.values())):
             self.method.after_step(data, t)
         self._iteration += 1
@@ -480,19 +493,27 @@ class SemiTrainer(nnUNetTrainer):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        sums = {k: np.array([o[k] for o in train_outputs], dtype=np.float64) for k in train_outputs[0]}
+        names = dict.fromkeys(k for o in train_outputs for k in o)  # some begin with a phase of the method
+        sums = {k: np.array([o.get(k, np.nan) for o in train_outputs], dtype=np.float64) for k in names}
         finite = np.isfinite(sums["loss"])
         means = {}
         for k, v in sums.items():
-            # gradients are measured in some steps only
-            kept = v[finite & np.isfinite(v)] if k.startswith("gradient/") else v[finite]
+            partial = k.startswith(("gradient/", "accepted/", "called/"))  # in some steps only
+            kept = v[finite & np.isfinite(v)] if partial else v[finite]
             means[k] = float(kept.mean()) if kept.size else float("nan")
         if self.is_ddp:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
             means = {k: float(np.mean([g[k] for g in gathered])) for k in means}
-        self.logger.log("train_losses", means.pop("loss"), self.current_epoch)
         weights = self.method.weights((self.current_epoch + 1) / self.num_epochs)
+        means["total"] = means.pop("loss")
+        # beside the validation loss, which is supervised, too
+        shown = "loss/supervised" if weights.get("supervised") else "total"
+        self.logger.log("train_losses", means[shown], self.current_epoch)
+        for name in self._class_names():
+            if f"accepted/{name}" in means:  # shares of all voxels: into a share of the class's
+                called = means[f"called/{name}"]
+                means[f"accepted/{name}"] = means[f"accepted/{name}"] / called if called else float("nan")
         self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
         self.print_to_log_file(self.history.describe())
         if self.step.skipped:
@@ -504,6 +525,7 @@ class SemiTrainer(nnUNetTrainer):
         super().on_epoch_end()
         if self.local_rank == 0:
             self.history.write(self.output_folder)
+            write_record(self, self._facts)
 
     def on_train_end(self) -> None:
         super().on_train_end()
