@@ -168,7 +168,8 @@ def test_the_page_stands_alone(results: Results) -> None:
 def test_pictures_of_an_earlier_report_go(results: Results) -> None:
     (results.folder / "out").mkdir()
     old, other = (results.folder / "out" / name for name in ("report_case_9_old.png", "holiday.png"))
-    old.touch(), other.touch()
+    old.touch()
+    other.touch()
     two_models(results)
     assert not old.exists() and other.exists()
 
@@ -208,7 +209,8 @@ def test_one_trainer_without_an_unlabeled_term(results: Results) -> None:
 def test_a_trainer_of_nnunet_itself_has_its_curves_in_the_checkpoint(results: Results) -> None:
     folder = results.begin("nnUNetTrainer")
     results.finish(folder, 1)
-    (folder / "training.json").unlink(), (folder / "losses.csv").unlink()
+    for name in ("training.json", "losses.csv"):
+        (folder / name).unlink()
     page = report(results, folder.parent)
     assert "finished after 3 epochs" in page.text and "Dice: large, round" in page.text
     assert "no configuration of nnssl" in page.text
