@@ -15,6 +15,7 @@ from os.path import isdir, isfile, join
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnssl.config import resolve
 from nnssl.data.dataset_json import (
@@ -307,7 +308,7 @@ def inspect_contents(
     if reader == "Tiff3DIO":
         yield from missing_spacing_files(raw, dataset_json)
     measured = measure(scans, reader, num_channels(dataset_json), preprocessed, num_processes, progress)
-    schemes = _schemes(plans, configuration)
+    schemes = _schemes(plans, configuration, dataset_json)
     yield from inspect_scans(measured, schemes)
     if with_labels:
         yield from inspect_labels(measured, declared_labels(dataset_json))
@@ -334,15 +335,14 @@ def reader_of(dataset_json: dict[str, Any], example: str) -> str:
     return str(determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False).__name__)
 
 
-def _schemes(plans: Mapping[str, Any] | None, configuration: str | None) -> list[str]:
-    """Normalization of the channels by the plan."""
+def _schemes(
+    plans: Mapping[str, Any] | None, configuration: str | None, dataset_json: Mapping[str, Any]
+) -> list[str]:
+    """Normalization of the channels by the plan, or else as nnU-Net will plan it."""
     configurations = (plans or {}).get("configurations", {})
     chosen = [configuration] if configuration in configurations else list(configurations)
-    return next(
-        (
-            configurations[c]["normalization_schemes"]
-            for c in chosen
-            if "normalization_schemes" in configurations[c]
-        ),
-        [],
-    )
+    for name in chosen:
+        if "normalization_schemes" in configurations[name]:
+            return list(configurations[name]["normalization_schemes"])
+    names = dataset_json.get("channel_names") or dataset_json["modality"]
+    return [get_normalization_scheme(name).__name__ for name in names.values()]

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,9 +33,13 @@ DISTINCT = 1000  # values are counted up to here
 SECONDS_BETWEEN_WRITES = 60
 PER_PROCESS = 8  # starting a process costs more than reading a few files
 
-SPACING, EXTENT, INTENSITIES, VALUES = 2.0, 2.0, 10.0, 3.0  # factors beyond the labeled cases
+ENOUGH = 10  # labeled cases; with fewer all factors count double
+SPACING, EXTENT, INTENSITIES, VALUES = 2.0, 2.0, 2.5, 3.0  # factors beyond the labeled cases
+EXTREME = 100.0  # ranges of intensities beyond the percentiles
 SATURATED = 0.05  # share of voxels at the maximum, among those above the minimum
 OFF_GRID = "spacing, origin or direction are not those of the image"
+FEW = 16  # distinct values, where labeled scans have more than twice as many
+ABSOLUTE = ("CTNormalization", "NoNormalization", "RGBTo01Normalization")  # keep scale and zero of a scan
 Statistics = dict[str, Any]
 
 
@@ -174,8 +179,9 @@ def inspect_scans(measured: Mapping[Scan, Statistics], schemes: Sequence[str] = 
     yield from _constant(images)
     yield from _twice(images)
     labeled = [v for s, v in images.items() if s.origin == "imagesTr"]
+    usual = Usual(labeled, schemes) if labeled else None
     for scan, statistics in images.items():
-        if scan.origin == "imagesUn" and labeled and (reasons := unlike(statistics, labeled, schemes)):
+        if scan.origin == "imagesUn" and usual and (reasons := usual.unlike(statistics)):
             yield Finding(
                 WARNING,
                 scan.files[0],
@@ -211,74 +217,88 @@ def _twice(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
         )
 
 
-def unlike(statistics: Statistics, labeled: Sequence[Statistics], schemes: Sequence[str] = ()) -> list[str]:
-    """How a scan differs from all labeled ones; empty where it is like them."""
-    reasons = list(_geometry(statistics, labeled))
-    several = len(statistics["channels"]) > 1
-    for index, channel in enumerate(statistics["channels"]):
-        others = [v["channels"][index] for v in labeled if index < len(v["channels"])]
-        scheme = schemes[index] if index < len(schemes) else ""
-        prefix = f"channel {index}: " if several else ""
-        reasons += [prefix + reason for reason in _intensities(channel, others, scheme)] if others else []
-    return reasons
+class Usual:
+    """What the labeled scans are like.
+
+    schemes  normalization schemes of the plan, one per channel
+    """
+
+    def __init__(self, labeled: Sequence[Statistics], schemes: Sequence[str] = ()) -> None:
+        self.schemes = schemes
+        self.tolerance = 1.0 if len(labeled) >= ENOUGH else 2.0
+        self.shapes, self.spacings = (np.array([v[key] for v in labeled]) for key in ("shape", "spacing"))
+        self.extents = self.shapes * self.spacings
+        columns = zip(*(map(_described, v["channels"]) for v in labeled), strict=True)
+        self.bounds = [
+            {key: (min(c[key] for c in column), max(c[key] for c in column)) for key in column[0]}
+            for column in columns
+        ]
+
+    def unlike(self, statistics: Statistics) -> list[str]:
+        """How a scan differs from all labeled ones; empty where it is like them."""
+        reasons = list(self._geometry(statistics))
+        several = len(statistics["channels"]) > 1
+        for index, (channel, bounds) in enumerate(zip(statistics["channels"], self.bounds, strict=True)):
+            if channel["min"] == channel["max"]:
+                continue  # told by itself
+            scheme = self.schemes[index] if index < len(self.schemes) else ""
+            prefix = f"channel {index}: " if several else ""
+            reasons += [prefix + r for r in self._intensities(_described(channel), bounds, scheme)]
+        return reasons
+
+    def _geometry(self, statistics: Statistics) -> Iterator[str]:
+        shape, spacing = np.array(statistics["shape"]), np.array(statistics["spacing"])
+        flat = (shape == 1) & (self.shapes.min(0) > 1)
+        if flat.any():
+            found = f"shape {_numbers(shape)}; labeled {_range(self.shapes)}"
+            yield f"a single slice ({found}): a scout or localizer?"
+        if self._beyond(spacing, self.spacings, SPACING):
+            ratio = float(np.median(np.median(self.spacings, 0) / spacing))
+            units = {1000: "metres", 10: "centimetres", 0.001: "micrometres"}
+            guess = next((f": in {unit}?" for f, unit in units.items() if 0.5 < ratio / f < 2), "")
+            yield f"spacing {_numbers(spacing)} (labeled {_range(self.spacings)}){guess}"
+        if not flat.any() and self._beyond(shape * spacing, self.extents, EXTENT):
+            yield f"field of view {_numbers(shape * spacing)} mm (labeled {_range(self.extents)})"
+
+    def _beyond(self, values: np.ndarray, others: np.ndarray, factor: float) -> bool:
+        factor *= self.tolerance
+        return bool(((values < others.min(0) / factor) | (values > others.max(0) * factor)).any())
+
+    def _intensities(
+        self, channel: Mapping[str, float], labeled: Mapping[str, tuple[float, float]], scheme: str
+    ) -> Iterator[str]:
+        low, high, width = labeled["low"][0], labeled["high"][1], labeled["width"]
+        factor = INTENSITIES * self.tolerance
+        negative = channel["below"] > max(0.1, VALUES * labeled["below"][1])
+        positive = labeled["below"][0] > max(0.1, VALUES * channel["below"])
+        outside = channel["low"] > high or channel["high"] < low
+        scaled = channel["width"] > factor * max(width[1], high - low) or channel["width"] < width[0] / factor
+        if negative or positive or (scheme in ABSOLUTE and (outside or scaled)):
+            found = f"intensities {channel['low']:.4g} to {channel['high']:.4g}"
+            guess = ": another modality or unit?" * (negative or positive)
+            yield f"{found} (labeled {low:.4g} to {high:.4g}){guess}"
+        if channel["extreme"] > max(EXTREME, VALUES * labeled["extreme"][1]):
+            yield f"extreme values, {channel['min']:.4g} to {channel['max']:.4g}"
+        if channel["at_max"] > max(SATURATED, VALUES * labeled["at_max"][1]):
+            yield f"saturated, {channel['at_max']:.0%} of the voxels have the highest value"
+        fewest, number = labeled["distinct"][0], channel["distinct"]
+        if number < fewest / (VALUES * self.tolerance) or number <= FEW < fewest / 2:
+            guess = ": a label map?" * (number <= FEW)
+            yield f"{number:.0f} distinct values (labeled at least {fewest:.0f}){guess}"
 
 
-def _geometry(statistics: Statistics, labeled: Sequence[Statistics]) -> Iterator[str]:
-    if any(len(v["shape"]) != len(statistics["shape"]) for v in labeled):
-        yield f"{len(statistics['shape'])} dimensions"
-        return
-    shape, spacing = np.array(statistics["shape"]), np.array(statistics["spacing"])
-    shapes, spacings = (np.array([v[key] for v in labeled]) for key in ("shape", "spacing"))
-    flat = (shape == 1) & (shapes.min(0) > 1)
-    if flat.any():
-        yield f"a single slice (shape {_numbers(shape)}; labeled {_range(shapes)}): a scout or localizer?"
-    if _beyond(spacing, spacings, SPACING).any():
-        ratio = float(np.median(np.median(spacings, 0) / spacing))
-        units = {1000: "metres", 10: "centimetres", 0.001: "micrometres"}
-        guess = next((f": in {unit}?" for f, unit in units.items() if 0.5 < ratio / f < 2), "")
-        yield f"spacing {_numbers(spacing)} (labeled {_range(spacings)}){guess}"
-    extents = shapes * spacings
-    if not flat.any() and _beyond(shape * spacing, extents, EXTENT).any():
-        yield f"field of view {_numbers(shape * spacing)} mm (labeled {_range(extents)})"
-
-
-def _beyond(values: np.ndarray, others: np.ndarray, factor: float) -> np.ndarray:
-    return (values < others.min(0) / factor) | (values > others.max(0) * factor)
-
-
-def _intensities(
-    channel: Mapping[str, float], labeled: Sequence[Mapping[str, float]], scheme: str
-) -> Iterator[str]:
-    if channel["min"] == channel["max"]:
-        return
-    low, high = min(c["low"] for c in labeled), max(c["high"] for c in labeled)
-    widths = [c["high"] - c["low"] for c in labeled]
-    width, wide = channel["high"] - channel["low"], max(*widths, high - low)
-    described = f"intensities {channel['low']:.4g} to {channel['high']:.4g} (labeled {low:.4g} to {high:.4g})"
-    absolute = scheme in ("CTNormalization", "NoNormalization", "RGBTo01Normalization")
-    factor = INTENSITIES / 4 if absolute else INTENSITIES
-    below_zero, usually = _below_zero(channel), [_below_zero(c) for c in labeled]
-    negative = below_zero > max(0.1, VALUES * max(usually))
-    positive = min(usually) > max(0.1, VALUES * below_zero)
-    outside = channel["low"] > high or channel["high"] < low
-    if negative or positive or outside or width > factor * wide or width < min(widths) / factor:
-        yield described + ": another modality or unit?" * (negative or positive)
-    extreme = max(channel["max"] - channel["high"], channel["low"] - channel["min"])
-    usual = max(max(c["max"] - c["high"], c["low"] - c["min"]) for c in labeled)
-    if extreme > 100 * max(width, usual):
-        yield f"extreme values, {channel['min']:.4g} to {channel['max']:.4g}"
-    if channel["at_max"] > max(SATURATED, VALUES * max(c["at_max"] for c in labeled)):
-        yield f"saturated, {channel['at_max']:.0%} of the voxels have the highest value"
-    fewest = min(c["distinct"] for c in labeled)
-    if channel["distinct"] < fewest / VALUES:
-        few = ": a label map?" if channel["distinct"] <= 20 else ""
-        yield f"{channel['distinct']:.0f} distinct values (labeled at least {fewest:.0f}){few}"
-
-
-def _below_zero(channel: Mapping[str, float]) -> float:
-    """Share of the range of intensities that lies below zero: a third or more in CT, none in MR."""
-    width = channel["high"] - channel["low"]
-    return min(1.0, max(0.0, -channel["low"] / width)) if width > 0 else float(channel["low"] < 0)
+def _described(channel: Mapping[str, float]) -> dict[str, float]:
+    """A channel's statistics, and how wide its range is, which share of it lies below zero (a third or more
+    in CT, none in MR), and how far the extremes lie outside of it."""
+    low, high = channel["low"], channel["high"]
+    width = high - low
+    outside = max(channel["max"] - high, low - channel["min"])
+    return {
+        **channel,
+        "width": width,
+        "below": min(1.0, max(0.0, -low / width)) if width > 0 else float(low < 0),
+        "extreme": outside / width if width > 0 else math.inf if outside > 0 else 0.0,
+    }
 
 
 def _numbers(values: np.ndarray) -> str:

@@ -28,7 +28,7 @@ from nnssl.data.inspection import (
 )
 from nnssl.data.labeled import ensure_labeled, undeclared_labels
 from nnssl.data.names import inspect_names
-from nnssl.data.scans import FILE, label_statistics, unlike
+from nnssl.data.scans import FILE, Usual, label_statistics
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
 from nnssl.methods.fixmatch import FixMatchConfig
 from tests.raw_dataset import SHAPE, SPACING, Tiny, planned_dataset, write_case, write_image
@@ -416,11 +416,10 @@ def rescan(
     ("change", "spacing", "reasons"),
     [
         (lambda a: a, (0.0008, 0.0009, 0.002), ["spacing", "in metres?"]),
-        (lambda a: a, (3.0, 0.9, 2.0), ["spacing", "field of view"]),
+        (lambda a: a, (8.0, 9.0, 20.0), ["spacing", "field of view"]),
         (lambda a: a[:1], SPACING, ["a single slice", "scout"]),
-        (lambda a: a[:3], SPACING, ["field of view"]),
+        (lambda a: a[:2], SPACING, ["field of view"]),
         (lambda a: np.where(a > 50, a * 10 - 1500, -1000), SPACING, ["another modality or unit?"]),
-        (lambda a: a * 50, SPACING, ["intensities"]),
         (lambda a: np.minimum(a, 105), SPACING, ["saturated"]),
         (lambda a: (a > 130) * 1.0, SPACING, ["2 distinct values", "a label map?"]),
         (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 9, 1e7, a), SPACING, ["extreme values"]),
@@ -449,16 +448,23 @@ def channel(**changes: float) -> dict[str, Any]:
 
 
 def test_scans_like_one_of_the_labeled_ones_are_left_alone() -> None:
-    labeled = [channel(), channel(low=-1000, high=1500, min=-1024, max=3000, at_max=0.2)]
-    assert unlike(channel(low=-900, high=900, min=-1000, max=2000, at_max=0.5), labeled) == []
-    assert unlike(channel(low=10, high=100), labeled) == []
-    assert unlike({**channel(), "spacing": [3.9, 0.6, 1.5]}, labeled) == []
+    labeled = [channel()] * 9 + [channel(low=-1000, high=1500, min=-1024, max=3000, at_max=0.2)]
+    usual = Usual(labeled)
+    assert usual.unlike(channel(low=-900, high=900, min=-1000, max=2000, at_max=0.5)) == []
+    assert usual.unlike(channel(low=10, high=100)) == []
+    assert usual.unlike({**channel(), "spacing": [3.9, 0.6, 1.5]}) == []
 
 
-def test_absolute_intensities_are_compared_more_closely() -> None:
-    scan, labeled = channel(high=700, max=710), [channel()]
-    assert unlike(scan, labeled, ["ZScoreNormalization"]) == []
-    assert "intensities" in unlike(scan, labeled, ["CTNormalization"])[0]
+def test_with_few_labeled_scans_the_limits_are_wider() -> None:
+    scan = {**channel(), "spacing": [6.0, 1.0, 1.0]}
+    assert Usual([channel()] * 9).unlike(scan) == []
+    assert "spacing 6 x 1 x 1" in Usual([channel()] * 10).unlike(scan)[0]
+
+
+def test_scale_and_zero_count_where_the_plan_keeps_them() -> None:
+    scan, labeled = channel(high=1500, max=1510), [channel()]
+    assert Usual(labeled, ["ZScoreNormalization"]).unlike(scan) == []
+    assert "intensities" in Usual(labeled, ["CTNormalization"]).unlike(scan)[0]
 
 
 def test_a_constant_scan_is_an_error_and_a_constant_channel_a_warning(tiny: Tiny) -> None:
@@ -524,11 +530,40 @@ def test_what_normalisation_makes_useless_is_refused(
     assert not list(tiny.unlabeled.glob("*.pkl"))
 
 
+SCHEMES = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_every_normalisation_makes_of_an_empty_or_huge_scan_is_refused_by_name(
+    tiny: Tiny, scheme: str
+) -> None:
+    tiny.edit_plan("3d_fullres", normalization_schemes=[f"{scheme}Normalization"] * 2)
+    folder = tiny.raw / "imagesUn"
+    kept = read(folder / "scan_01_0000.nii.gz")
+    for channel in ("0000", "0001"):
+        write_image(folder / f"scan_00_{channel}.nii.gz", np.where(kept > 0, 7, 0).astype(np.float32))
+        write_image(folder / f"scan_01_{channel}.nii.gz", (kept / kept.max() * 200).astype(np.float32))
+        write_image(folder / f"scan_02_{channel}.nii.gz", ((kept + 1000) * 1e30).astype(np.float32))
+    plans_manager = PlansManager(str(tiny.plans_file))
+    with pytest.raises(ValueError) as error:
+        ensure_unlabeled(plans_manager, "3d_fullres", tiny.dataset_json, (), 1, show_progress=False)
+    assert "scan_00_0000.nii.gz" in str(error.value) and "constant after normalisation" in str(error.value)
+    stored = {file.stem for file in tiny.unlabeled.glob("*.pkl")}
+    refused = {
+        case for case in ("scan_00", "scan_01", "scan_02") if f"{case}_0000.nii.gz" in str(error.value)
+    }
+    assert stored | refused == {"scan_00", "scan_01", "scan_02"} and not stored & refused
+    assert ("scan_02" in stored) == (scheme in ("No", "RescaleTo01"))
+    for case in stored:
+        array = blosc2.open(str(tiny.unlabeled / f"{case}.b2nd"))[:]
+        assert np.isfinite(array).all() and array.min() < array.max()
+
+
 # kept statistics
 
 
 def test_what_has_not_changed_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    rescan(tiny, lambda a: a * 50)
+    rescan(tiny, lambda a: a - 150)
     first = contents(tiny)
     assert first
     kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
@@ -539,7 +574,7 @@ def test_what_has_not_changed_is_not_read_again(tiny: Tiny, monkeypatch: pytest.
     contents(tiny, with_labels=False)
     (tiny.raw / "imagesUn" / "scan_02_0000.nii.gz").unlink()
     (tiny.raw / "imagesUn" / "scan_02_0001.nii.gz").unlink()
-    rescan(tiny, lambda a: a / 50)
+    rescan(tiny, lambda a: a + 150)
     assert contents(tiny) == []
     kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
     assert len(kept) == 6 + 6 + 2
@@ -651,7 +686,7 @@ def test_a_training_inspects_scans_and_opens_no_label_map(tiny: Tiny) -> None:
     shutil.rmtree(tiny.raw / "labelsTr")
     file = tiny.raw / "imagesTr" / "lab_00_0000.nii.gz"
     file.write_bytes(file.read_bytes()[:500])
-    scan = rescan(tiny, lambda a: a * 50)
+    scan = rescan(tiny, lambda a: a - 150)
     (tiny.raw / "imagesUn" / "left.nii").write_bytes(b"")
     plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
     findings = list(
