@@ -128,28 +128,12 @@ def _process_group(device: Any) -> Iterator[None]:
 
 
 def load_weights(trainer: Any, file: str) -> None:
-    """`-pretrained_weights` as nnU-Net takes them, all but the segmentation layers; ValueError where they do
-    not fit. On any device and any rank."""
-    import torch
+    """`-pretrained_weights`: by our trainers' own loader, else by nnU-Net's."""
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
     if not trainer.was_initialized:
         trainer.initialize()
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        loaded = checkpoint["network_weights"]
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: no checkpoint of nnU-Net ({type(error).__name__}: {reason}).") from None
-    own = trainer.network.state_dict()
-    kept = {key: value for key, value in own.items() if ".seg_layers." not in key}
-    wrong = [key for key, value in kept.items() if key not in loaded or loaded[key].shape != value.shape]
-    if wrong:
-        raise ValueError(
-            f"{file}: {len(wrong)} of {len(kept)} weights are absent or of another shape, first {wrong[0]}. "
-            "The plan must be that of the pretraining (nnUNetv2_move_plans_between_datasets)."
-        )
-    trainer.network.load_state_dict({**own, **{key: loaded[key] for key in kept}})
-    trainer.print_to_log_file(f"{len(kept)} pretrained weights of {file}")
+    getattr(trainer, "load_pretrained", load_pretrained_weights)(trainer.network, file)
 
 
 def _spawn(args: argparse.Namespace) -> int:

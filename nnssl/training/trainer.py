@@ -209,7 +209,7 @@ class SemiTrainer(nnUNetTrainer):
             )
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         if start := sys.modules.get("nnunetv2.run.run_training"):  # which loads -pretrained_weights
-            start.load_pretrained_weights = self._load_pretrained  # type: ignore[attr-defined]
+            start.load_pretrained_weights = self.load_pretrained  # type: ignore[attr-defined]
         self.was_initialized = True
         self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
         if line := self.method.describe():
@@ -218,7 +218,7 @@ class SemiTrainer(nnUNetTrainer):
             {"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}}
         )
 
-    def _load_pretrained(self, network: nn.Module, path: str, verbose: bool = False) -> None:
+    def load_pretrained(self, network: nn.Module, path: str, verbose: bool = False) -> None:
         """In the place of nnU-Net's `load_pretrained_weights`, which refuses networks with blocks of ours."""
         if network is not self.network:  # of another trainer in this process
             return load_pretrained_weights(network, path, verbose)

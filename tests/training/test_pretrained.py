@@ -10,6 +10,7 @@ import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
+from nnssl.commands.train import load_weights
 from nnssl.commands.trainers import trainers_folder
 from tests.place import SHORT, SMALL, Place
 
@@ -47,6 +48,20 @@ def test_every_trainer_starts_from_a_stock_network_with_its_function_unchanged(
     maybe_load_checkpoint(trainer, False, False, finished)
     torch.testing.assert_close(function(trainer.network), function(stock.network), rtol=0, atol=1e-5)
     assert "taken over (same labels)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerDiffCL", "nnUNetTrainer"])
+def test_nnssl_train_loads_them_as_the_stock_command_does(place: Place, finished: str, name: str) -> None:
+    states = []
+    for load in (
+        lambda t: maybe_load_checkpoint(t, False, False, finished),
+        lambda t: load_weights(t, finished),
+    ):
+        torch.manual_seed(1)
+        trainer = place.trainer(name)
+        load(trainer)
+        states.append(trainer.network.state_dict())
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
 
 
 @pytest.mark.parametrize(
