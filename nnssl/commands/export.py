@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import zipfile
@@ -60,12 +61,8 @@ def export_model(
 
     name = f"nnUNetTrainer__{plans_name}__{configuration}"
     places = join(output, name), join(output, f"{name}.zip")
-    if not overwrite and (
-        found := [p for p in places if os.path.exists(p) and not (isdir(p) and not os.listdir(p))]
-    ):
-        raise FileExistsError(
-            f"{found[0]} already exists: choose another folder with -o, or replace it with --overwrite"
-        )
+    if not overwrite and _there(places[1]):
+        raise _exists(places[0] if _there(places[0]) else places[1])
     os.makedirs(output, exist_ok=True)
     with scratch_folder(output) as temporary:
         new, archive = join(temporary, name), join(temporary, f"{name}.zip")
@@ -80,12 +77,34 @@ def export_model(
             shutil.copy(join(source, "dataset_fingerprint.json"), new)
         _write_zip(new, archive, f"{dataset}/{name}")
         for written, place in zip((new, archive), places, strict=True):
-            if os.path.exists(place):
-                os.rename(
-                    place, join(temporary, f"old-{os.path.basename(place)}")
-                )  # goes with the temporary folder
+            if place == places[0] and _same(written, place):
+                continue  # of an export that was killed before its archive was in place
+            if _there(place) and not overwrite:
+                raise _exists(place)
+            if os.path.lexists(place):  # goes with the temporary folder
+                os.rename(place, join(temporary, f"old-{os.path.basename(place)}"))
             os.rename(written, place)
     return places
+
+
+def _there(place: str) -> bool:
+    """Whether something is there; an empty folder is nothing."""
+    return os.path.lexists(place) and not (isdir(place) and not os.listdir(place))
+
+
+def _exists(place: str) -> FileExistsError:
+    return FileExistsError(
+        f"{place} already exists: choose another folder with -o, or replace it with --overwrite"
+    )
+
+
+def _same(folder: str, other: str) -> bool:
+    """Whether both folders hold the same files."""
+    names, others = (
+        {os.path.relpath(join(root, file), top) for root, _, files in os.walk(top) for file in files}
+        for top in (folder, other)
+    )
+    return names == others and all(filecmp.cmp(join(folder, n), join(other, n), shallow=False) for n in names)
 
 
 def trained_models(folder: str) -> str:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from os.path import isfile, join
+from os.path import abspath, isfile, join
+from types import SimpleNamespace
 from typing import Any
 
 import nnunetv2
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
@@ -30,7 +34,7 @@ from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
 from nnssl.data.split import backup, load_splits
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
-from nnssl.files import copy_file, read_json, write_json
+from nnssl.files import copy_file, read_json, write_text
 from nnssl.methods import method_classes
 from nnssl.training.arguments import plans_of_planner
 from nnssl.training.lookup import dataset_name, nnunet_folder
@@ -141,23 +145,23 @@ def _plan(
             verify_dataset_integrity(raw, processes)
         return
 
-    print("Fingerprint extraction ...")
-    extract_fingerprints(
-        [dataset_id],
-        args.fpe,
-        processes,
-        args.verify_dataset_integrity,
-        args.clean,
-        args.verbose,
-        show_progress_bar=not args.no_pbar,
-    )
     kept: dict[str, Any] = {}
-    if isfile(plans_file):
-        kept = {key: value for key, value in read_json(plans_file).items() if key == "nnssl"}
-        print(f"The old plan was saved as {backup(plans_file)}.")
-    print("Experiment planning ...")
-    preprocessor = args.preprocessor_name or "DefaultPreprocessor"
-    with _planning_threads():
+    with _planning_threads(), _whole_files(plans_file, kept):
+        print("Fingerprint extraction ...")
+        extract_fingerprints(
+            [dataset_id],
+            args.fpe,
+            processes,
+            args.verify_dataset_integrity,
+            args.clean,
+            args.verbose,
+            show_progress_bar=not args.no_pbar,
+        )
+        if isfile(plans_file):
+            kept.update({key: value for key, value in read_json(plans_file).items() if key == "nnssl"})
+            print(f"The old plan was saved as {backup(plans_file)}.")
+        print("Experiment planning ...")
+        preprocessor = args.preprocessor_name or "DefaultPreprocessor"
         plan_experiments(
             [dataset_id],
             args.pl,
@@ -166,8 +170,30 @@ def _plan(
             args.overwrite_target_spacing,
             args.overwrite_plans_name,
         )
-    if kept:
-        write_json({**read_json(plans_file), **kept}, plans_file)
+
+
+@contextmanager
+def _whole_files(plans_file: str, kept: Mapping[str, Any]) -> Iterator[None]:
+    """nnU-Net's planning writes in place, and half a plan would stop the next run: here whole files or none,
+    the plan with the keys of `kept`."""
+
+    def save(content: dict[str, Any], file: str, indent: int = 4, sort_keys: bool = True) -> None:
+        if abspath(file) == abspath(plans_file):
+            content = {**content, **kept}
+        write_text(json.dumps(content, indent=indent, sort_keys=sort_keys), file)
+
+    own = [
+        (module, "save_json", module.save_json)
+        for module in (fingerprint_extractor, default_experiment_planner)
+    ]
+    own.append((default_experiment_planner, "shutil", default_experiment_planner.shutil))
+    try:
+        for module, name, _ in own:
+            setattr(module, name, SimpleNamespace(copy=copy_file) if name == "shutil" else save)
+        yield
+    finally:
+        for module, name, value in own:
+            setattr(module, name, value)
 
 
 @contextmanager

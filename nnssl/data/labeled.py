@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
-from nnssl.files import copy_file
+from nnssl.files import copy_file, remove_leftovers
 
 OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
 
@@ -124,6 +124,7 @@ def copy_ground_truth(
     does."""
     folder = join(preprocessed_dataset_folder, "gt_segmentations")
     os.makedirs(folder, exist_ok=True)
+    remove_leftovers(folder)
     for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():
         destination = join(folder, case + dataset_json["file_ending"])
         if not isfile(destination) or getmtime(destination) < getmtime(label):

@@ -94,6 +94,8 @@ def bring_up_to_date(
     Every other case is finished before a failing one is reported, so nothing that could be done is left
     undone. Raises ValueError naming the files and what to do, RuntimeError if a process died.
     """
+    for folder in (target.folder, dirname(target.folder)):
+        remove_leftovers(folder)
     todo = []
     for case in cases:
         reason, improved = judge(case, target)
@@ -112,7 +114,6 @@ def bring_up_to_date(
     # folds started together share the work instead of all doing the same case
     random.Random(os.getpid()).shuffle(todo)
     os.makedirs(target.folder, exist_ok=True)
-    remove_leftovers(target.folder)
     with scratch_folder(dirname(target.folder)) as scratch:
         results = unordered(_produce, [(case, target, scratch, verbose) for case in todo], workers)
         errors = [

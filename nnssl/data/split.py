@@ -99,7 +99,7 @@ def make_splits(
     if val is None:
         if len(names) < 2:
             raise ValueError(f"{len(names)} labeled case(s): a split needs two. Train with fold all.")
-        folds = generate_crossval_split(names, seed=NNUNET_SEED, n_splits=min(NNUNET_FOLDS, len(names)))
+        folds = nnunet_split(names)
     else:
         if unknown := sorted(set(val) - set(names)):
             raise ValueError(
@@ -134,6 +134,12 @@ def make_splits(
             }
         )
     return splits
+
+
+def nnunet_split(cases: Sequence[str]) -> list[Fold]:
+    """nnU-Net's own folds: five, always the same; of fewer than five cases each leaves one out."""
+    number = min(NNUNET_FOLDS, len(cases))
+    return generate_crossval_split(sorted(cases), seed=NNUNET_SEED, n_splits=number)
 
 
 def write_splits(splits: list[Fold], splits_file: str) -> str | None:

@@ -4,7 +4,7 @@ own, versions."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import nnssl
-from nnssl.files import torch_damage
+from nnssl.files import copy_file, torch_damage
 
 NAMES = tuple(
     f"checkpoint_{name}.pth" for name in ("final", "latest", "best")
@@ -54,6 +54,20 @@ def refuse_blocked(folder: str) -> None:
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not os.path.isfile(path):
             raise RuntimeError(f"{path}: {torch_damage(path)}, expected a checkpoint. Move it away")
+
+
+def complete_best(path: str, ema: Sequence[float]) -> None:
+    """nnU-Net writes an epoch as latest, then as best if it is: where a run ended in between, do the second.
+
+    path  the checkpoint that a run resumes from
+    ema   nnU-Net's measure of every epoch so far; the higher, the better
+    """
+    folder, name = os.path.split(path)
+    best, before = os.path.join(folder, NAMES[2]), highest(ema[:-1])
+    if name != NAMES[1] or not ema or (before is not None and not ema[-1] > before):
+        return
+    if torch_damage(best) or _epochs(best) < len(ema):
+        copy_file(path, best)
 
 
 def _epochs(path: str) -> int:

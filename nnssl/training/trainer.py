@@ -28,7 +28,7 @@ from nnssl.data.findings import WARNING, listed, raise_errors
 from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
 from nnssl.data.labeled import undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
-from nnssl.data.split import absent_classes, hidden_cases
+from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
 from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
@@ -42,7 +42,7 @@ from nnssl.data.streams import (
 from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
-from nnssl.files import read_json, save_torch
+from nnssl.files import read_json, remove_leftovers, save_torch, write_json
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
@@ -51,6 +51,7 @@ from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
+    complete_best,
     from_all_ranks,
     highest,
     load_method,
@@ -107,6 +108,7 @@ class SemiTrainer(nnUNetTrainer):
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
         refuse_blocked(self.output_folder)
+        remove_leftovers(self.output_folder)
         for key in (
             "num_epochs",
             "num_iterations_per_epoch",
@@ -327,6 +329,8 @@ class SemiTrainer(nnUNetTrainer):
         known = preprocessed_cases(self.preprocessed_dataset_folder)
         if self.fold != "all":
             raise_errors(inspect_split(self._splits_file, known, only=int(self.fold)))
+            if self.local_rank == 0 and not os.path.isfile(self._splits_file):
+                write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
         self._hidden()
         return super().do_split()
 
@@ -737,3 +741,5 @@ class SemiTrainer(nnUNetTrainer):
         if self.agreement is not None and state.get("agreement"):
             self.agreement.load_state_dict(state["agreement"])
         self._resumed = state
+        if isinstance(source, str) and self.local_rank == 0 and not self.disable_checkpointing:
+            complete_best(source, self.logger.get_value("ema_fg_dice", None))
