@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import platform
 import re
 import secrets
@@ -87,11 +86,6 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 def write_json(content: Any, path: Path, indent: int = 4) -> None:
     write_text(json.dumps(content, indent=indent) + "\n", path)
-
-
-def write_pickle(content: Any, path: Path) -> None:
-    with replacing(path) as partial, open(partial, "wb") as stream:
-        pickle.dump(content, stream)
 
 
 class _Hashing:

@@ -99,7 +99,6 @@ def test_leftovers_of_other_hosts_go_after_a_day_and_what_is_not_ours_stays(tmp_
 WRITERS = {
     "bytes": "files.write_bytes(b'x' * 400000, path)",
     "json": "files.write_json(['x'] * 100000, path)",
-    "pickle": "files.write_pickle(b'x' * 400000, path)",
     "torch": "files.save_torch(torch.zeros(100000), path)",
     "copy": "files.copy_file(source, path)",
 }

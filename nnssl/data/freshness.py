@@ -9,15 +9,19 @@ The properties (``.pkl``) of a case carry a record under the key ``nnssl`` (nnU-
     sources      raw files: name, bytes, mtime_ns, blake2b of the content (None where nnU-Net itself had
                  preprocessed the case)
     bytes        sizes of the two arrays on disk, which shows a truncated copy
+    checksums    of the two arrays on disk; absent where nnU-Net itself had preprocessed the case
     declared     values to which the label map keeps; absent where nnU-Net itself had preprocessed the case
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os.path import basename, dirname, getsize, isfile, join
@@ -29,8 +33,10 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.raw import num_channels
+from nnssl.files import write_bytes
 
 RECORD_FORMAT = 1
+CHECKSUM = re.compile(rb"crc32:([0-9a-f]{8})\Z")  # ends a .pkl that we wrote
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,36 @@ def stale_reason(case: Case, target: Target) -> str:
 
 
 def read_properties(path: str) -> dict[str, Any] | None:
-    """A case's ``.pkl``; None if it is damaged."""
+    """A case's ``.pkl``; None if it is damaged. Of a file with a checksum that shows before anything is
+    unpickled."""
     try:
         with open(path, "rb") as file:
-            content = pickle.load(file)
+            written = file.read()
+        found = CHECKSUM.search(written)
+        if found and int(found[1], 16) != zlib.crc32(written[: found.start()]):
+            return None
+        stream = io.BytesIO(written)
+        content = pickle.load(stream)
+        if stream.tell() != (found.start() if found else len(written)):
+            return None  # a damaged checksum
     except Exception:  # a half-written pickle can raise nearly anything
         return None
     return content if isinstance(content, dict) else None
+
+
+def write_properties(properties: Mapping[str, Any], path: str) -> None:
+    """A case's ``.pkl`` with a checksum behind it, which pickle does not read."""
+    written = pickle.dumps(properties)
+    write_bytes(written + b"crc32:%08x" % zlib.crc32(written), path)
+
+
+def checksum(path: str) -> int:
+    """CRC-32 of a file: against accidents, and fast."""
+    value = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def judge(case: Case, target: Target) -> tuple[str, dict[str, Any] | None]:

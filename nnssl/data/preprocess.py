@@ -21,10 +21,10 @@ from nnunetv2.configuration import default_num_processes
 from tqdm import tqdm
 
 from nnssl.data.dataset_json import declared_labels
-from nnssl.data.freshness import Case, Target, judge, make_record, stale_reason
+from nnssl.data.freshness import Case, Target, checksum, judge, make_record, stale_reason, write_properties
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
-from nnssl.files import move, remove_leftovers, scratch_folder, write_pickle
+from nnssl.files import move, remove_leftovers, scratch_folder
 
 Log = Callable[[str], None]
 
@@ -59,7 +59,8 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
             properties["class_locations"] = {}  # nnU-Net's loader asks for it
         _refuse_lost_image(stem + ".b2nd", case)
         record["bytes"] = [getsize(stem + ".b2nd"), getsize(stem + "_seg.b2nd")]
-        write_pickle({**properties, "nnssl": record}, stem + ".pkl")
+        record["checksums"] = [checksum(stem + ".b2nd"), checksum(stem + "_seg.b2nd")]
+        write_properties({**properties, "nnssl": record}, stem + ".pkl")
         for suffix, destination in zip((".b2nd", "_seg.b2nd", ".pkl"), target.files(case.name), strict=True):
             move(stem + suffix, destination)
     except SourceError as error:
@@ -102,7 +103,7 @@ def bring_up_to_date(
         if reason:
             todo.append(case)
         elif improved is not None and os.access(target.folder, os.W_OK):
-            write_pickle(improved, target.files(case.name)[2])
+            write_properties(improved, target.files(case.name)[2])
     if not todo:
         return 0
     workers = min(num_processes or min(default_num_processes, usable_cores()), len(todo))

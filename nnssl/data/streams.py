@@ -20,6 +20,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
+from nnssl.data.intact import Checked
 from nnssl.data.unlabeled import ensure_unlabeled
 from nnssl.data.views import RepeatableMorphology, RepeatableRemoval, ViewTransform, nonzero_channels
 
@@ -38,9 +39,11 @@ class UnlabeledDataset:
         self.source_folder = folder
         self.identifiers = sorted(identifiers)
         self.previous = previous
+        self.checked = Checked(folder)
 
     def load_case(self, identifier: str) -> tuple[Any, Any, Any]:
         """Image, mask and the previous stage's segmentation (None without one) as lazily read arrays."""
+        self.checked(identifier)
         previous = None if self.previous is None else open_array(self.previous, identifier)
         return (
             open_array(self.source_folder, identifier),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from nnssl.config import resolve
 from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
 from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
+from nnssl.data.intact import damage_named, dataset_class
 from nnssl.data.labeled import undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
@@ -121,6 +122,7 @@ class SemiTrainer(nnUNetTrainer):
         self.agreement: Agreement | None = None
         self._auto_axes: tuple[int, ...] | None = None
         self._resumed: dict | None = None
+        self._unlabeled: list[str] = []  # cases, from the start of the loaders on
         self._iteration = 0
         self._bar: tqdm | None = None
         self._announced = ""
@@ -209,7 +211,7 @@ class SemiTrainer(nnUNetTrainer):
             self._forward = DistributedDataParallel(
                 self.method, device_ids=[self.local_rank], broadcast_buffers=False
             )
-        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.dataset_class = dataset_class(self.preprocessed_dataset_folder)
         if start := sys.modules.get("nnunetv2.run.run_training"):  # which loads -pretrained_weights
             start.load_pretrained_weights = self.load_pretrained  # type: ignore[attr-defined]
         self.was_initialized = True
@@ -315,7 +317,7 @@ class SemiTrainer(nnUNetTrainer):
 
     def _axes_from_labels(self, dimensions: int) -> tuple[int, ...]:
         cases = self.do_split()[0]
-        dataset = infer_dataset_class(self.preprocessed_dataset_folder)(
+        dataset = dataset_class(self.preprocessed_dataset_folder)(
             self.preprocessed_dataset_folder, list(cases)
         )
         offsets = offsets_of(dataset, cases, self.label_manager, dimensions)
@@ -368,6 +370,7 @@ class SemiTrainer(nnUNetTrainer):
             self._inspect_scans()
             unlabeled = self._prepare_unlabeled(self.configuration_name)
             previous = self._previous_of_unlabeled(unlabeled)
+            self._unlabeled = unlabeled
         train, val = super().get_dataloaders()
         if self.general.seed is not None:
             for stream in (train, val):
@@ -389,6 +392,17 @@ class SemiTrainer(nnUNetTrainer):
             previous,
         )
         return TwoStreams(train, stream), val
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; where it cannot read a case, the file is named."""
+        with damage_named(self._cases_read):
+            super().run_training()
+
+    def _cases_read(self) -> Iterator[tuple[str, str]]:
+        """Folder and name of every case of this run."""
+        labeled = self.preprocessed_dataset_folder
+        yield from ((labeled, case) for cases in self.do_split() for case in cases)
+        yield from ((unlabeled_folder(labeled), case) for case in self._unlabeled)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -539,7 +553,7 @@ class SemiTrainer(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, in the precision of the training on a CPU too; on CUDA nnU-Net predicts in its own,
         float16."""
-        with self.step.autocast():
+        with self.step.autocast(), damage_named(self._cases_read):
             super().perform_actual_validation(save_probabilities)
             if self.method_class.needs_unlabeled:
                 for configuration in self.configuration_manager.next_stage_names or []:

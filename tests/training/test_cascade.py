@@ -14,8 +14,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnssl.commands.cli import main
-from nnssl.data.freshness import read_properties
-from nnssl.files import write_pickle
+from nnssl.data.freshness import read_properties, write_properties
 from nnssl.training.next_stage import fingerprint_of, folder_for_unlabeled, unusable_predictions
 from tests.place import SHORT, Place, fork_pools, losses
 
@@ -148,7 +147,7 @@ def test_predictions_are_made_once_and_again_where_something_changed(cascade: Pl
     other = read_properties(str(source / "scan_00.pkl"))
     assert other is not None
     other["nnssl"]["sources"][0]["blake2b"] = "another"
-    write_pickle(other, source / "scan_00.pkl")
+    write_properties(other, str(source / "scan_00.pkl"))
     found = unusable_predictions(["scan_00", "scan_01"], str(source), str(folder), unlabeled=True)
     assert found == {"scan_00": "of another scan"}
 
