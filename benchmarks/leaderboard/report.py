@@ -114,7 +114,7 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 def steps(row: Mapping[str, Any]) -> int:
     """Training steps of a row, over all rounds."""
-    return len(row["curve"]["train_loss"]) * int(row["config"].get("num_iterations_per_epoch", 1))
+    return len(row["curve"]["train_loss"]) * int(row["config"]["general"]["num_iterations_per_epoch"])
 
 
 def number(value: float | None, factor: float = 1, sd: float | None = None, signed: bool = False) -> str:

@@ -3,8 +3,7 @@ looks; the student learns it at every scale, in another orientation, mixed with 
 
     L    = L_sup + lambda(t) L_u
     p    = (p_1 + p_2) / 2,  p_1 = probabilities(f_ema(x_w)),  p_2 = F^-1 probabilities(f_ema(F x_w))
-    w    = c (1 - d) [c >= T_k],  c = max p,  d = total variation of p_1 and p_2,  k = argmax p
-    T_k  = min(T, running mean of c over the voxels of class k)
+    w    = c (1 - d) [c >= T],  c = max p,  d = total variation of p_1 and p_2
     L_u  = sum_s a_s (CE + Dice)(f_s(x); y, w) over the voxels that come from unlabeled patches, y = harden p
 
 f        student, the planned network; deployed
@@ -14,13 +13,14 @@ x_w, x_s weak and strong view of the same unlabeled patch; F: a random mirroring
 R        a draw per unlabeled sample: quarter turns in planes of equal spacing and size, and mirrorings, both
          of allowed axes only; x_s, y and w are moved alike
 s, a_s   deep supervision scales and nnU-Net's weights of them
-x        in half of the steps x_l beside R x_s with CutMix boxes between its samples; in the others x_l with a
-         box of R x_s, and R x_s with a box of x_l. L_sup is nnU-Net's own loss, or in pasted patches the same
-         weighted form over the voxels that come from x_l
-f drops channels of its encoder features in the unlabeled stream.
+x        x_l beside R x_s, the latter with CutMix boxes between its samples
 
-With `"agreement": true` lambda(t) is multiplied by the cosine of the mean gradients of both terms, cut at 0.
-Every other ingredient is a key of its own and can be switched off.
+Every ingredient is a key of its own and can be switched off; those below are off unless asked for.
+paste_share          in that share of the steps x is x_l with a box of R x_s, and R x_s with a box of x_l, and
+                     L_sup the weighted form of nnU-Net's loss over the voxels that come from x_l
+adaptive_thresholds  T_k = min(T, running mean of c over the voxels of class k = argmax p) instead of T
+channel_dropout      f drops channels of its encoder features in the unlabeled stream
+agreement            (general key) lambda(t) times the cosine of the mean gradients of both terms, cut at 0
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class SemiConfig(Config):
     mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
     # whether a voxel weighs its confidence times the passes' agreement; else 1 above the threshold (ours)
     soft_weights: bool = True
-    threshold: Share = 0.95  # T: confidence that suffices for every class; 0: every voxel teaches (FixMatch)
+    threshold: Share = 0.9  # T: confidence that suffices for every class; 0: every voxel teaches (ours)
     # whether a class's own mean confidence, where lower, is its threshold (after FreeMatch)
-    adaptive_thresholds: bool = True
+    adaptive_thresholds: bool = False
     deep_supervision: bool = True  # whether L_u acts at every scale; else at the finest alone (nnFilterMatch)
     turns: bool = True  # whether strong views are turned by quarters (nnFilterMatch)
     mirrorings: bool = True  # whether strong views are mirrored (nnFilterMatch)
-    paste_share: Share = 0.5  # share of the steps that paste between labeled and unlabeled patches (ours)
+    paste_share: Share = 0.0  # share of the steps that paste between labeled and unlabeled patches (ours)
     cutmix_probability: Share = 0.5  # probability of a CutMix box, in the other steps (UniMatch)
     box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
-    channel_dropout: Share = 0.5  # dropout of encoder channels in the unlabeled stream (UniMatch)
+    channel_dropout: Share = 0.0  # dropout of encoder channels in the unlabeled stream (UniMatch)
 
 
 class PseudoLabels(NamedTuple):

@@ -93,7 +93,8 @@ def test_the_mirrored_pass_is_undone_for_every_draw() -> None:
 
 def test_thresholds_follow_each_class_up_to_the_common_one() -> None:
     task = Task(channels=3)
-    m = method(task, {"mirror_axes": (), "steps": 1000}, soft_weights=False, threshold=0.95)
+    own = {"mirror_axes": (), "steps": 1000}
+    m = method(task, own, soft_weights=False, threshold=0.95, adaptive_thresholds=True)
     p = torch.tensor([[0.98, 0.96, 0.70], [0.01, 0.02, 0.10], [0.01, 0.02, 0.20]])
     for row, c in ((0, 0.99), (1, 0.5), (2, 0.0)):  # as if seen: class 2 never
         m.confidence[row], m.observed[row] = c, 5 if c else 0
@@ -105,8 +106,7 @@ def test_thresholds_follow_each_class_up_to_the_common_one() -> None:
     m.after_step(task.batch(), 0.5)
     assert m.confidence[0].item() == pytest.approx(5 / 6 * 0.99 + 1 / 6 * 0.88)
     assert torch.equal(m.confidence[1:], before[1:]) and m.observed.tolist() == [6, 5, 0]
-    fixed = method(task, adaptive_thresholds=False)
-    assert fixed.class_thresholds().tolist() == pytest.approx([0.95] * 3)
+    assert method(task).class_thresholds().tolist() == pytest.approx([0.9] * 3)
 
 
 def test_images_labels_and_weights_move_together() -> None:
@@ -213,9 +213,9 @@ def test_pasted_patches_carry_the_labels_and_weights_they_came_with(
     assert terms["pseudo"].item() != 0  # one sample per rank suffices
 
 
-def test_half_of_the_steps_paste() -> None:
+def test_a_share_of_the_steps_pastes() -> None:
     task = Task(dim=2)
-    m, batch = method(task), task.batch()
+    m, batch = method(task, paste_share=0.5), task.batch()
     calls: list[str] = []
     m.pasted = lambda *args: calls.append("pasted")
     m.side_by_side = lambda *args: calls.append("side by side")

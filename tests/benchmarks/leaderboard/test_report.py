@@ -70,7 +70,7 @@ def content(row: Any, gain: float) -> dict[str, Any]:
         **{"metrics": means, "structures": ["organ", "lesion"], "cases": CASES, "per_case": table},
         "panel": {"case": "case_3", "aspect": 1.0},
         "curve": {"train_loss": [1.0, 0.5], "val_loss": [1.0, None], "pseudo_dice": [0.1, 0.2]},
-        "config": {"num_iterations_per_epoch": 3},
+        "config": {"general": {"num_iterations_per_epoch": 3}},
         "plan": {
             "spacing": [1.0, 1.0, 2.5],
             "patch_size": [16, 32, 32],
