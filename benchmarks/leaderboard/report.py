@@ -79,7 +79,10 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
     table = []
     for budget in suite.budgets:
         here: dict[str, list[Mapping[str, Any]]] = {}
-        for row in [*(r for r in finished if not r["bound"] and r["labeled"] == budget), *upper]:
+        own = [r for r in finished if not r["bound"] and r["labeled"] == budget]
+        if not own and len(upper) < len(finished):  # nothing to compare the bound with, but elsewhere
+            continue
+        for row in [*own, *upper]:
             here.setdefault(row["method"], []).append(row)
         for method, found in here.items():
             entry: dict[str, Any] = {
