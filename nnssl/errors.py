@@ -6,6 +6,8 @@ from __future__ import annotations
 import dis
 from types import TracebackType
 
+from nnssl.files import REMEDIES
+
 TOLD = (ValueError, RuntimeError, OSError, ImportError, AssertionError)
 OURS = ("nnssl", "nnssl_trainers")
 OUT_OF_MEMORY = "OutOfMemoryError"  # of PyTorch, by name: importing it takes seconds
@@ -23,6 +25,8 @@ def told_line(error: BaseException) -> str | None:
     if package == "nnunetv2":
         return " ".join(text.split())  # nnU-Net writes paragraphs
     named = isinstance(error, OSError) and error.filename is not None
+    if isinstance(error, OSError) and (remedy := REMEDIES.get(error.errno or 0)):
+        return text if remedy in text else f"{text}. {remedy}"
     if package in OURS or named or getattr(error, "told", False) or type(error).__name__ == OUT_OF_MEMORY:
         return text
     return None

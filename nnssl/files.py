@@ -7,6 +7,7 @@ process made it: what a killed one left is removed by the next that writes there
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -25,6 +26,12 @@ DAY = 24 * 3600  # seconds
 END_OF_ZIP, END_BYTES = b"PK\x05\x06", 22  # closes a zip file; its last two bytes: length of the comment
 CHECKSUM_BYTES = 40
 SCRATCH = re.compile(r"\.nnssl-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
+FREE, ALLOW = "Free space there and rerun", "Make it writable, or choose another folder"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), ALLOW),
+}
+PROBE = 1 << 20  # bytes
 Path = str | os.PathLike[str]
 
 
@@ -37,7 +44,7 @@ def replacing(path: Path) -> Iterator[str]:
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     try:
-        with scratch_folder(folder) as scratch:
+        with _scratch_folder(folder) as scratch:
             partial = os.path.join(scratch, name)
             yield partial
             move(partial, path)
@@ -46,14 +53,43 @@ def replacing(path: Path) -> Iterator[str]:
         if named and not any(SCRATCH.search(name) for name in named):
             raise  # another file's, e.g. the source of a copy
         reason = f"{error.strerror or error} (nothing was written; the previous file is unchanged)"
-        if error.errno is None:
-            raise OSError(f"{reason}: {path}") from error
-        raise OSError(error.errno, reason, path) from error
+        raise told(error, reason, path) from error
+
+
+def told(error: OSError, reason: str, path: str) -> OSError:
+    """The error with the path that the user knows, and what to do."""
+    if error.errno is None:
+        return OSError(f"{reason}: {path}")
+    remedy = REMEDIES.get(error.errno)
+    return OSError(error.errno, f"{reason}. {remedy}" if remedy else reason, path)
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[str]:
-    """A new folder of this process in `parent`, removed at the end; what killed ones left goes first."""
+    """A new folder of this process in `parent`, removed at the end; what killed ones left goes first.
+
+    OSError naming `parent` where nothing can be written there.
+    """
+    try:
+        with _scratch_folder(parent) as scratch:
+            yield scratch
+    except OSError as error:
+        inside = error.filename is None or SCRATCH.search(str(error.filename))
+        if error.errno not in REMEDIES or not inside:
+            raise
+        raise told(error, os.strerror(error.errno), os.path.abspath(parent)) from error
+
+
+def refuse_full(folder: Path) -> None:
+    """OSError where nothing can be written into `folder`: for libraries whose errors do not tell."""
+    with scratch_folder(folder) as scratch, open(os.path.join(scratch, "probe"), "wb") as stream:
+        stream.write(bytes(PROBE))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[str]:
     parent = os.path.abspath(parent)
     _tidy_once(parent)
     scratch = os.path.join(parent, f".nnssl-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")

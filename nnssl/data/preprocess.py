@@ -24,7 +24,7 @@ from nnssl.data.dataset_json import declared_labels
 from nnssl.data.freshness import Case, Target, checksum, judge, make_record, stale_reason, write_properties
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
-from nnssl.files import move, remove_leftovers, scratch_folder
+from nnssl.files import REMEDIES, move, refuse_full, remove_leftovers, scratch_folder
 
 Log = Callable[[str], None]
 
@@ -66,6 +66,9 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
     except SourceError as error:
         return f"{case.name}: {error}"
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in REMEDIES and error.filename not in case.sources:
+            raise  # the other cases would fail, too
+        refuse_full(scratch)  # blosc2 does not say why it cannot write
         detail = traceback.format_exc() if verbose else f"{type(error).__name__}: {error}"
         return f"{case.name}: could not be preprocessed from {', '.join(case.sources)}: {detail}"
     return ""
@@ -93,7 +96,8 @@ def bring_up_to_date(
     """Preprocess the cases that are missing or stale; returns how many there were.
 
     Every other case is finished before a failing one is reported, so nothing that could be done is left
-    undone. Raises ValueError naming the files and what to do, RuntimeError if a process died.
+    undone. Raises ValueError naming the files and what to do, RuntimeError if a process died, OSError where
+    the disk is full or read-only: finished cases are kept.
     """
     for folder in (target.folder, dirname(target.folder)):
         remove_leftovers(folder)

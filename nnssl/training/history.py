@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from nnssl.files import replacing, write_text
@@ -83,3 +84,13 @@ class History:
             with replacing(path) as partial:
                 figure.savefig(partial, dpi=90)
             plt.close(figure)
+
+
+def whole_plot(plot: Callable[[str], None]) -> Callable[[str], None]:
+    """nnU-Net's plot of its progress, which writes in place, as a file that is there whole or not at all."""
+
+    def plot_progress_png(output_folder: str) -> None:
+        with replacing(os.path.join(output_folder, "progress.png")) as partial:
+            plot(os.path.dirname(partial))
+
+    return plot_progress_png

@@ -64,7 +64,7 @@ from nnssl.training.checkpoint import (
     versions,
 )
 from nnssl.training.gradients import is_measured, term_gradients
-from nnssl.training.history import History
+from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.next_stage import (
@@ -118,6 +118,7 @@ class SemiTrainer(nnUNetTrainer):
             "initial_lr",
         ):
             setattr(self, key, getattr(self.general, key))
+        self.logger.plot_progress_png = whole_plot(self.logger.plot_progress_png)
         self.history = History()
         self.agreement: Agreement | None = None
         self._auto_axes: tuple[int, ...] | None = None

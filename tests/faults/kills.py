@@ -52,7 +52,7 @@ TRAINER, MODEL = "nnUNetTrainerMeanTeacher", "nnUNetTrainerMeanTeacher__nnUNetPl
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 DIFFERENT = re.compile(r"training_log|debug\.json|progress\.png")  # times and places
-TIMES = ("epoch_start_timestamps", "epoch_end_timestamps")
+VARYING = ("epoch_start_timestamps", "epoch_end_timestamps", "peak_memory")  # keys
 PATIENCE = 300  # seconds
 
 
@@ -188,7 +188,7 @@ def comparable(path: Path, folder: Path) -> Any:
     if path.suffix == ".pth":
         return plain(torch.load(path, weights_only=False))
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8").replace(str(folder), ""))
+        return plain(json.loads(path.read_text(encoding="utf-8").replace(str(folder), "")))
     if path.suffix == ".zip":
         return zipped(path)
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -208,7 +208,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in TIMES}
+        return {key: plain(item) for key, item in value.items() if key not in VARYING}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return "nan" if isinstance(value, float) and math.isnan(value) else value
