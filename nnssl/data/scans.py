@@ -31,6 +31,7 @@ FORMAT = 1
 SAMPLED = 1_000_000  # voxels per channel
 DISTINCT = 1000  # values are counted up to here
 SECONDS_BETWEEN_WRITES = 60
+QUEUED = 16  # files that wait for a process: thousands at once take memory
 PER_PROCESS = 8  # starting a process costs more than reading a few files
 
 ENOUGH = 10  # labeled cases; with fewer all factors count double
@@ -73,7 +74,7 @@ def measure(
     jobs = [(scan, reader, channels) for scan in scans if scan not in known]
     workers = min(num_processes or min(default_num_processes, usable_cores()), 1 + len(jobs) // PER_PROCESS)
     written = time.monotonic()
-    for scan, statistics in progress(unordered(_measure, jobs, workers)):
+    for scan, statistics in progress(unordered(_measure, jobs, workers, queued=QUEUED)):
         known[scan] = {**statistics, "stamps": stamps[scan]}
         if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
             _keep(others, known, keys, file)

@@ -85,6 +85,7 @@ class UnlabeledLoader(nnUNetDataLoader):
         views: ViewTransform,
     ) -> None:
         super().__init__(data, batch_size, initial_patch_size, patch_size, label_manager)
+        self.indices = np.array(data.identifiers)  # NumPy would make an array of a list for every draw
         self.has_ignore = False  # there are no annotated regions to prefer
         self.views = views
 

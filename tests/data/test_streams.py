@@ -57,6 +57,15 @@ def loader(
     )
 
 
+def test_a_draw_does_not_grow_with_the_number_of_cases_and_is_that_of_nnunet(folder: str) -> None:
+    drawn = loader(folder)
+    np.random.seed(3)
+    cases = drawn.get_indices()
+    np.random.seed(3)
+    assert list(np.random.choice(["case_0", "case_1", "case_2"], 4)) == list(cases)
+    assert isinstance(drawn.indices, np.ndarray)
+
+
 def test_a_batch_has_a_weak_view_and_k_strong_ones_per_case(folder: str) -> None:
     batch = next(loader(folder))
     assert batch["weak"].shape == (4, 1, *PATCH) and batch["weak"].dtype == torch.float32
