@@ -243,8 +243,9 @@ def _raw(
 ) -> Iterator[Finding]:
     """The raw dataset: images and label maps, and how many there are."""
     if not isfile(join(raw, "dataset.json")):
-        remedy = "The preprocessed data must then be complete"
-        yield Finding(WARNING, name, f"no raw dataset at {raw}", remedy=remedy)
+        if not isdir(raw):  # else told already
+            remedy = "The preprocessed data must then be complete"
+            yield Finding(WARNING, name, f"no raw dataset at {raw}", remedy=remedy)
         return
     findings, dataset_json = read_dataset_json(join(raw, "dataset.json"))
     if errors_of(findings):

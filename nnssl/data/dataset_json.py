@@ -275,7 +275,7 @@ def _entries(file: str, content: Content) -> Iterator[Finding]:
         ):
             yield Finding(ERROR, here, f"is {entry!r}"[:200], expected)
             continue
-        for path in (*images, label):
+        for path in dict.fromkeys((*images, label)):
             expanded = normpath(expandvars(path))
             # beside the dataset (../Dataset002_Other/...) is what nnU-Net documents, further up is not
             if not isabs(expanded) and expanded.split(os.sep)[:2] == ["..", ".."]:

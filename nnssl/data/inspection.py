@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from os.path import isdir, isfile, join
+from os.path import isdir, isfile, join, lexists
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -39,6 +39,7 @@ from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.files import read_json
 
 NNUNET_FOLDS = 5
+FOLD_KEYS = ("train", "val", "unlabeled")
 
 
 def inspect_files(
@@ -63,6 +64,14 @@ def inspect_files(
         if not errors_of(findings):
             sound = content
             yield from inspect_names(raw, content)
+            if not training_files(raw, content) and not isdir(join(preprocessed, "gt_segmentations")):
+                remedy = "Name the labeled images so, and their label maps in labelsTr"
+                expected = f"<case>_0000{content['file_ending']}, ..."
+                yield Finding(ERROR, join(raw, "imagesTr"), "no labeled case", expected, remedy)
+    elif isdir(raw):
+        near = [name for name in os.listdir(raw) if name.lower() == "dataset.json"]
+        remedy = f"Rename {near[0]}" if near else "Write it, or restore it"
+        yield Finding(ERROR, join(raw, "dataset.json"), "missing", remedy=remedy)
     if isfile(join(preprocessed, "dataset.json")) and not planning:
         findings, copy = read_dataset_json(join(preprocessed, "dataset.json"))
         if copy != content:  # the same errors need not be told twice
@@ -202,7 +211,11 @@ def inspect_split(
             yield Finding(ERROR, place, f"is {type(fold).__name__}", expected, "Repair or remove the file")
             continue
         wrong = False
-        for key in ("train", "val", "unlabeled"):
+        for key in sorted(fold.keys() - set(FOLD_KEYS)):
+            if near := difflib.get_close_matches(key.lower(), FOLD_KEYS, 1, 0.8):
+                remedy = f"Is {near[0]} meant? Rename it"
+                yield Finding(WARNING, f"{place}, key {key}", "not read", remedy=remedy)
+        for key in FOLD_KEYS:
             names = fold.get(key, [] if key == "unlabeled" else None)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 wrong = True
@@ -224,12 +237,13 @@ def few_cases(splits_file: str, number: int, level: str = ERROR) -> Finding:
         if number > 1
         else ""
     )
+    cases = f"{number} labeled cases are" if number > 1 else "one labeled case is"
     return Finding(
         level,
         splits_file,
-        f"absent, and {number} labeled cases are too few for the {NNUNET_FOLDS} folds that nnU-Net makes",
+        f"absent, and {cases} too few for the {NNUNET_FOLDS} folds that nnU-Net makes",
         "a split, or a training on all cases",
-        f"{several}fold all trains on every case",
+        f"{several}{'fold' if several else 'Fold'} all trains on every case",
     )
 
 
@@ -271,7 +285,8 @@ def inspect_preprocessed(folder: str) -> Iterator[Finding]:
         yield Finding(
             ERROR if mixed else WARNING,
             folder,
-            f"{len(old)} files of an nnU-Net before 2.6 ({old[0]}, ...)" + " among newer ones" * mixed,
+            f"{len(old)} file{'s' * (len(old) > 1)} of an nnU-Net before 2.6 ({old[0]}, ...)"
+            + " among newer ones" * mixed,
             ".b2nd files alone",
             "`nnssl plan-and-preprocess` sets them aside and preprocesses anew",
         )
@@ -320,7 +335,7 @@ def inspect_scans_of_training(
     """What a training asks of the raw dataset: its unlabeled scans. The labeled images serve to compare; what
     is wrong with them is a warning, for they are preprocessed already. No label map is opened."""
     yield from inspect_adoption(raw)
-    if not isdir(join(raw, "imagesUn")):
+    if not lexists(join(raw, "imagesUn")):
         return
     yield from inspect_unlabeled_names(raw, dataset_json)
     yield from inspect_spacing_files(raw, dataset_json)

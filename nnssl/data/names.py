@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from os.path import basename, isdir, isfile, islink, join
+from os.path import basename, isdir, isfile, islink, join, lexists
 from typing import Any
 
 from nnssl.data.dataset_json import inspect_case_name
@@ -45,12 +45,12 @@ def _folders(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
     """Folders whose names are nearly those that are read."""
     present = [name for name in os.listdir(raw) if isdir(join(raw, name))]
     for wanted in FOLDERS if "dataset" not in dataset_json else ("imagesUn",):
-        if wanted in present:
-            continue
         for name in sorted(set(present) - {*FOLDERS, "imagesTs", "labelsTs", "imagesVal", "labelsVal"}):
             letters = re.sub("[^a-z]", "", name.lower())
             near = difflib.SequenceMatcher(None, letters, wanted.lower()).ratio() > 0.85
-            if near or (wanted == "imagesUn" and ("unlab" in letters or letters.startswith("imagesun"))):
+            unlabeled = wanted == "imagesUn" and ("unlab" in letters or letters.startswith("imagesun"))
+            same = letters == wanted.lower()  # beside the right one an old copy is none of our business
+            if same or (wanted not in present and (near or unlabeled)):
                 yield Finding(
                     WARNING,
                     join(raw, name),
@@ -127,6 +127,9 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
 def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
     """imagesUn. Dangling links and folders that bear the name of a scan are not taken."""
     folder, ending = join(raw, "imagesUn"), dataset_json["file_ending"]
+    if lexists(folder) and not isdir(folder):
+        what = "a file" if isfile(folder) else "dangling link"
+        yield Finding(ERROR, folder, what, "a folder", "Correct or remove it")
     cases, odd = unlabeled_files(raw, dataset_json)
     example = f"<case>_0000{ending}"
     for name in odd:

@@ -138,7 +138,7 @@ class CheckedPlans(PlansManager):
 
             def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
                 read_seg = super().read_seg
-                label, properties = _read(lambda files: read_seg(files[0]), [file], False)
+                label, properties = _read(lambda files: read_seg(files[0]), [file], True)
                 if problem := _grid_problem(label, properties):
                     raise SourceError(f"{file}: {problem}. Repair or remove the case.")
                 if case.declared is not None and (problem := label_problem(np.unique(label), case.declared)):

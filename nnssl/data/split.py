@@ -26,7 +26,11 @@ def load_splits(splits_file: str) -> list[Fold]:
     splits = read_json(splits_file)
     try:
         keys = [(fold["train"], fold["val"], fold.get("unlabeled", [])) for fold in splits]
-        fine = isinstance(splits, list) and all(isinstance(cases, list) for fold in keys for cases in fold)
+        fine = isinstance(splits, list) and all(
+            isinstance(cases, list) and all(isinstance(case, str) for case in cases)
+            for fold in keys
+            for cases in fold
+        )
     except (KeyError, TypeError, AttributeError):
         fine = False
     if not fine:

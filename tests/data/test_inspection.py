@@ -233,6 +233,35 @@ def test_a_folder_of_nearly_the_right_name_is_pointed_out(tiny: Tiny, name: str)
     assert warning.startswith(f"{tiny.raw / name}: a folder that is not read. Is imagesUn meant?")
 
 
+@pytest.mark.parametrize(("link", "what"), [(True, "dangling link"), (False, "a file")])
+def test_imagesun_must_be_a_folder(tiny: Tiny, link: bool, what: str) -> None:
+    shutil.rmtree(tiny.raw / "imagesUn")
+    folder = tiny.raw / "imagesUn"
+    folder.symlink_to("gone") if link else folder.write_text("")
+    assert f"{folder}: {what}; expected a folder. Correct or remove it" in names(tiny, "error")
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    places = str(tiny.raw), str(tiny.preprocessed)
+    findings = inspect_scans_of_training(*places, tiny.dataset_json, plans, "3d_fullres")
+    assert any(what in finding.found for finding in findings)
+
+
+def test_a_dataset_without_labeled_cases_or_dataset_json_says_so(tiny: Tiny) -> None:
+    shutil.rmtree(tiny.raw / "imagesTr")
+    assert any(
+        "imagesTr: no labeled case; expected <case>_0000.nii.gz" in e for e in lines(files(tiny), "error")
+    )
+    (tiny.raw / "dataset.json").rename(tiny.raw / "Dataset.json")
+    (error,) = lines(files(tiny), "error")
+    assert error == f"{tiny.raw / 'dataset.json'}: missing. Rename Dataset.json"
+
+
+def test_beside_the_right_folder_only_another_spelling_of_it_is_pointed_out(tiny: Tiny) -> None:
+    for name in ("imagesUN", "imagesUn_old"):
+        (tiny.raw / name).mkdir()
+    (warning,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "warning")
+    assert warning.startswith(f"{tiny.raw / 'imagesUN'}: a folder that is not read. Is imagesUn meant?")
+
+
 def test_missing_labels_channels_and_odd_names_are_told_together(tiny: Tiny) -> None:
     (tiny.raw / "labelsTr" / "lab_02.nii.gz").unlink()
     (tiny.raw / "imagesTr" / "lab_03_0001.nii.gz").unlink()
@@ -336,6 +365,11 @@ def relabel(tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], case: str = 
         ),
         (lambda a: (a * 0.5).astype(np.float32), "error", "values 0.5 are no whole numbers"),
         (lambda a: np.zeros_like(a), "warning", "empty: all voxels are background"),
+        (
+            lambda a: np.where(a == 2, np.nan, a).astype(np.float32),
+            "error",
+            "NaN or infinite voxels",
+        ),
         (lambda a: a[1:], "error", "shape 9 x 28 x 26; expected 10 x 28 x 26, that of the image"),
     ],
 )
@@ -631,6 +665,7 @@ GOOD = {"train": CASES[:4], "val": CASES[4:5], "unlabeled": CASES[5:]}
         ({**GOOD, "unlabeled": ["c0"]}, "error", "c0 in unlabeled and in train"),
         ({**GOOD, "val": ["c0"]}, "warning", "c0 in train and in val"),
         ({**GOOD, "val": ["c4", "c4"]}, "warning", "key val: c4 twice"),
+        ({**GOOD, "unlabelled": ["c0"]}, "warning", "key unlabelled: not read. Is unlabeled meant?"),
         ([], "error", "fold 1: is list"),
     ],
 )
