@@ -18,7 +18,7 @@ from nnssl.data.raw import training_files
 from nnssl.data.structures import structures
 from nnssl.files import write_text
 from nnssl.metrics import CONFIDENCE, RESAMPLES
-from nnssl.report import html
+from nnssl.report import html, pictures
 from nnssl.report.charts import Chart, Dots, Row, draw
 from nnssl.report.curves import (
     acceptance_charts,
@@ -29,6 +29,7 @@ from nnssl.report.curves import (
 )
 from nnssl.report.html import Cell, Marked, Number
 from nnssl.report.panels import ERRORS, OUTLINES, Strip, case_strip, draw_strip
+from nnssl.report.pictures import teacher_charts
 from nnssl.report.runs import Run
 from nnssl.report.scores import METRICS, Key, Scores, read_image, read_labels, score_runs, truth_folder
 
@@ -328,9 +329,23 @@ class Report:
         return "".join(parts)
 
     def pseudo_labels(self) -> str:
-        charts = acceptance_charts(self.runs, self.styles)
-        draw(charts, self.folder / "report_accepted.png")
-        return html.charts(charts)
+        charts = [*acceptance_charts(self.runs, self.styles), *teacher_charts(self.runs)]
+        draw(charts, self.folder / "report_pseudo_labels.png")
+        parts = [html.charts(charts)]
+        strips = [strip for run in self.runs for strip in pictures.strips(run, self.runs)]
+        if strips:
+            text = (
+                "What the deployed network called the middle of a few unlabeled scans, over the training. "
+                "Confidence from dark blue (0.5 or less) to yellow (1). Accepted: voxels whose pseudo-label "
+                "would teach, in the structure's color, of the background in blue."
+            )
+            names = structures(self.runs[0].dataset_json)
+            colors = {name: OUTLINES[i % len(OUTLINES)] for i, name in enumerate(names)}
+            parts += [html.paragraph(text, "soft"), html.boxes(colors | {"background": pictures.ACCEPTED})]
+        for number, strip in enumerate(strips, 1):
+            parts.append(html.strip(strip))
+            draw_strip(strip, self.folder / f"report_pseudo_labels_{number}.png")
+        return "".join(parts)
 
     # figures of the runs
 

@@ -75,6 +75,7 @@ from nnssl.training.next_stage import (
     unusable_predictions,
 )
 from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.pictures import Pictures
 from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
 from nnssl.training.record import facts, write_record
@@ -128,6 +129,7 @@ class SemiTrainer(nnUNetTrainer):
         self._bar: tqdm | None = None
         self._announced = ""
         self._facts: dict[str, Any] = {}
+        self._pictures: Pictures | None = None
 
     # construction
 
@@ -409,8 +411,7 @@ class SemiTrainer(nnUNetTrainer):
         super().on_train_start()
         self._check_classes()
         if self.local_rank == 0:
-            self._facts = facts(self)
-            write_record(self, self._facts)
+            self._begin_record()
         if self._resumed is None:  # pretrained weights, if any, are in self.network by now
             if self.network is not self.method.student:
                 copy_weights(self.method.student, self.network)
@@ -418,6 +419,17 @@ class SemiTrainer(nnUNetTrainer):
         else:
             restore_rng(self._resumed["rng"], self.local_rank)  # after the loaders drew their first batches
             self._resumed = None
+
+    def _begin_record(self) -> None:
+        """What `nnssl report` reads, from here on after every epoch."""
+        self._facts = facts(self)
+        write_record(self, self._facts)
+        if not (self.method_class.needs_unlabeled and self.general.pseudo_label_pictures):
+            return
+        if self.is_cascaded:  # a view would need the previous stage's segmentation of it
+            self.print_to_log_file("pseudo_label_pictures: none are taken in a cascade")
+            return
+        self._pictures = Pictures(self, self.general.pseudo_label_pictures)
 
     def _check_classes(self) -> None:
         cases, val = self.do_split()
@@ -545,6 +557,9 @@ class SemiTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             self.history.write(self.output_folder)
             write_record(self, self._facts)
+            epoch = self.current_epoch - 1
+            if self._pictures is not None and epoch in self._pictures.epochs:
+                self._pictures.take(epoch)
 
     def on_train_end(self) -> None:
         super().on_train_end()
