@@ -153,7 +153,7 @@ class Demo:
         """Train on CPU"""
         goes_on = ["--c"] if any((self.model / "fold_all").glob("checkpoint_*.pth")) else []
         trainer = ["-tr", self.settings["trainer"], "-device", "cpu", *goes_on]
-        bar = (r"Epoch time", self.settings["epochs"], "epoch")
+        bar = (r"Epoch \d+ \(", self.settings["epochs"], "epoch")
         self.command(
             "train",
             "nnUNetv2_train",
@@ -321,7 +321,7 @@ class Demo:
                     file.write(line)
                     file.flush()
                     lines = [*lines[-19:], line]
-                    if resumed := re.search(r"Epoch (\d+)\s*$", line) if unit == "epoch" else None:
+                    if resumed := re.search(r"Epoch (\d+) \(", line) if unit == "epoch" else None:
                         shown.update(int(resumed[1]) - shown.n)
                     if re.search(pattern, line):
                         shown.update()

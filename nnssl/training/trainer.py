@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -63,6 +64,7 @@ from nnssl.training.checkpoint import (
     restore_buffers,
     versions,
 )
+from nnssl.training.console import epoch_line, start_block
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
@@ -96,6 +98,7 @@ class SemiTrainer(nnUNetTrainer):
     """
 
     method_class: ClassVar[type[SemiMethod]]
+    _loud = True  # whether print_to_log_file prints, too
 
     network: Any  # the deployed network, with encoder and decoder; it, method and step: from initialize on
     method: SemiMethod
@@ -424,6 +427,7 @@ class SemiTrainer(nnUNetTrainer):
         """What `nnssl report` reads, from here on after every epoch."""
         self._facts = facts(self)
         write_record(self, self._facts)
+        self.print_to_log_file(start_block(self._facts), add_timestamp=False)
         if not (self.method_class.needs_unlabeled and self.general.pseudo_label_pictures):
             return
         if self.is_cascaded:  # a view would need the previous stage's segmentation of it
@@ -453,7 +457,8 @@ class SemiTrainer(nnUNetTrainer):
     # the step
 
     def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
+        with self._in_the_log_alone():
+            super().on_train_epoch_start()
         self.method.train()
         self._iteration = self.step.skipped = 0
         if (line := self.method.announce(self.progress())) != self._announced:
@@ -463,6 +468,53 @@ class SemiTrainer(nnUNetTrainer):
             self._bar = tqdm(
                 total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False
             )
+
+    def print_to_log_file(
+        self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
+    ) -> None:
+        super().print_to_log_file(
+            *args, also_print_to_console=also_print_to_console and self._loud, add_timestamp=add_timestamp
+        )
+
+    @contextmanager
+    def _in_the_log_alone(self) -> Iterator[None]:
+        """nnU-Net's lines inside go into the log file and not to the console."""
+        self._loud = False
+        try:
+            yield
+        finally:
+            self._loud = True
+
+    def print_plans(self) -> None:
+        with self._in_the_log_alone():
+            super().print_plans()
+
+    def _say_epoch(self) -> None:
+        logged = {
+            key: self.logger.get_value(key, None)
+            for key in (
+                "val_losses",
+                "dice_per_class_or_region",
+                "epoch_start_timestamps",
+                "epoch_end_timestamps",
+            )
+        }
+        ends, starts = logged["epoch_end_timestamps"], logged["epoch_start_timestamps"]
+        line = epoch_line(
+            self.current_epoch - 1,
+            self.num_epochs,
+            self.history.rows[-1],
+            float(logged["val_losses"][-1]),
+            dict(
+                zip(
+                    structures(self.dataset_json),
+                    map(float, logged["dice_per_class_or_region"][-1]),
+                    strict=True,
+                )
+            ),
+            [end - start for start, end in zip(starts, ends, strict=True)],
+        )
+        self.print_to_log_file(line)
 
     def _class_names(self) -> list[str]:
         """Of `LabelSpace.classes`."""
@@ -546,15 +598,17 @@ class SemiTrainer(nnUNetTrainer):
                 called = means[f"called/{name}"]
                 means[f"accepted/{name}"] = means[f"accepted/{name}"] / called if called else float("nan")
         self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
-        self.print_to_log_file(self.history.describe())
+        self.print_to_log_file(self.history.describe(), also_print_to_console=False)
         if self.step.skipped:
             self.print_to_log_file(
                 f"WARNING: {self.step.skipped} steps of this epoch were skipped: their loss was not finite"
             )
 
     def on_epoch_end(self) -> None:
-        super().on_epoch_end()
+        with self._in_the_log_alone():
+            super().on_epoch_end()
         if self.local_rank == 0:
+            self._say_epoch()
             self.history.write(self.output_folder)
             write_record(self, self._facts)
             epoch = self.current_epoch - 1

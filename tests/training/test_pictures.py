@@ -49,7 +49,10 @@ def test_pictures_change_no_loss_and_end_up_in_the_report(
     for name, times in (("Without", 0), ("With", 2)):
         place.plan(name, **{**SHORT, "pseudo_label_pictures": times})
         trained[name] = run(place.trainer("nnUNetTrainerSemi", plans=name))
-    assert losses(trained["With"]) == losses(trained["Without"])  # to the last digit that is written
+    tables = [(Path(t.output_folder) / "losses.csv").read_bytes() for t in trained.values()]
+    assert tables[0] == tables[1]
+    weights = [t.network.state_dict() for t in trained.values()]
+    assert all(bool((weights[0][key] == value).all()) for key, value in weights[1].items())
     assert trained["With"].logger.get_value("val_losses", None) == trained["Without"].logger.get_value(
         "val_losses", None
     )
@@ -75,9 +78,12 @@ def test_pictures_change_no_loss_and_end_up_in_the_report(
     assert 0 <= row["accepted/background"] <= 1 and 0 <= row["called/background"] <= 1
     assert row["loss/supervised"] == record["logging"]["train_losses"][-1]
 
+    console = capsys.readouterr().out
+    assert console.count("Epoch 1 (2 of 2): supervised") == 2 and "not the default: num_epochs 2" in console
+    assert "train_loss" not in console and "train_loss" in Path(trained["With"].log_file).read_text()
+
     out = place.results.parent / "report"
     assert main(["--traceback", "report", trained["With"].output_folder, "-o", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "student and teacher" in page and page.count("epoch 1</th>") == len(scans["names"])
     assert (out / "report_pseudo_labels_1.png").is_file()
-    capsys.readouterr()

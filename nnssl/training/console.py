@@ -1,0 +1,80 @@
+"""What the console says: one block at the start and one line per epoch. nnU-Net's own lines, which say the
+same at greater length, go into the log file alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def start_block(known: Mapping[str, Any]) -> str:
+    """From the facts of `nnssl.training.record`."""
+    cases, changed = known["cases"], []
+    for name in known["changed"]:
+        section, _, key = name.rpartition(".")
+        changed.append(f"{name} {known['config'][section][key]}")
+    counts = [f"{cases[kind]} {kind}" for kind in ("labeled", "unlabeled", "validation")]
+    edges = " x ".join(map(str, known["patch_size"]))
+    lines = [
+        f"{known['dataset']}, {known['configuration']}, fold {known['fold']}, {known['trainer']}",
+        f"cases: {', '.join(counts)}; structures: {', '.join(known['classes'])}",
+        f"{known['network']}, patch {edges}, batch {known['batch_size']}, {known['num_epochs']} epochs",
+        f"device: {known['device']}, {known['precision']}",
+        f"not the default: {', '.join(changed) or 'nothing'}",
+    ]
+    return "\n".join(f"  {line}" for line in ["", *lines, ""])
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    row: Mapping[str, Any],
+    validation_loss: float,
+    dice: Mapping[str, float],
+    seconds: Sequence[float],
+) -> str:
+    """One epoch in one line.
+
+    Args:
+        row: of the history; validation_loss: supervised, as the term `supervised` is.
+        dice: by structure; seconds: of all epochs so far.
+    """
+    terms = [key.removeprefix("loss/") for key in row if key.startswith("loss/")]
+    losses = []
+    for term in terms:
+        weight = row[f"weight/{term}"]
+        times = "" if weight == 1 else f" x {weight:.3g}"
+        losses.append(f"{term} {row[f'loss/{term}']:.4f}{times}")
+        if term == "supervised":
+            losses.append(f"in validation {validation_loss:.4f}")
+    if "supervised" not in terms:
+        losses.append(f"validation {validation_loss:.4f}")
+    parts = [", ".join(losses)]
+    share = accepted_share(row)
+    if share is not None:
+        parts.append(f"accepted {100 * share:.0f} %")
+    parts.append("Dice " + ", ".join(f"{name} {value:.3f}" for name, value in dice.items()))
+    left = (epochs - epoch - 1) * statistics.median(seconds[-10:]) if seconds else math.nan
+    parts.append(f"{seconds[-1]:.1f} s, {duration(left)} left" if seconds else "")
+    return f"Epoch {epoch} ({epoch + 1} of {epochs}): {'; '.join(parts)}"
+
+
+def accepted_share(row: Mapping[str, Any]) -> float | None:
+    """Of the unlabeled voxels called any structure, the share that teaches; None where nothing is counted."""
+    names = [key.removeprefix("accepted/") for key in row if key.startswith("accepted/")]
+    found = [(row[f"accepted/{name}"], row[f"called/{name}"]) for name in names if name != "background"]
+    found = [(accepted, called) for accepted, called in found if math.isfinite(accepted)]
+    called = sum(c for _, c in found)
+    return sum(a * c for a, c in found) / called if called else None
+
+
+def duration(seconds: float) -> str:
+    """1 h 05 min, 12 min, 40 s."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from nnssl.training.console import accepted_share, duration, epoch_line, start_block
+
+ROW: dict[str, Any] = {
+    "epoch": 3,
+    "loss/supervised": 0.25,
+    "loss/pseudo": 0.5,
+    "weight/supervised": 1.0,
+    "weight/pseudo": 0.125,
+    "accepted/background": 1.0,
+    "called/background": 0.9,
+    "accepted/a": 0.5,
+    "called/a": 0.09,
+    "accepted/b": 1.0,
+    "called/b": 0.01,
+}
+
+
+def test_an_epoch_is_one_line() -> None:
+    assert epoch_line(3, 20, ROW, 0.75, {"a": 0.5, "b": math.nan}, [70.0, 10.0, 12.0, 10.0]) == (
+        "Epoch 3 (4 of 20): supervised 0.2500, in validation 0.7500, pseudo 0.5000 x 0.125; accepted 55 %; "
+        "Dice a 0.500, b nan; 10.0 s, 3 min left"
+    )
+
+
+def test_a_method_without_a_supervised_term_of_its_own() -> None:
+    row = {"loss/joint": 0.5, "weight/joint": 1.0}
+    line = epoch_line(0, 1, row, 0.25, {"a": 1.0}, [5.0])
+    assert line == "Epoch 0 (1 of 1): joint 0.5000, validation 0.2500; Dice a 1.000; 5.0 s, 0 s left"
+
+
+def test_the_accepted_share_is_that_of_the_structures_voxels() -> None:
+    assert accepted_share(ROW) == pytest.approx((0.5 * 0.09 + 0.01) / 0.1)
+    assert accepted_share({"loss/supervised": 1.0}) is None
+    assert accepted_share({"accepted/a": math.nan, "called/a": 0.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(40, "40 s"), (725, "12 min"), (3900, "1 h 05 min"), (3599, "1 h 00 min"), (math.nan, "unknown time")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_block_at_the_start_names_what_is_not_the_default() -> None:
+    known = {
+        "dataset": "Dataset501_LeftAtrium",
+        "configuration": "3d_fullres",
+        "fold": 0,
+        "trainer": "nnUNetTrainerSemi",
+        "cases": {"labeled": 4, "unlabeled": 56, "validation": 20},
+        "classes": ["atrium"],
+        "network": "PlainConvUNet",
+        "patch_size": [80, 112, 112],
+        "batch_size": 2,
+        "num_epochs": 100,
+        "device": "cpu (x86_64, 1 thread)",
+        "precision": "float32",
+        "changed": ["num_epochs", "Semi.threshold"],
+        "config": {"": {"num_epochs": 100}, "Semi": {"threshold": 0.9}},
+    }
+    block = start_block(known)
+    assert "4 labeled, 56 unlabeled, 20 validation; structures: atrium" in block
+    assert "patch 80 x 112 x 112, batch 2, 100 epochs" in block
+    assert "not the default: num_epochs 100, Semi.threshold 0.9" in block
+    assert "not the default: nothing" in start_block({**known, "changed": []})
