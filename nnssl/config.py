@@ -120,7 +120,7 @@ class GeneralConfig(Config):
     # measured, a backward pass each (`gradient/...` in losses.csv); 0: none
     term_gradients: Annotated[int, Range(0, 1_000_000)] = 0
     # how often, spread evenly over the training, pseudo-labels of a few unlabeled scans are saved for `nnssl
-    # report`; less often where that would cost more than half a per cent of the passes; 0: never (ours)
+    # report`; less often where that would cost more than 0.3 % of the passes; 0: never (ours)
     pseudo_label_pictures: Annotated[int, Range(0, 1000)] = 10
 
 

@@ -181,9 +181,10 @@ class SemiMethod(nn.Module):
 
         pseudo: (U, K, S) zeros and ones; weight: (U, 1, S), above 0 where they teach.
         """
-        member = self.labels.classes(pseudo).flatten(1)
-        taught = member & (weight > 0).flatten()
-        self.acceptance = torch.stack([m.float().mean(1) for m in (taught, member)])
+        with torch.autocast(pseudo.device.type, enabled=False):
+            member = self.labels.classes(pseudo).flatten(1).float()
+            taught = member @ (weight > 0).flatten().float()
+        self.acceptance = torch.stack([taught, member.sum(1)]) / member.shape[1]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over dim 1, or sigmoid per region; float32, with gradient."""

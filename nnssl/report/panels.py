@@ -90,9 +90,13 @@ def colored(image: np.ndarray) -> np.ndarray:
 
 
 def draw_outlines(base: np.ndarray, labels: np.ndarray, found: Structures) -> np.ndarray:
-    """Outlines of the structures of (H, W) on (H, W, 3), in place."""
-    for i, values in enumerate(found.values()):
-        paint(base, outline(mask_of(labels, values)), OUTLINES[i % len(OUTLINES)])
+    """Outlines of the structures of (H, W) on (H, W, 3), in place, with a dark rim: bright tissue and print
+    have no color to tell them by."""
+    masks = [mask_of(labels, values) for values in found.values()]
+    for mask in masks:
+        paint(base, outline(mask, 3), "#000000", 0.7)
+    for i, mask in enumerate(masks):
+        paint(base, outline(mask), OUTLINES[i % len(OUTLINES)])
     return base
 
 

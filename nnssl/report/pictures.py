@@ -45,7 +45,7 @@ def strips(run: Run, runs: Sequence[Run]) -> list[Strip]:
         last = moments[max(moments)][f"label_{i}"]
         z = int((last > 0).sum((1, 2)).argmax()) if last.any() else len(last) // 2
         image = scans[f"image_{i}"][z] / 255
-        enlarge = Enlarge(image.shape, scans["spacing"])
+        enlarge = Enlarge(image.shape, scans["spacing"].tolist())
         base = enlarge.image(image)
         rows: dict[str, list[Panel]] = {"pseudo-label": [], "confidence": [], "accepted": []}
         for epoch, arrays in moments.items():
