@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -490,28 +491,17 @@ class SemiTrainer(nnUNetTrainer):
             super().print_plans()
 
     def _say_epoch(self) -> None:
-        logged = {
-            key: self.logger.get_value(key, None)
-            for key in (
-                "val_losses",
-                "dice_per_class_or_region",
-                "epoch_start_timestamps",
-                "epoch_end_timestamps",
-            )
-        }
-        ends, starts = logged["epoch_end_timestamps"], logged["epoch_start_timestamps"]
+        """The line of an epoch that ends now, before a checkpoint is written."""
+        logger, done = self.logger, self.current_epoch
+        starts = logger.get_value("epoch_start_timestamps", None)[: done + 1]
+        ends = [*logger.get_value("epoch_end_timestamps", None)[:done], time.time()]
+        dice = map(float, logger.get_value("dice_per_class_or_region", -1))
         line = epoch_line(
-            self.current_epoch - 1,
+            done,
             self.num_epochs,
             self.history.rows[-1],
-            float(logged["val_losses"][-1]),
-            dict(
-                zip(
-                    structures(self.dataset_json),
-                    map(float, logged["dice_per_class_or_region"][-1]),
-                    strict=True,
-                )
-            ),
+            float(logger.get_value("val_losses", -1)),
+            dict(zip(structures(self.dataset_json), dice, strict=True)),
             [end - start for start, end in zip(starts, ends, strict=True)],
         )
         self.print_to_log_file(line)
@@ -605,10 +595,11 @@ class SemiTrainer(nnUNetTrainer):
             )
 
     def on_epoch_end(self) -> None:
+        if self.local_rank == 0:
+            self._say_epoch()
         with self._in_the_log_alone():
             super().on_epoch_end()
         if self.local_rank == 0:
-            self._say_epoch()
             self.history.write(self.output_folder)
             write_record(self, self._facts)
             epoch = self.current_epoch - 1
