@@ -92,7 +92,7 @@ def refuse_full(folder: Path) -> None:
 def _scratch_folder(parent: Path) -> Iterator[str]:
     parent = os.path.abspath(parent)
     _tidy_once(parent)
-    scratch = os.path.join(parent, f".nnssl-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    scratch = os.path.join(parent, f".nnssl-{host_id()}-{os.getpid()}-{secrets.token_hex(4)}")
     os.mkdir(scratch)
     try:
         yield scratch
@@ -222,7 +222,7 @@ def remove_leftovers(folder: Path) -> None:
             match = SCRATCH.fullmatch(entry.name)
             if not match or not entry.is_dir(follow_symlinks=False):
                 continue
-            lives = _lives(int(match["pid"])) if match["host"] == _host() else None
+            lives = is_alive(int(match["pid"])) if match["host"] == host_id() else None
             if lives is None:
                 lives = time.time() - entry.stat(follow_symlinks=False).st_mtime < DAY
             if not lives:
@@ -236,7 +236,7 @@ def _tidy_once(folder: str) -> None:
 
 
 @functools.cache
-def _host() -> str:
+def host_id() -> str:
     """Where process numbers mean the same: this computer, or this container on it."""
     try:
         space = os.readlink("/proc/self/ns/pid")
@@ -245,7 +245,7 @@ def _host() -> str:
     return hashlib.blake2b(f"{platform.node()} {space}".encode(), digest_size=4).hexdigest()
 
 
-def _lives(pid: int) -> bool | None:
+def is_alive(pid: int) -> bool | None:
     """Whether a process of this host is there; None on Windows, where asking would end it."""
     if os.name == "nt":
         return None

@@ -82,7 +82,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_what_a_living_on
 
 def test_leftovers_of_other_hosts_go_after_a_day_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     old, young = tmp_path / ".nnssl-00000000-1-0123abcd", tmp_path / ".nnssl-00000000-2-0123abcd"
-    mine = tmp_path / f".nnssl-{files._host()}-{os.getpid()}-0123abcd"
+    mine = tmp_path / f".nnssl-{files.host_id()}-{os.getpid()}-0123abcd"
     others = [tmp_path / name for name in (".tmp-1", ".nnssl-export", "nnssl-00000000-1-0123abcd")]
     for folder in (old, young, mine, *others):
         folder.mkdir()

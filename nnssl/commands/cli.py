@@ -4,13 +4,13 @@ them."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from nnssl.commands.environment import version_line
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.errors import told_line
+from nnssl.interruption import STATUS, Terminated, interruptible
 from nnssl.training.arguments import add_arguments
 from nnssl.training.lookup import check_numbers
 
@@ -25,18 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args([argument for argument in given if argument != "--traceback"])
     try:
         check_numbers()
-        return args.run(args) or 0
-    except KeyboardInterrupt:
+        with interruptible():
+            return args.run(args) or 0
+    except (KeyboardInterrupt, Terminated) as stop:
         if traceback:
             raise
-        print(f"nnssl {args.command}: interrupted. Rerun to resume.", file=sys.stderr)
-        return 130
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        if not getattr(stop, "told", False):
+            what = "interrupted" if interrupted else "terminated"
+            print(f"nnssl {args.command}: {what}. Rerun to resume.", file=sys.stderr)
+        return 130 if interrupted else STATUS
     except Exception as error:
         line = told_line(error)
         if traceback or (line is None and args.command == "train"):  # nobody repeats a training for it
             raise
-        if args.command != "train" or os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks fail alike
-            print(f"nnssl {args.command}: error: {line or _unforeseen(error)}", file=sys.stderr)
+        print(f"nnssl {args.command}: error: {line or _unforeseen(error)}", file=sys.stderr)
         return 1
 
 

@@ -11,6 +11,7 @@ import argparse
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import isfile, join
@@ -18,6 +19,7 @@ from typing import Any
 
 from nnssl.data.findings import WARNING, raise_errors
 from nnssl.errors import told_line
+from nnssl.interruption import Terminated, interruptible
 from nnssl.training.arguments import FINAL, check_data, check_names
 from nnssl.training.lookup import trainer_paths
 
@@ -26,18 +28,30 @@ def train(args: argparse.Namespace) -> int:
     """Carry out the command in this process, or in `-num_gpus` of them."""
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(trainer_paths())
     rank, ranks = _place()
-    if ranks > 1 and args.num_gpus > 1:
-        raise ValueError(
-            f"-num_gpus {args.num_gpus}: torchrun started {ranks} processes. Leave -num_gpus out."
-        )
-    dataset, plans = check_names(args)
-    _inspect(args, dataset, rank == 0)
-    check_data(args, dataset, plans, max(ranks, args.num_gpus))
-    args.dataset_name_or_id = dataset
-    if args.num_gpus > 1:
-        return _spawn(args)
-    _train(args)
+    alike = True  # whatever is wrong is wrong in every process of this computer
+    try:
+        if ranks > 1 and args.num_gpus > 1:
+            raise ValueError(f"-num_gpus {args.num_gpus}: leave it out, torchrun started {ranks} processes.")
+        dataset, plans = check_names(args)
+        _inspect(args, dataset, rank == 0)
+        check_data(args, dataset, plans, max(ranks, args.num_gpus))
+        args.dataset_name_or_id = dataset
+        alike = False
+        if args.num_gpus > 1:
+            return _spawn(args)
+        _train(args)
+    except Exception as error:
+        told_by_another = os.environ.get("LOCAL_RANK", "0") != "0" if alike else _is_relayed(error)
+        if told_by_another and told_line(error):
+            return 1
+        raise
     return 0
+
+
+def _is_relayed(error: Exception) -> bool:
+    from nnssl.data.streams import FailedElsewhere
+
+    return isinstance(error, FailedElsewhere)
 
 
 def _place() -> tuple[int, int]:
@@ -137,28 +151,29 @@ def load_weights(trainer: Any, file: str) -> None:
 
 
 def _spawn(args: argparse.Namespace) -> int:
-    """A process per GPU; the first that fails ends the others."""
+    """A process per GPU; the first that fails ends the others, and its message is told."""
     import torch.multiprocessing as mp
 
     with socket.socket() as free:
         free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    processes = mp.get_context("spawn")
-    ranks = [
-        processes.Process(target=_rank, args=(rank, args, os.environ.get("MASTER_PORT", port)))
-        for rank in range(args.num_gpus)
-    ]
+        port = os.environ.get("MASTER_PORT", str(free.getsockname()[1]))
+    spawn = mp.get_context("spawn")
+    messages = spawn.SimpleQueue()
+    ranks = [spawn.Process(target=_rank, args=(rank, args, port, messages)) for rank in range(args.num_gpus)]
     try:
         for process in ranks:
             process.start()
-        pending = list(ranks)
-        while pending:
-            pending[0].join(0.2)
-            failed = [process for process in ranks if process.exitcode not in (None, 0)]
-            if failed:
-                return 1
-            pending = [process for process in pending if process.is_alive()]
-        return 0
+        while all(process.exitcode in (None, 0) for process in ranks):
+            if all(process.exitcode == 0 for process in ranks):
+                return 0
+            ranks[0].join(0.2)
+            time.sleep(0.05)
+        if not messages.empty():
+            print(f"nnssl train: error: {messages.get()}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        stop.told = True  # type: ignore[union-attr]
+        raise
     finally:
         for process in ranks:
             if process.is_alive():
@@ -168,15 +183,16 @@ def _spawn(args: argparse.Namespace) -> int:
                 process.join()
 
 
-def _rank(rank: int, args: argparse.Namespace, port: str) -> None:
+def _rank(rank: int, args: argparse.Namespace, port: str, messages: Any) -> None:
     """One process of several on this computer."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.num_gpus, "MASTER_PORT": port}
     os.environ |= {**{key: str(value) for key, value in places.items()}, "MASTER_ADDR": "localhost"}
     try:
-        _train(args)
+        with interruptible():
+            _train(args)
     except Exception as error:
         if (line := told_line(error)) is None:
             raise
-        if rank == 0:
-            print(f"nnssl train: error: {line}", file=sys.stderr)
+        if not _is_relayed(error):
+            messages.put(line)
         sys.exit(1)

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from nnssl.data.intact import Checked
 from nnssl.data.unlabeled import ensure_unlabeled
 from nnssl.data.views import RepeatableMorphology, RepeatableRemoval, ViewTransform, nonzero_channels
+from nnssl.errors import told_line
 
 
 class UnlabeledDataset:
@@ -201,6 +202,30 @@ def wait_for_all() -> None:
         dist.barrier(group)
 
 
+class FailedElsewhere(RuntimeError):
+    """The error of another process, which tells it itself."""
+
+
+def on_first_rank(act: Callable[[], Any]) -> None:
+    """Rank 0 acts while the others wait; what it raises ends all of them."""
+    rank, size = world()
+    if size == 1:
+        act()
+        return
+    failed: Exception | None = None
+    if rank == 0:
+        try:
+            act()
+        except Exception as error:
+            failed = error
+    told = [None if failed is None else told_line(failed) or repr(failed)]
+    dist.broadcast_object_list(told, src=0, group=patient_group())
+    if failed is not None:
+        raise failed
+    if told[0] is not None:
+        raise FailedElsewhere(f"rank 0: {told[0]}")
+
+
 def prepare_unlabeled(
     plans_manager: Any,
     configuration: str,
@@ -214,11 +239,16 @@ def prepare_unlabeled(
     cases: list[str] = []
     # a group of its own: nnU-Net's gives up waiting after 10 minutes, which preprocessing may well take
     group = patient_group()
-    for turn in range(size):
+
+    def prepare() -> None:
+        nonlocal cases
+        cases = ensure_unlabeled(plans_manager, configuration, dataset_json, hidden, log=log)
+
+    on_first_rank(prepare)
+    for turn in range(1, size):
         if turn == rank:
-            cases = ensure_unlabeled(plans_manager, configuration, dataset_json, hidden, log=log)
-        if size > 1:
-            dist.barrier(group)
+            prepare()
+        dist.barrier(group)
     if not cases:
         raise RuntimeError(
             f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in "

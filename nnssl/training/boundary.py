@@ -30,7 +30,8 @@ def watch() -> None:
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if isinstance(error, KeyboardInterrupt):
-        print("nnUNetv2_train: interrupted.", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print("nnUNetv2_train: interrupted.", file=sys.stderr)
         return
     line = (None if _was_training(traceback) else _mistake(sys.argv[1:])) or told_line(error)
     if line is None:

@@ -4,7 +4,7 @@ own, versions."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,20 @@ def complete_best(path: str, ema: Sequence[float]) -> None:
 
 def _epochs(path: str) -> int:
     return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["current_epoch"])
+
+
+def how_to_resume(folder: str, epochs: Mapping[str, int], disabled: bool) -> str:
+    """What a user whose training was stopped should do.
+
+    epochs  {checkpoint of this training: the epoch it resumes at}
+    """
+    taken = next((name for name in NAMES if os.path.isfile(os.path.join(folder, name))), None)
+    if taken is not None and taken in epochs:
+        return f"rerun with --c to resume at epoch {epochs[taken]} ({taken})"
+    reason = "checkpointing is disabled" if disabled else "there is no checkpoint yet"
+    if taken is not None:
+        reason += f", and {os.path.join(folder, taken)}, which --c would take, is of an earlier training"
+    return f"{reason}; rerun without --c to start anew"
 
 
 def versions() -> dict[str, str]:

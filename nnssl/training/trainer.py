@@ -36,6 +36,7 @@ from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
     make_repeatable,
+    on_first_rank,
     prepare_unlabeled,
     share_of_batch,
     unlabeled_stream,
@@ -46,6 +47,7 @@ from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
 from nnssl.ema import copy_weights
 from nnssl.files import read_json, remove_leftovers, save_torch, write_json
+from nnssl.interruption import Terminated, interruptible
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
 from nnssl.methods import known_methods
@@ -57,6 +59,7 @@ from nnssl.training.checkpoint import (
     complete_best,
     from_all_ranks,
     highest,
+    how_to_resume,
     load_method,
     method_state,
     own_buffers,
@@ -69,6 +72,7 @@ from nnssl.training.console import epoch_line, start_block
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
+from nnssl.training.lock import TrainingLock
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.next_stage import (
     fingerprint_of,
@@ -113,6 +117,8 @@ class SemiTrainer(nnUNetTrainer):
         self.general, self.method_config = self._configs(plans)
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            self._place_rank(device)
         refuse_blocked(self.output_folder)
         remove_leftovers(self.output_folder)
         for key in (
@@ -134,8 +140,17 @@ class SemiTrainer(nnUNetTrainer):
         self._announced = ""
         self._facts: dict[str, Any] = {}
         self._pictures: Pictures | None = None
+        self._lock: TrainingLock | None = None
+        self._epochs_in: dict[str, int] = {}  # checkpoints of this run
 
     # construction
+
+    def _place_rank(self, device: torch.device) -> None:
+        """The device of this rank, which nnU-Net takes for the only node's GPU of the same number."""
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", str(self.local_rank))))
+        else:
+            self.device, self.grad_scaler = device, None
 
     @classmethod
     def _configs(cls, plans: dict) -> tuple[Any, Any]:
@@ -216,7 +231,9 @@ class SemiTrainer(nnUNetTrainer):
         if self.is_ddp:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
             self._forward = DistributedDataParallel(
-                self.method, device_ids=[self.local_rank], broadcast_buffers=False
+                self.method,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
             )
         self.dataset_class = dataset_class(self.preprocessed_dataset_folder)
         if start := sys.modules.get("nnunetv2.run.run_training"):  # which loads -pretrained_weights
@@ -353,8 +370,8 @@ class SemiTrainer(nnUNetTrainer):
         return os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
 
     def _inspect_scans(self) -> None:
-        """Warn of odd scans by name, refuse wrong ones; on the first rank, the others wait for its data."""
-        if self.local_rank != 0 or not nnUNet_raw.is_set():
+        """Warn of odd scans by name, refuse wrong ones."""
+        if not nnUNet_raw.is_set():
             return
         findings = list(
             inspect_scans_of_training(
@@ -374,7 +391,7 @@ class SemiTrainer(nnUNetTrainer):
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         self._refuse_missing_stages()
         if self.method_class.needs_unlabeled:
-            self._inspect_scans()
+            on_first_rank(self._inspect_scans)
             unlabeled = self._prepare_unlabeled(self.configuration_name)
             previous = self._previous_of_unlabeled(unlabeled)
             self._unlabeled = unlabeled
@@ -399,11 +416,6 @@ class SemiTrainer(nnUNetTrainer):
             previous,
         )
         return TwoStreams(train, stream), val
-
-    def run_training(self) -> None:
-        """nnU-Net's loop; where it cannot read a case, the file is named."""
-        with damage_named(self._cases_read):
-            super().run_training()
 
     def _cases_read(self) -> Iterator[tuple[str, str]]:
         """Folder and name of every case of this run."""
@@ -454,6 +466,45 @@ class SemiTrainer(nnUNetTrainer):
                 "Add a labeled case with it to this fold (labeled: "
                 f"{', '.join(sorted(cases)[:8])}{' ...' if len(cases) > 8 else ''})"
             )
+
+    # the run
+
+    def run_training(self) -> None:
+        """nnU-Net's loop, one at a time in a folder. An interruption is one line that says how to go on; where
+        a case cannot be read, the file is named."""
+        lock = TrainingLock(self.output_folder)
+        with interruptible():
+            on_first_rank(lambda: lock.acquire(self.print_to_log_file))
+            self._lock = lock
+            try:
+                with damage_named(self._cases_read):
+                    super().run_training()
+            except (KeyboardInterrupt, Terminated) as stop:
+                self._say_stopped(
+                    stop,
+                    f"stopped in epoch {self.current_epoch} of {self.num_epochs}; "
+                    + how_to_resume(self.output_folder, self._epochs_in, self.disable_checkpointing),
+                )
+                raise
+            finally:
+                # workers first: a thread of nnU-Net's loader cries when they are gone without a word
+                for loader in (self.dataloader_train, self.dataloader_val):
+                    if hasattr(loader, "_finish"):
+                        loader._finish()
+                lock.release()
+
+    def _say_stopped(self, stop: BaseException, line: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        stop.told = True  # type: ignore[attr-defined]
+        if self.local_rank == 0:
+            self.print_to_log_file(line, also_print_to_console=False)
+            print(f"{type(self).__name__}: {line}", file=sys.stderr, flush=True)
+
+    def on_epoch_start(self) -> None:
+        if self._lock is not None:
+            self._lock.verify()
+        super().on_epoch_start()
 
     # the step
 
@@ -614,11 +665,21 @@ class SemiTrainer(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, in the precision of the training on a CPU too; on CUDA nnU-Net predicts in its own,
         float16."""
-        with self.step.autocast(), damage_named(self._cases_read):
-            super().perform_actual_validation(save_probabilities)
-            if self.method_class.needs_unlabeled:
-                for configuration in self.configuration_manager.next_stage_names or []:
-                    self._predict_unlabeled(configuration)
+        lock = TrainingLock(self.output_folder)
+        with interruptible():
+            if self.local_rank == 0 and (holder := lock.try_acquire(self.print_to_log_file)):
+                self.print_to_log_file(f"WARNING: {holder}; this validates the checkpoint as it is now")
+            try:
+                with self.step.autocast(), damage_named(self._cases_read):
+                    super().perform_actual_validation(save_probabilities)
+                    if self.method_class.needs_unlabeled:
+                        for configuration in self.configuration_manager.next_stage_names or []:
+                            self._predict_unlabeled(configuration)
+            except (KeyboardInterrupt, Terminated) as stop:
+                self._say_stopped(stop, "stopped in the final validation; rerun with --val to repeat it")
+                raise
+            finally:
+                lock.release()
 
     # cascades
 
@@ -745,6 +806,7 @@ class SemiTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
         else:
             save_torch(checkpoint, filename)
+            self._epochs_in[os.path.basename(filename)] = self.current_epoch + 1
 
     def _checkpoint(self) -> dict[str, Any]:
         """nnU-Net's keys, and under `nnssl` everything beside them that an exact continuation needs.
@@ -818,3 +880,5 @@ class SemiTrainer(nnUNetTrainer):
         self._resumed = state
         if isinstance(source, str) and self.local_rank == 0 and not self.disable_checkpointing:
             complete_best(source, self.logger.get_value("ema_fg_dice", None))
+        if isinstance(source, str):
+            self._epochs_in[os.path.basename(source)] = self.current_epoch

@@ -1,0 +1,271 @@
+"""The run around the loop: one at a time in a folder, stopped by signals, on several ranks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl.commands.cli import main
+from nnssl.commands.trainers import trainers_folder
+from nnssl.data.streams import FailedElsewhere, on_first_rank
+from nnssl.interruption import Terminated
+from nnssl.training.checkpoint import how_to_resume
+from nnssl.training.lock import NAME, own_process, started
+from tests.place import SHORT, SMALL, Place, losses
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+TRAINER = "nnUNetTrainerMeanTeacher"
+
+
+def lock_of(trainer: Any, pid: int) -> Path:
+    """The lock of a training by another process."""
+    file = Path(trainer.output_folder) / NAME
+    file.write_text(json.dumps({**own_process(), "pid": pid, "started": started(pid), "token": "theirs"}))
+    return file
+
+
+def test_a_second_training_in_a_folder_is_refused(place: Place) -> None:
+    trainer = place.trainer(TRAINER)
+    file = lock_of(trainer, os.getppid())
+    with pytest.raises(RuntimeError, match=rf"training.lock: process {os.getppid()} on .* trains in this"):
+        trainer.run_training()
+    assert file.exists() and not trainer.was_initialized
+
+
+def test_a_validation_beside_a_training_is_not_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[bool] = []
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: done.append(npz))
+    trainer = place.trainer(TRAINER)
+    trainer.initialize()
+    file = lock_of(trainer, os.getppid())
+    trainer.perform_actual_validation(True)
+    assert done == [True] and file.exists()
+    assert f"process {os.getppid()}" in capsys.readouterr().out
+    file.unlink()
+    trainer.perform_actual_validation()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_training_with_one_line(
+    place: Place, capsys: pytest.CaptureFixture[str], signal_number: int
+) -> None:
+    place.plan(**{**SHORT, "num_epochs": 4}, DiffCL=SMALL)
+    trainer = place.trainer(TRAINER)
+    begin: Callable[[], None] = trainer.on_epoch_start
+
+    def signalled() -> None:
+        if trainer.current_epoch == 2:
+            os.kill(os.getpid(), signal_number)
+        begin()
+
+    trainer.on_epoch_start = signalled
+    with pytest.raises((KeyboardInterrupt, Terminated)):
+        trainer.run_training()
+    said = capsys.readouterr().err.splitlines()
+    line = "stopped in epoch 2 of 4; rerun with --c to resume at epoch 2 (checkpoint_latest.pth)"
+    assert [s for s in said if "stopped" in s] == [f"{TRAINER}: {line}"]
+    assert line in Path(trainer.log_file).read_text(encoding="utf-8")
+    assert not (Path(trainer.output_folder) / NAME).exists()
+
+
+def test_a_stopped_validation_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", stop)
+    trainer = place.trainer(TRAINER)
+    trainer.initialize()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.perform_actual_validation()
+    assert "stopped in the final validation; rerun with --val to repeat it" in capsys.readouterr().err
+
+
+def test_an_error_frees_the_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = place.trainer(TRAINER)
+    monkeypatch.setattr(trainer, "on_train_start", lambda: {}["bug"])  # type: ignore[index]
+    with pytest.raises(KeyError):
+        trainer.run_training()
+    assert not (Path(trainer.output_folder) / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "disabled", "line"),
+    [
+        (
+            ["latest", "best"],
+            {"latest": 5, "best": 3},
+            False,
+            "with --c to resume at epoch 5 (checkpoint_lat",
+        ),
+        (["best"], {"best": 3}, False, "with --c to resume at epoch 3 (checkpoint_best.pth)"),
+        ([], {}, False, "there is no checkpoint yet; rerun without --c to start anew"),
+        ([], {}, True, "checkpointing is disabled; rerun without --c"),
+        (["final", "best"], {"best": 3}, False, "final.pth, which --c would take, is of an earlier training"),
+    ],
+)
+def test_how_to_go_on_is_what_nnunet_would_do(
+    tmp_path: Path, files: list[str], own: dict[str, int], disabled: bool, line: str
+) -> None:
+    for name in files:
+        (tmp_path / f"checkpoint_{name}.pth").touch()
+    epochs = {f"checkpoint_{name}.pth": epoch for name, epoch in own.items()}
+    assert line in how_to_resume(str(tmp_path), epochs, disabled)
+
+
+def test_ctrl_c_ends_the_stock_command_and_its_workers(place: Place) -> None:
+    """The terminal sends SIGINT to all processes of the command: one line, nothing is left behind; while it
+    ran, another training was refused."""
+    place.plan(**{**SHORT, "num_epochs": 1000}, DiffCL=SMALL)
+    script = os.path.join(sysconfig.get_path("scripts"), "nnUNetv2_train")
+    command = [sys.executable, "-W", "ignore", script, "777", "3d_fullres", "0", "-tr", TRAINER]
+    environment = {
+        **os.environ,
+        "nnUNet_extTrainer": trainers_folder(),
+        "PYTHONPATH": str(ROOT),
+        "nnUNet_n_proc_DA": "1",
+    }
+    errors = place.results.parent / "errors"
+    with (
+        open(errors, "w") as stderr,
+        subprocess.Popen(
+            [*command, "-device", "cpu"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        ) as process,
+    ):
+        fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+        deadline = time.monotonic() + 600
+        while not (fold / "losses.csv").exists():
+            assert process.poll() is None and time.monotonic() < deadline, errors.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        with pytest.raises(RuntimeError, match=f"process {process.pid} on"):
+            place.trainer(TRAINER).run_training()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(300) == -signal.SIGINT  # 130 in a shell
+    lines = errors.read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if line and "it/s" not in line]  # no progress bars
+    assert len(said) == 1 and "stopped in epoch" in said[0] and "rerun with --c" in said[0], lines
+    assert not (fold / NAME).exists()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("worker processes are left")
+
+
+# several ranks
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return str(free.getsockname()[1])
+
+
+def as_rank(rank: int, port: str, act: Callable[[], Any], results: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    results.put((rank, act()))
+
+
+def on_two_ranks(act: Callable[[], Any]) -> list[Any]:
+    """What two forked processes, placed as torchrun places them, return."""
+    context: Any = multiprocessing.get_context("fork")
+    results, port = context.Queue(), free_port()
+    ranks = [context.Process(target=as_rank, args=(rank, port, act, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=600) for _ in ranks)
+    for process in ranks:
+        process.join()
+    return [found[rank] for rank in range(2)]
+
+
+def test_two_ranks_train_together_on_cpu(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts them, but for the final validation."""
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: None)
+    weights: list[Any] = []
+    begin = nnUNetTrainer.on_train_end
+
+    def end(self: Any) -> None:
+        weights.append([float(p.double().sum()) for p in self.network.parameters()])
+        begin(self)
+
+    monkeypatch.setattr(nnUNetTrainer, "on_train_end", end)
+    command = ["train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
+    first, second = on_two_ranks(lambda: (main(command), weights))
+    assert first[0] == second[0] == 0
+    assert first[1] == pytest.approx(second[1], rel=1e-6)
+    fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists() and not (fold / NAME).exists()
+    assert [row["epoch"] for row in losses(place.trainer(TRAINER))] == [0, 1]
+
+
+def test_what_fails_on_rank_0_ends_all_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    def act() -> str:
+        dist.init_process_group("gloo")
+
+        def fail() -> None:
+            raise ValueError("told once")
+
+        try:
+            on_first_rank(lambda: None)
+            on_first_rank(fail)
+        except FailedElsewhere as error:
+            return f"relayed: {error}"
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    first, second = on_two_ranks(act)
+    assert first == "told once"
+    assert second == "relayed: rank 0: ValueError('told once')"
+
+
+def test_more_ranks_than_samples_are_refused_in_one_line(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    command = ["train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
+    assert main(command) == 1
+    assert "3 processes share a batch of 2" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(command) == 1
+    assert capsys.readouterr().err == ""  # told by the first process of this computer
+
+
+@pytest.mark.nightly
+def test_torchrun_trains_and_validates_on_two_ranks(place: Place) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = ["nnssl.commands.cli", "train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (fold / "validation" / "summary.json").exists()
+    assert not (fold / NAME).exists()
