@@ -10,6 +10,7 @@ from nnssl.files import REMEDIES
 
 TOLD = (ValueError, RuntimeError, OSError, ImportError, AssertionError)
 OURS = ("nnssl", "nnssl_trainers")
+HOSTS = ("nnunetv2", "batchgenerators")
 OUT_OF_MEMORY = "OutOfMemoryError"  # of PyTorch, by name: importing it takes seconds
 
 
@@ -22,12 +23,15 @@ def told_line(error: BaseException) -> str | None:
     if not isinstance(error, TOLD) or not text:
         return None
     package = _raised_in(error.__traceback__)
-    if package == "nnunetv2":
-        return " ".join(text.split())  # nnU-Net writes paragraphs
+    if type(error).__name__ == OUT_OF_MEMORY:
+        text = " ".join(text.split())
+        return f"{text} Lower batch_size or patch_size in the plans file, or take another trainer."
+    if package in HOSTS:
+        return " ".join(text.split())  # they write paragraphs
     named = isinstance(error, OSError) and error.filename is not None
     if isinstance(error, OSError) and (remedy := REMEDIES.get(error.errno or 0)):
         return text if remedy in text else f"{text}. {remedy}"
-    if package in OURS or named or getattr(error, "told", False) or type(error).__name__ == OUT_OF_MEMORY:
+    if package in OURS or named or getattr(error, "told", False):
         return text
     return None
 

@@ -5,6 +5,7 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 
 from nnssl.config import resolve
 from nnssl.errors import mark, told_line
@@ -52,6 +53,11 @@ def test_a_value_error_of_our_own_code_that_nobody_raised_is_a_bug() -> None:
     exec("def raised():\n raise ValueError('on purpose')\ndef slipped():\n a, b = 'c'", names)
     assert told_line(caught(names["raised"])) == "on purpose"
     assert told_line(caught(names["slipped"])) is None
+
+
+def test_out_of_memory_is_told_with_the_remedy() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+    assert str(told_line(error)).startswith("CUDA out of memory. Tried to allocate 2 GiB. Lower batch_size")
 
 
 def test_a_worker_keeps_the_mark_of_its_error() -> None:

@@ -11,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nnssl.errors import mark
+
 Result = TypeVar("Result")
 
 
@@ -56,7 +58,7 @@ def unordered(
     try:
         pending: set[Future[Result]] = set()
         for job in jobs:
-            pending.add(pool.submit(function, *job))
+            pending.add(pool.submit(_marked, function, *job))
             while queued is not None and len(pending) > workers + queued:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -69,6 +71,15 @@ def unordered(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _marked(function: Callable[..., Result], *job: Any) -> Result:
+    """In a worker: an error on purpose says so in the parent, too."""
+    try:
+        return function(*job)
+    except Exception as error:
+        mark(error)
+        raise
 
 
 def _end_with_parent() -> None:

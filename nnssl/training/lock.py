@@ -50,12 +50,12 @@ class TrainingLock:
             found = _read(self.path)
             if found is None:
                 continue  # released meanwhile
-            if not _is_own(found):
-                who = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
-                if self._lives(found, who, log, patience):
-                    return f"{self.path}: {who} trains in this folder ({found.get('command', '?')})"
+            who = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
+            own = _is_own(found)
+            if not own and self._lives(found, who, log, patience):
+                return f"{self.path}: {who} trains in this folder ({found.get('command', '?')})"
+            if self._remove(found) and not own:
                 log(f"Removed {self.path}: {who} is gone")
-            self._remove(found)
         atexit.register(self.release)
         threading.Thread(target=self._beat, name=NAME, daemon=True).start()
         return ""
@@ -86,15 +86,24 @@ class TrainingLock:
             json.dump(self._own, stream)
         return True
 
-    def _remove(self, found: dict[str, Any]) -> None:
-        """Aside first: another process may have removed it already, and made its own."""
-        aside = f"{self.path}.{self._own['token']}"
-        with suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if _read(aside) == found:
-                os.remove(aside)
-            else:
-                os.rename(aside, self.path)
+    def _remove(self, found: dict[str, Any]) -> bool:
+        """Whether this process, and no other at the same moment, removed the lock that it had read."""
+        turn = f"{self.path}.turn"
+        try:
+            os.mkdir(turn)
+        except FileExistsError:
+            with suppress(OSError):
+                if time.time() - os.stat(turn).st_mtime > HOUR:  # of a process that died meanwhile
+                    os.rmdir(turn)
+            time.sleep(0.1)
+            return False
+        try:
+            if _read(self.path) != found:
+                return False
+            os.remove(self.path)
+            return True
+        finally:
+            os.rmdir(turn)
 
     def _lives(self, found: dict[str, Any], who: str, log: Callable[[str], None], patience: float) -> bool:
         if not found:

@@ -12,6 +12,8 @@ import pytest
 
 import nnssl
 from nnssl.data.parallel import unordered, usable_cores
+from nnssl.errors import told_line
+from nnssl.files import read_json
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -19,6 +21,16 @@ def test_every_job_is_done_once(workers: int) -> None:
     assert sorted(unordered(divmod, [(number, 3) for number in range(7)], workers)) == [
         divmod(number, 3) for number in range(7)
     ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_on_purpose_stays_one(workers: int) -> None:
+    with pytest.raises(OSError) as told:
+        list(unordered(read_json, [("no/such/file",)], workers))
+    assert told_line(told.value)
+    with pytest.raises(ZeroDivisionError) as bug:
+        list(unordered(divmod, [(1, 0)], workers))
+    assert told_line(bug.value) is None
 
 
 @pytest.mark.parametrize("workers", [1, 2])

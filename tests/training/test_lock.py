@@ -147,11 +147,15 @@ def test_two_processes_at_once_do_not_both_train(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     processes = [subprocess.Popen(command, **pipes) for _ in range(10)]
-    said = [process.stdout.readline().strip() for process in processes if process.stdout]
-    said = [line if "Removed" not in line else "removed" for line in said]
+    said = []
+    for process in processes:
+        assert process.stdout
+        line = process.stdout.readline()
+        said += [process.stdout.readline() if line.startswith("Removed") else line]
     for process in processes:
         process.communicate()
-    assert sum(line in ("trains", "removed") for line in said) == 1, said
+    assert sorted(said) == ["refused\n"] * 9 + ["trains\n"]
+    assert not list(tmp_path.glob("*turn"))
 
 
 def test_a_killed_process_is_dead_even_before_its_parent_notices() -> None:

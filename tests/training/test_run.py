@@ -209,18 +209,18 @@ def on_two_ranks(act: Callable[[], Any]) -> list[Any]:
 def test_two_ranks_train_together_on_cpu(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts them, but for the final validation."""
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: None)
-    weights: list[Any] = []
+    weights: list[float] = []
     begin = nnUNetTrainer.on_train_end
 
     def end(self: Any) -> None:
-        weights.append([float(p.double().sum()) for p in self.network.parameters()])
+        weights.extend(float(p.double().sum()) for p in self.network.parameters())
         begin(self)
 
     monkeypatch.setattr(nnUNetTrainer, "on_train_end", end)
     command = ["train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
     first, second = on_two_ranks(lambda: (main(command), weights))
     assert first[0] == second[0] == 0
-    assert first[1] == pytest.approx(second[1], rel=1e-6)
+    assert first[1] == second[1] and any(first[1])
     fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
     assert (fold / "checkpoint_final.pth").exists() and not (fold / NAME).exists()
     assert [row["epoch"] for row in losses(place.trainer(TRAINER))] == [0, 1]
