@@ -470,8 +470,8 @@ class SemiTrainer(nnUNetTrainer):
     # the run
 
     def run_training(self) -> None:
-        """nnU-Net's loop, one at a time in a folder. An interruption is one line that says how to go on; where
-        a case cannot be read, the file is named."""
+        """nnU-Net's loop, one at a time in a folder. An interruption is one line that says how to go on;
+        where a case cannot be read, the file is named."""
         lock = TrainingLock(self.output_folder)
         with interruptible():
             on_first_rank(lambda: lock.acquire(self.print_to_log_file))
