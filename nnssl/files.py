@@ -100,6 +100,23 @@ def _scratch_folder(parent: Path) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Among the processes of this computer, where its file system can lock folders."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def move(source: Path, path: Path) -> None:
     """Put a finished file into its place on the same disk, its content first."""
     handle = os.open(source, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -157,6 +157,9 @@ def _plan(
             args.verbose,
             show_progress_bar=not args.no_pbar,
         )
+        if isfile(plans_file) and not args.replan:
+            print(f"Using the plan {plans_file}, which another process has made meanwhile.")
+            return
         if isfile(plans_file):
             kept.update({key: value for key, value in read_json(plans_file).items() if key == "nnssl"})
             print(f"The old plan was saved as {backup(plans_file)}.")

@@ -13,7 +13,8 @@ import pickle
 import random
 import traceback
 from collections.abc import Callable, Sequence
-from os.path import dirname, getsize, join
+from contextlib import suppress
+from os.path import basename, dirname, getsize, join
 
 import blosc2
 import numpy as np
@@ -24,7 +25,7 @@ from nnssl.data.dataset_json import declared_labels
 from nnssl.data.freshness import Case, Target, checksum, judge, make_record, stale_reason, write_properties
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
-from nnssl.files import REMEDIES, move, refuse_full, remove_leftovers, scratch_folder
+from nnssl.files import REMEDIES, move, one_at_a_time, refuse_full, remove_leftovers, scratch_folder
 
 Log = Callable[[str], None]
 
@@ -61,8 +62,13 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
         record["bytes"] = [getsize(stem + ".b2nd"), getsize(stem + "_seg.b2nd")]
         record["checksums"] = [checksum(stem + ".b2nd"), checksum(stem + "_seg.b2nd")]
         write_properties({**properties, "nnssl": record}, stem + ".pkl")
-        for suffix, destination in zip((".b2nd", "_seg.b2nd", ".pkl"), target.files(case.name), strict=True):
-            move(stem + suffix, destination)
+        with one_at_a_time(target.folder):
+            if not stale_reason(case, target):
+                return ""  # its files and ours must not be mixed: Blosc2 never writes the same bytes twice
+            with suppress(FileNotFoundError):
+                os.remove(target.files(case.name)[2])
+            for destination in target.files(case.name):
+                move(join(scratch, basename(destination)), destination)
     except SourceError as error:
         return f"{case.name}: {error}"
     except Exception as error:

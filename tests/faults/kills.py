@@ -117,27 +117,30 @@ class Ended:
 
 def run(folder: Path, command: Callable[[], Any], kill: Kill | None = None) -> Ended:
     """`command` in a fork, with nnU-Net's variables below `folder`."""
-    report, begin, kill = folder / "events", time.monotonic(), kill or Kill()
+    return wait(start(folder, command, kill), kill)
+
+
+@dataclass(frozen=True)
+class Started:
+    pid: int
+    report: Path
+    begin: float
+
+
+def start(folder: Path, command: Callable[[], Any], kill: Kill | None = None, name: str = "") -> Started:
+    report, begin = folder / f"events{name}", time.monotonic()
     report.unlink(missing_ok=True)
     if pid := os.fork():
-        deadline = begin + (PATIENCE if kill.seconds is None else kill.seconds)
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if not ended[0]:
-            os.kill(pid, signal.SIGKILL if kill.seconds is None else kill.number)
-            ended = os.waitpid(pid, 0)
-        seconds = time.monotonic() - begin
-        events = json.loads(report.read_text()) if report.exists() else {}
-        return Ended(os.waitstatus_to_exitcode(ended[1]), seconds, events)
+        return Started(pid, report, begin)
     status = 1
     try:  # what follows runs in the fork
         os.setsid()
-        for name in ("raw", "preprocessed", "results"):
-            (folder / name).mkdir(exist_ok=True)
-            os.environ[f"nnUNet_{name}"] = str(folder / name)
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for part in ("raw", "preprocessed", "results"):
+            (folder / part).mkdir(exist_ok=True)
+            os.environ[f"nnUNet_{part}"] = str(folder / part)
+        log = os.open(folder / f"log{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
-        events = Events(folder, kill)
+        events = Events(folder, kill or Kill())
         status = command() or 0
         report.write_text(json.dumps(events.seen))
     except BaseException:
@@ -146,6 +149,19 @@ def run(folder: Path, command: Callable[[], Any], kill: Kill | None = None) -> E
         with suppress(Exception):
             sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+def wait(started: Started, kill: Kill | None = None) -> Ended:
+    kill = kill or Kill()
+    deadline = started.begin + (PATIENCE if kill.seconds is None else kill.seconds)
+    while not (ended := os.waitpid(started.pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if not ended[0]:
+        os.kill(started.pid, signal.SIGKILL if kill.seconds is None else kill.number)
+        ended = os.waitpid(started.pid, 0)
+    seconds = time.monotonic() - started.begin
+    events = json.loads(started.report.read_text()) if started.report.exists() else {}
+    return Ended(os.waitstatus_to_exitcode(ended[1]), seconds, events)
 
 
 # commands
@@ -300,6 +316,19 @@ class Loop:
         self.identical += 1
         shutil.rmtree(folder)
 
+    def at_once(self, name: str, operation: Operation) -> list[int]:
+        """Two runs that start together; how they ended, which is well if one did and the result is right."""
+        folder = self.folder / "at_once"
+        shutil.copytree(operation.start, folder)
+        both = [start(folder, operation.command, name=f"_{number}") for number in range(2)]
+        statuses = sorted(wait(one).status for one in both)
+        found = list(differences(results(folder), operation.wanted))
+        if statuses not in ([0, 0], [0, 1]) or found:
+            self.fail(f"{name} twice", folder, f"status {statuses}; {'; '.join(found[:5])}")
+        else:
+            shutil.rmtree(folder)
+        return statuses
+
     def draw(self, operation: Operation, kind: str) -> Kill:
         number, kind = (
             self.random.choice(self.numbers),
@@ -344,6 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             print(f"{turn} rounds: {dict(loop.kills)}, failures {loop.failures}", flush=True)
     report = {
+        "at_once": {name: loop.at_once(name, operations[name]) for name in ("plan", "train", "export")},
         "kills": sum(loop.kills.values()),
         "by_command": dict(loop.kills),
         "identical": loop.identical,
@@ -364,7 +394,7 @@ def make_cheap() -> None:
         self.num_foreground_voxels_for_intensitystats = 1000
 
     DatasetFingerprintExtractor.__init__ = of_few_voxels
-    MetaLogger.plot_progress_png = lambda *_: None
+    MetaLogger.plot_progress_png = lambda self, folder: Path(folder, "progress.png").write_text("a plot")
     setattr(History, "_plot", lambda self, path: files.write_text("a plot", path))  # noqa: B010
     with redirect_stdout(sys.stderr):
         recursive_find_trainer_class_by_name(TRAINER)

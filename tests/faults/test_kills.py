@@ -34,6 +34,7 @@ def test_six_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     report = kill_and_rerun(tmp_path, 6, 1)
     assert not report["failures"] and report["kills"] >= 6
     assert set(report["by_command"]) == {"plan", "train", "validation", "export"}
+    assert report["at_once"]["plan"] == [0, 0]  # they share the work
 
 
 @pytest.mark.nightly
