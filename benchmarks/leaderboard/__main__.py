@@ -101,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks.leaderboard.report import write_report
 
             print(write_report(load_suite(args.suite), args.results))
+            if args.results.resolve() == (FOLDER / "results").resolve():
+                from benchmarks.leaderboard.advice import write
+
+                write()
         elif args.command == "summary":
             from benchmarks.leaderboard.summary import write_summary
 

@@ -331,10 +331,12 @@ def _configuration(
             )
         else:
             yield Finding(OK, configuration, f"{what}: {counts}")
-            yield from _mirroring(plans_manager, configuration, folder, fold["train"], label_manager, what)
+            yield from inspect_mirroring(
+                plans_manager, configuration, folder, fold["train"], label_manager, what
+            )
 
 
-def _mirroring(
+def inspect_mirroring(
     plans_manager: Any, configuration: str, folder: str, cases: list[str], label_manager: Any, what: str
 ) -> Iterator[Finding]:
     """Axes whose mirroring swaps classes, where the plans file does not say what may be mirrored."""

@@ -167,6 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pseudo_label(commands)
     _add_adopt(commands)
     _add_report(commands)
+    _add_advise(commands)
+    _add_pilot(commands)
     return parser
 
 
@@ -240,6 +242,46 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add("-o", required=True, metavar="DIR", help="output folder")
     parser.set_defaults(run=_report)
+
+
+def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "advise",
+        help="which trainer to try on a dataset, why, and what it costs here",
+        description="The choice comes from the measured tables of this project, for numbers of labels, "
+        "classes and dimensions near those of the dataset. Time and memory come from steps on this device.",
+        allow_abbrev=False,
+    )
+    _add_dataset(parser)
+    parser.add_argument("--no-measure", action="store_true", help="leave time and memory out")
+    parser.set_defaults(run=_advise)
+
+
+def _add_pilot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pilot",
+        help="train supervised and one method on a short schedule, and compare them",
+        description="Both train with the same seed, on a plan of their own, and are compared on the "
+        "validation cases of the fold. Rerun to resume.",
+        allow_abbrev=False,
+    )
+    _add_dataset(parser)
+    parser.add_argument("-tr", metavar="TRAINER", help="the method (default: what `nnssl advise` says)")
+    parser.add_argument(
+        "--share", type=float, default=0.1, metavar="S", help="of the epochs of the plan (default: 0.1)"
+    )
+    parser.add_argument("-o", metavar="DIR", help="folder of the report (default: beside the models)")
+    parser.set_defaults(run=_pilot)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Which dataset, and on which device."""
+    add = parser.add_argument
+    add("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    add("-c", metavar="CONFIG", help="configuration (default: 3d_fullres, or else 2d)")
+    add("-f", default="0", metavar="FOLD", help="fold (default: 0)")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
+    add("-device", choices=["cuda", "cpu", "mps"], help="default: cuda where there is one, else cpu")
 
 
 def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -368,6 +410,18 @@ def _adopt(args: argparse.Namespace) -> None:
     from nnssl.commands.adopt import adopt
 
     adopt(args.d, args.folder, args.dry_run, args.accept_unedited, args.np)
+
+
+def _advise(args: argparse.Namespace) -> None:
+    from nnssl.commands.advise import advise
+
+    advise(args.d, args.c, args.f, args.p, args.device, not args.no_measure)
+
+
+def _pilot(args: argparse.Namespace) -> None:
+    from nnssl.commands.pilot import pilot
+
+    print(pilot(args.d, args.c, args.f, args.tr, args.p, args.share, args.device, args.o))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,396 @@
+"""``nnssl advise``: which trainer to try on a dataset, why, and what that costs, before the hours are spent.
+
+The choice comes from the tables of the leaderboard, which ship with the package; nothing is known beyond what
+they measured, and the advice says where that ends. Time and memory come from a few steps on this device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from os.path import dirname, isdir, isfile, join
+from typing import Any
+from unittest import mock
+
+from nnssl.data.findings import listed
+from nnssl.files import read_json
+
+SUPERVISED = "Supervised"
+NEAR = 2.5  # numbers of labels within this factor are compared
+SPREAD = 0.01  # Dice; smaller differences lie within the spread of runs
+SECONDS, STEPS = 60, 5  # a measurement ends after either
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides: of one fold and configuration."""
+
+    dataset: str
+    configuration: str
+    fold: str
+    labeled: int
+    unlabeled: int
+    classes: int
+    dimension: int
+    epochs: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A trainer, the reasons, and what the tables leave open."""
+
+    method: str
+    reasons: tuple[str, ...]
+    open: tuple[str, ...]
+
+    @property
+    def trainer(self) -> str:
+        return f"nnUNetTrainer{self.method}"
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """What ships with the package."""
+    content: dict[str, Any] = read_json(join(dirname(__file__), "measured.json"))
+    return content
+
+
+def choose(facts: Facts, tables: Mapping[str, Any]) -> Advice:
+    """The cheapest of the trainers that did best on comparable data; Supervised where none did well."""
+    if not facts.unlabeled:
+        return Advice(SUPERVISED, ("there are no unlabeled scans; put some into imagesUn",), ())
+    comparable, open_ = _comparable(facts, tables["suites"])
+    steps = facts.epochs * facts.steps_per_epoch
+    longest = max((suite["steps"] for suite, _ in comparable), default=0)
+    if comparable and steps > 3 * longest:
+        open_.append(f"the tables are of at most {longest:,} steps, and this training takes {steps:,}")
+    cells: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for suite, labels in comparable:
+        for row in suite["rows"]:
+            if row["labels"] == labels:
+                cells.setdefault(row["method"], []).append((suite, row))
+    complete = {method: found for method, found in cells.items() if len(found) == len(comparable)}
+    good = {
+        method: sum(row["gain"] for _, row in found) / len(found)
+        for method, found in complete.items()
+        if any(row["low"] > 0 for _, row in found) and not any(row["high"] < 0 for _, row in found)
+    }
+    if not good:
+        where = "; ".join(f"{suite['title']}: {labels} labels" for suite, labels in comparable)
+        return Advice(
+            SUPERVISED,
+            (f"no method was reliably better than it ({where or 'nothing measured'})",),
+            tuple(open_),
+        )
+    best = max(good.values())
+    cost = tables["step_cost"]
+    equal = [method for method, gain in good.items() if gain >= best - SPREAD]
+    chosen = min(equal, key=lambda method: (cost.get(method, math.inf), method))
+    reasons = [_sentence(suite, row) for suite, row in complete[chosen]]
+    if others := sorted(set(equal) - {chosen}, key=lambda method: cost.get(method, math.inf)):
+        reasons.append(f"no worse than {listed(others)}, which cost more per step, within the spread of runs")
+    if chosen in cost:
+        reasons.append(f"a step takes {cost[chosen]:.1f} times a supervised one (measured on a CPU)")
+    return Advice(chosen, tuple(reasons), tuple(open_))
+
+
+def _comparable(
+    facts: Facts, suites: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[dict[str, Any], int]], list[str]]:
+    """Suites with the number of labels that comes nearest, and how they differ from these data."""
+    open_ = []
+    chosen = [suite for suite in suites if suite["dimension"] == facts.dimension]
+    if not chosen:
+        open_.append(
+            f"nothing was measured in {facts.dimension}D; the tables are of {3 - facts.dimension % 2}D"
+        )
+        chosen = list(suites)
+    nearest = [(suite, min(_budgets(suite), key=lambda n: _distance(n, facts.labeled))) for suite in chosen]
+    near = [(suite, n) for suite, n in nearest if _distance(n, facts.labeled) <= math.log(NEAR) + 1e-9]
+    if not near:
+        numbers = sorted({n for suite in chosen for n in _budgets(suite)})
+        open_.append(
+            f"nothing was measured with about {facts.labeled} labels; the tables are of "
+            f"{listed([*map(str, numbers)])}"
+        )
+        closest = min((_distance(n, facts.labeled) for _, n in nearest), default=0.0)
+        near = [(suite, n) for suite, n in nearest if _distance(n, facts.labeled) <= closest + 1e-9]
+    classes = sorted({suite["classes"] for suite, _ in near})
+    if facts.classes > max(classes, default=0):
+        open_.append(
+            f"the tables are of {listed([*map(str, classes)])} classes, these data have {facts.classes}"
+        )
+    if near and all(suite["device"] == "cpu" for suite, _ in near):
+        open_.append("the tables are of small networks and coarse grids on a CPU")
+    return near, open_
+
+
+def _budgets(suite: Mapping[str, Any]) -> list[int]:
+    return sorted({row["labels"] for row in suite["rows"]})
+
+
+def _distance(a: int, b: int) -> float:
+    return abs(math.log(a / max(b, 1)))
+
+
+def _sentence(suite: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    seeds = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+    return (
+        f"{suite['title']}, {row['labels']} labels: {100 * row['gain']:+.1f} Dice points against supervised "
+        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], {suite['cases']} cases, {seeds}"
+    )
+
+
+# the dataset
+
+
+def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: str) -> Facts:
+    """From plan, split and folders; no image is opened. ValueError where there is no plan yet."""
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnssl.commands.pseudo_label import classes_of
+    from nnssl.config import resolve
+    from nnssl.data.names import unlabeled_files
+    from nnssl.data.raw import plans_in
+    from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, hidden_cases, load_splits, training_cases
+    from nnssl.methods import known_methods
+
+    name = str(convert_id_to_dataset_name(dataset_id))
+    folder = join(nnUNet_preprocessed, name)
+    file = join(folder, f"{plans_name}.json")
+    if not (isfile(file) and isfile(join(folder, "dataset.json"))):
+        raise ValueError(
+            f"{file} does not exist. Plans here: {plans_in(folder)}; run `nnssl plan-and-preprocess -d "
+            f"{dataset_id}` first, or name one with -p."
+        )
+    plans, dataset_json = PlansManager(file), read_json(join(folder, "dataset.json"))
+    available = plans.available_configurations
+    chosen = configuration or next((c for c in ("3d_fullres", "2d") if c in available), available[0])
+    if chosen not in available:
+        raise ValueError(f"-c {chosen}: the plan has {', '.join(available)}.")
+    cases, splits_file = training_cases(name), join(folder, "splits_final.json")
+    hidden = hidden_cases(splits_file, fold, cases)
+    if fold == "all" or (not isfile(splits_file) and len(cases) < NNUNET_FOLDS):
+        labeled = len(cases)
+    elif isfile(splits_file):
+        folds = load_splits(splits_file)
+        labeled = len(folds[int(fold) % len(folds)]["train"])
+    else:
+        folds = generate_crossval_split(cases, seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)
+        labeled = len(folds[int(fold) % len(folds)]["train"])
+    raw = join(nnUNet_raw, name) if nnUNet_raw.is_set() else ""
+    scans = unlabeled_files(raw, dataset_json)[0] if raw and isdir(raw) else {}
+    general, _ = resolve(plans.plans.get("nnssl", {}), None, None, known_methods(), file)
+    return Facts(
+        name,
+        chosen,
+        fold,
+        labeled,
+        len(scans) + len(hidden),
+        len(classes_of(dataset_json)),
+        len(plans.get_configuration(chosen).patch_size),
+        general.num_epochs,
+        general.num_iterations_per_epoch,
+    )
+
+
+# the device
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a training step on this device: seconds, peak bytes of a GPU (0: none), bytes of a checkpoint."""
+
+    seconds: float
+    memory: int
+    checkpoint: int
+
+
+def measure_steps(
+    dataset_id: int, configuration: str, fold: str, trainer: str, plans_name: str, device: str
+) -> Measured:
+    """Train a few steps on noise of the planned shape; nothing is written but below a temporary folder."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    on_gpu = device == "cuda"
+    with tempfile.TemporaryDirectory() as folder, _quiet(folder):
+        number = fold if fold == "all" else int(fold)
+        built: Any = get_trainer_from_args(
+            str(dataset_id), configuration, number, trainer, plans_name, False, torch.device(device)
+        )
+        built.initialize()
+        built.method.make_copies()
+        built.method.train()
+        built.set_deep_supervision_enabled(built.enable_deep_supervision)
+        built.current_epoch = built.num_epochs // 2  # all terms count
+        batch = noise_for(built)
+        built.train_step(batch)  # the first one compiles and allocates
+        begun, steps = _now(on_gpu), 0
+        while steps < STEPS and (steps == 0 or _now(on_gpu) - begun < SECONDS):
+            built.train_step(batch)
+            steps += 1
+        seconds = (_now(on_gpu) - begun) / steps
+        trained = [p for p in built.method.parameters() if p.requires_grad]
+        state = [*built.method.parameters(), *built.method.buffers(), *trained]  # and their momentum
+        size = sum(x.numel() * x.element_size() for x in state)
+        return Measured(seconds, torch.cuda.max_memory_reserved() if on_gpu else 0, size)
+
+
+@contextlib.contextmanager
+def _quiet(results: str) -> Iterator[None]:
+    """nnU-Net writes a log into its results, and prints."""
+    with mock.patch.dict(os.environ, {"nnUNet_results": results}), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _now(on_gpu: bool) -> float:
+    if on_gpu:
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def noise_for(trainer: Any) -> dict[str, Any]:
+    """A batch as the trainer's loaders give it, of noise; every class occurs."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    patch, labels = trainer.configuration_manager.patch_size, trainer.label_manager
+
+    def image(number: int) -> torch.Tensor:
+        return torch.randn(number, trainer.num_input_channels, *patch, generator=generator)
+
+    def target(scale: Sequence[float]) -> torch.Tensor:
+        grid = [round(n * s) for n, s in zip(patch, scale, strict=True)]
+        if labels.has_regions:
+            maps = len(labels.foreground_regions) + (labels.ignore_label is not None)
+            shape = (trainer.batch_size, maps, *grid)
+            return torch.randint(0, 2, shape, generator=generator).to(torch.int16)
+        shape = (trainer.batch_size, 1, *grid)
+        return torch.randint(0, len(labels.all_labels), shape, generator=generator).to(torch.int16)
+
+    scales = trainer._get_deep_supervision_scales() if trainer.enable_deep_supervision else None
+    targets = [target(scale) for scale in scales or [[1.0] * len(patch)]]
+    train, _ = trainer.do_split()
+    batch: dict[str, Any] = {
+        "data": image(trainer.batch_size),
+        "target": targets if scales else targets[0],
+        "keys": [train[i % len(train)] for i in range(trainer.batch_size)],
+    }
+    if trainer.method_class.needs_unlabeled:
+        number = trainer.general.unlabeled_batch_size or trainer.batch_size
+        scans = trainer.method.planned.unlabeled_cases
+        batch["unlabeled"] = {
+            "weak": image(number),
+            "strong": [image(number) for _ in range(trainer.method.num_strong_views)],
+            "keys": [scans[i % len(scans)] for i in range(number)],
+        }
+    return batch
+
+
+# the command
+
+
+def advise(
+    dataset_id: int,
+    configuration: str | None = None,
+    fold: str = "0",
+    plans_name: str = "nnUNetPlans",
+    device: str | None = None,
+    measure: bool = True,
+) -> Advice:
+    """Print the advice for a dataset, and what it costs on this device."""
+    import torch
+
+    facts = facts_of(dataset_id, configuration, fold, plans_name)
+    advice = choose(facts, measured())
+    print(
+        f"{facts.dataset}, {facts.configuration}, fold {facts.fold}: {facts.labeled} labeled and "
+        f"{facts.unlabeled} unlabeled cases, {facts.classes} class{'es' * (facts.classes > 1)}, "
+        f"{facts.epochs} x {facts.steps_per_epoch} steps"
+    )
+    print(f"Advice: {advice.trainer}")
+    for reason in advice.reasons:
+        print(f"  - {reason}")
+    if advice.open:
+        print("What the tables cannot tell:")
+        for line in advice.open:
+            print(f"  - {line}")
+    for line in mirroring(dataset_id, facts, plans_name):
+        print(f"Mirroring: {line}")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if measure:
+        for line in costs(dataset_id, facts, advice, plans_name, chosen):
+            print(line)
+    pilot = f"nnssl pilot -d {dataset_id} -c {facts.configuration} -f {fold}"
+    print(f"Next: {pilot}" + f" -p {plans_name}" * (plans_name != "nnUNetPlans"))
+    return advice
+
+
+def costs(dataset_id: int, facts: Facts, advice: Advice, plans_name: str, device: str) -> Iterator[str]:
+    """Time, memory and disk of the advised and of the supervised training, by steps on this device."""
+    import torch
+
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
+    steps, found = facts.epochs * facts.steps_per_epoch, {}
+    for method in dict.fromkeys((SUPERVISED, advice.method)):
+        trainer = f"nnUNetTrainer{method}"
+        try:
+            one = measure_steps(dataset_id, facts.configuration, facts.fold, trainer, plans_name, device)
+        except (RuntimeError, ValueError, OSError) as error:
+            yield f"Cost: not measured ({' '.join(str(error).split())})"
+            return
+        found[method] = one
+        memory = f", {one.memory / 2**30:.1f} GiB of GPU memory" if one.memory else ""
+        yield (
+            f"{trainer}: {one.seconds:.2g} s per step on {name}, {duration(one.seconds * steps)} in all"
+            f"{memory}, {3 * one.checkpoint / 2**20:,.0f} MiB of checkpoints"
+        )
+    tenth = sum(one.seconds for one in found.values()) * max(1, facts.epochs // 10) * facts.steps_per_epoch
+    what = "both" if len(found) > 1 else "it"
+    yield f"A pilot of {what} at a tenth of the schedule: {duration(tenth)}; loading and validation on top"
+
+
+def duration(seconds: float) -> str:
+    """As one would say it."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def mirroring(dataset_id: int, facts: Facts, plans_name: str) -> Iterator[str]:
+    """Where mirroring would swap classes, which costs more than any method gains."""
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnssl.commands.check import inspect_mirroring
+    from nnssl.data.split import load_splits
+
+    folder = join(nnUNet_preprocessed, facts.dataset)
+    plans = PlansManager(join(folder, f"{plans_name}.json"))
+    cases_folder = join(folder, plans.get_configuration(facts.configuration).data_identifier)
+    labels = plans.get_label_manager(read_json(join(folder, "dataset.json")))
+    splits = join(folder, "splits_final.json")
+    if isfile(splits) and facts.fold != "all":
+        cases = load_splits(splits)[int(facts.fold)]["train"]
+    else:
+        files = os.listdir(cases_folder) if isdir(cases_folder) else []
+        cases = sorted(name.removesuffix(".pkl") for name in files if name.endswith(".pkl"))
+    if cases:
+        for finding in inspect_mirroring(plans, facts.configuration, cases_folder, cases, labels, "fold"):
+            yield f"{finding.found.removeprefix('fold: ')}. {finding.remedy}"

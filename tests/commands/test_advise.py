@@ -1,0 +1,167 @@
+"""`nnssl advise` says what the measured tables say, and where they end; `nnssl pilot` compares trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.leaderboard import advice
+from nnssl.commands import pilot
+from nnssl.commands.advise import Facts, choose, duration, facts_of, measure_steps, measured
+from nnssl.commands.cli import main
+from tests.place import Place, fork_pools
+
+FACTS = Facts("Dataset777_Tiny", "3d_fullres", "0", 4, 20, 1, 3, 10, 100)
+
+
+def row(method: str, gain: float, low: float, high: float, labels: int = 4) -> dict[str, Any]:
+    return {"method": method, "labels": labels, "seeds": 1, "gain": gain, "low": low, "high": high}
+
+
+def tables(*rows: dict[str, Any], **suite: Any) -> dict[str, Any]:
+    base = {"title": "Left atrium", "dimension": 3, "classes": 1, "cases": 20, "steps": 900, "device": "cpu"}
+    cost = {"Cheap": 2.0, "Dear": 5.0, "Lucky": 2.0, "Supervised": 1.0}
+    return {"step_cost": cost, "suites": [{**base, **suite, "rows": list(rows)}]}
+
+
+def test_the_shipped_tables_are_those_of_the_repository() -> None:
+    """Else run `python -m benchmarks.leaderboard.advice`."""
+    assert advice.FILE.read_text(encoding="utf-8") == advice.content()
+    assert {suite["name"] for suite in measured()["suites"]} >= {"la_cpu", "hippocampus_cpu"}
+
+
+def test_the_best_is_advised_and_of_equals_the_cheapest() -> None:
+    found = choose(FACTS, tables(row("Dear", 0.05, 0.03, 0.07), row("Cheap", 0.045, 0.01, 0.08)))
+    assert found.trainer == "nnUNetTrainerCheap"
+    text = " ".join(found.reasons)
+    assert "+4.5 Dice points against supervised [1.0, 8.0], 20 cases, 1 seed" in text
+    assert "no worse than Dear" in text and "2.0 times a supervised one" in text
+    assert (
+        choose(FACTS, tables(row("Dear", 0.05, 0.03, 0.07), row("Cheap", 0.03, 0.01, 0.05))).method == "Dear"
+    )
+
+
+def test_what_was_not_reliably_better_is_not_advised() -> None:
+    assert choose(FACTS, tables(row("Lucky", 0.05, -0.01, 0.1))).method == "Supervised"
+    both = tables(row("Lucky", 0.2, 0.1, 0.3))
+    both["suites"] += tables(row("Lucky", -0.1, -0.2, -0.01), title="Hippocampus")["suites"]
+    found = choose(FACTS, both)
+    assert found.method == "Supervised" and "Hippocampus: 4 labels" in found.reasons[0]
+    assert choose(replace(FACTS, unlabeled=0), tables(row("Cheap", 0.1, 0.1, 0.1))).method == "Supervised"
+
+
+def test_the_advice_says_where_the_tables_end() -> None:
+    content = tables(row("Cheap", 0.05, 0.03, 0.07))
+    assert choose(FACTS, content).open == ("the tables are of small networks and coarse grids on a CPU",)
+    for change, said in (
+        ({"labeled": 40}, "about 40 labels; the tables are of 4"),
+        ({"dimension": 2}, "nothing was measured in 2D"),
+        ({"classes": 3}, "the tables are of 1 classes, these data have 3"),
+        ({"epochs": 1000, "steps_per_epoch": 250}, "at most 900 steps, and this training takes 250,000"),
+    ):
+        found = choose(replace(FACTS, **change), content)  # type: ignore[arg-type]
+        assert any(said in line for line in found.open), (change, found.open)
+        assert found.method == "Cheap"
+
+
+@pytest.mark.parametrize("labeled", [1, 2, 4, 7, 10, 50])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_advice_from_the_shipped_tables_stands_on_them(labeled: int, classes: int) -> None:
+    found = choose(replace(FACTS, labeled=labeled, classes=classes), measured())
+    if found.method == "Supervised":
+        assert "no method was reliably better" in found.reasons[0]
+    else:
+        rows = [r for s in measured()["suites"] for r in s["rows"] if r["method"] == found.method]
+        assert any(r["low"] > 0 and f"{100 * r['gain']:+.1f}" in " ".join(found.reasons) for r in rows)
+
+
+def test_durations_are_told_as_one_would() -> None:
+    assert [duration(s) for s in (3, 200, 8000, 40_000, 200_000)] == [
+        "3 seconds",
+        "3.3 minutes",
+        "2.2 hours",
+        "11 hours",
+        "2.3 days",
+    ]
+
+
+def test_facts_and_costs_of_a_dataset(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = facts_of(777, None, "0", "nnUNetPlans")
+    assert facts == Facts("Dataset777_Tiny", "3d_fullres", "0", 3, 5, 2, 3, 2, 2)
+    assert facts_of(777, "2d", "0", "nnUNetPlans").dimension == 2
+    before = sorted(place.results.rglob("*")) if place.results.exists() else []
+    found = measure_steps(777, "3d_fullres", "0", "nnUNetTrainerFixMatch", "nnUNetPlans", "cpu")
+    assert 0 < found.seconds < 60 and found.memory == 0 and found.checkpoint > 10_000
+    assert (sorted(place.results.rglob("*")) if place.results.exists() else []) == before
+    assert main(["advise", "-d", "777", "-device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "3 labeled and 5 unlabeled cases, 2 classes, 2 x 2 steps" in said
+    assert "s per step on 1 CPU thread," in said and "Next: nnssl pilot -d 777 -c 3d_fullres -f 0" in said
+    (place.preprocessed / "nnUNetPlans.json").unlink()
+    assert main(["advise", "-d", "777"]) == 1
+    assert "run `nnssl plan-and-preprocess -d 777` first" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_pilot_trains_both_and_goes_on_where_it_was_interrupted(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands are those of a shell, carried out in this process."""
+    fork_pools(monkeypatch)
+    commands: list[list[str]] = []
+
+    def carry_out(command: list[str]) -> int:
+        commands.append(command[command.index("nnssl") + 1 :])
+        if len(commands) == 2:
+            raise KeyboardInterrupt
+        return main(commands[-1])
+
+    monkeypatch.setattr(pilot, "_carry_out", carry_out)
+    arguments = ["pilot", "-d", "777", "-tr", "nnUNetTrainerFixMatch", "--share", "0.5", "-device", "cpu"]
+    assert main(arguments) == 130
+    assert "Rerun to resume" in capsys.readouterr().err
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    trainers = [c[c.index("-tr") + 1] for c in commands]
+    assert trainers == ["nnUNetTrainerSupervised", "nnUNetTrainerFixMatch", "nnUNetTrainerFixMatch"]
+    assert (
+        "nnUNetTrainerSupervised: done already" in said and "over 1 validation case: too few to tell" in said
+    )
+    page = Path(said.rpartition("Report: ")[2].strip())
+    assert page.parent.parent == place.results and "FixMatch" in page.read_text(encoding="utf-8")
+    [file] = place.preprocessed.glob("nnUNetPlans_pilot_*.json")
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    assert plans["nnssl"]["num_epochs"] == 1 and plans["nnssl"]["seed"] == 0
+    assert plans["plans_name"] == file.stem
+    assert len(list(place.results.glob(f"*__{file.stem}__3d_fullres/fold_0/validation/summary.json"))) == 2
+
+
+def test_the_comparison_is_paired_and_leaves_out_what_is_not_there() -> None:
+    first = {f"c{i}": {"a": 0.5 + 0.01 * i, "b": math.nan} for i in range(10)}
+    better = {c: {"a": v["a"] + 0.1, "b": math.nan} for c, v in first.items()}
+    text = pilot.comparison({"nnUNetTrainerSupervised": first, "nnUNetTrainerX": better}, 0.1)
+    assert "difference +10.0 points, 95 % interval over 10 cases [10.0, 10.0], one seed, 10 %" in text
+    assert "nnUNetTrainerX is better here" in text
+    assert "worse here" in pilot.comparison({"nnUNetTrainerX": better, "nnUNetTrainerY": first}, 0.1)
+    noise = np.random.default_rng(0).normal(0, 0.1, 10)
+    third = {
+        c: {"a": v["a"] + float(n), "b": math.nan} for (c, v), n in zip(first.items(), noise, strict=True)
+    }
+    assert "Undecided" in pilot.comparison({"nnUNetTrainerX": first, "nnUNetTrainerY": third}, 0.1)
+
+
+def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["-f", "all"], "has no validation cases"),
+        (["--share", "2"], "expected more than 0 and at most 1"),
+        (["-tr", "nnUNetTrainerSupervised"], "which is what a pilot compares with"),
+    ):
+        assert main(["pilot", "-d", "777", *options]) == 1
+        assert said in capsys.readouterr().err
+    assert not list(Path(place.preprocessed).glob("*pilot*"))
