@@ -84,8 +84,8 @@ def charts(several: Sequence[Chart | Dots]) -> str:
 
 def strip(shown: Strip) -> str:
     """Panels in rows, captions above and names beside them."""
-    rows = list(shown.rows.items())
-    heads = "".join(f"<th>{escape(panel.caption)}</th>" for panel in rows[0][1])
+    rows, strip_rows = list(shown.rows.items()), list(shown.rows.values())
+    heads = "".join(f"<th>{escape(panel.caption)}</th>" for panel in max(strip_rows, key=len))
     body = "".join(
         f"<tr><th>{escape(name)}</th>"
         + "".join(

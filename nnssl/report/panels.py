@@ -16,6 +16,7 @@ from nnssl.files import replacing
 
 EDGE = 250  # pixels of a panel's longer edge
 MOST = 10  # pixels per voxel at most
+LOSS = 10  # of 255, what a panel may lose in colors for a smaller page
 MARGIN = 0.4  # of the structures' extent, shown around them
 # light on grey and told apart by the color-blind; errors differ by stripes, too
 OUTLINES = ("#f0e442", "#00e0b0", "#ffffff", "#b9a3ff", "#e69f00", "#9ad0ff")
@@ -33,7 +34,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Strip:
-    """Rows of panels of equal number, each row with a name."""
+    """Rows of panels, each with a name; the longest row has the captions of all."""
 
     title: str
     rows: Mapping[str, Sequence[Panel]]
@@ -191,12 +192,13 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A PNG in a URI, of few colors: a third of the size of true color."""
+    """A PNG in a URI, of 256 colors where they suffice."""
     from PIL import Image
 
-    picture = Image.fromarray(np.ascontiguousarray(pixels)).quantize(
-        160, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-    )
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    fewer = picture.quantize(dither=Image.Dither.NONE)
+    if np.abs(np.asarray(fewer.convert("RGB"), int) - pixels).max() <= LOSS:
+        picture = fewer
     stream = io.BytesIO()
     picture.save(stream, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -34,7 +34,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def strips(run: Run, runs: Sequence[Run]) -> list[Strip]:
-    """One per scan: a column per moment, rows of pseudo-labels, confidence and accepted voxels."""
+    """One per scan: the image, then a column per moment, rows of pseudo-labels, confidence and accepted
+    voxels."""
     content = saved(run)
     scans = content.pop(-1, {})
     found, result = structures(run.dataset_json), []
@@ -47,7 +48,8 @@ def strips(run: Run, runs: Sequence[Run]) -> list[Strip]:
         image = scans[f"image_{i}"][z] / 255
         enlarge = Enlarge(image.shape, scans["spacing"].tolist())
         base = enlarge.image(image)
-        rows: dict[str, list[Panel]] = {"pseudo-label": [], "confidence": [], "accepted": []}
+        rows: dict[str, list[Panel]] = {"image": [_panel(name, colored(base))]}
+        rows |= {"pseudo-label": [], "confidence": [], "accepted": []}
         for epoch, arrays in moments.items():
             caption = f"epoch {epoch}"
             labels = enlarge.labels(arrays[f"label_{i}"][z])
