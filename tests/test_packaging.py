@@ -111,7 +111,7 @@ def test_wheel_holds_packages_trainers_licence_and_command_and_nothing_else(
         for package in ("nnssl", "nnssl_trainers")
         for f in (source / package).rglob("*.py")
     }
-    assert {*modules, "nnssl/py.typed"} <= names
+    assert {*modules, "nnssl/py.typed", "nnssl/commands/measured.json"} <= names
     assert {n.split("/")[0] for n in names} == {"nnssl", "nnssl_trainers", info}
     assert f"{info}/licenses/LICENSE" in names
 
