@@ -180,6 +180,7 @@ def test_regions_and_a_single_pass(drawn: Place, tmp_path: Path, capsys: pytest.
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         (folder / "dataset.json").write_text(json.dumps({**content, **regions}))
     trainer = trained(drawn)
+    shutil.rmtree(drawn.raw / "labelsTr")  # no label is opened
     trainer.inference_allowed_mirroring_axes = None
     trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
     output = tmp_path / "out"
