@@ -21,8 +21,8 @@ from nibabel.spatialimages import HeaderDataError
 CHUNK = 1 << 20  # bytes
 GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}  # by type of image
 META_BYTES = {
-    **{"met_char": 1, "met_uchar": 1, "met_short": 2, "met_ushort": 2, "met_int": 4, "met_uint": 4},
-    **{"met_long_long": 8, "met_ulong_long": 8, "met_float": 4, "met_double": 8},
+    **{"MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4},
+    **{"MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4, "MET_DOUBLE": 8},
 }
 NRRD_BYTES = {
     **dict.fromkeys(("signed char", "int8", "uchar", "unsigned char", "uint8"), 1),
@@ -254,10 +254,11 @@ def _inspect_nrrd(file: str, strict: bool) -> None:
         encoding, kind = fields.get("encoding"), fields.get("type", "").replace("_t", "")
         if not fields or "data file" in fields or "datafile" in fields:
             return
+        expected = _voxel_bytes(fields.get("sizes", "").split(), NRRD_BYTES.get(kind, 0))
         if encoding in ("gz", "gzip"):
-            _inflate(stream, 31)
+            _inflate(stream, 31, expected)
         if encoding == "raw":
-            _compare(stream, fields.get("sizes", "").split(), NRRD_BYTES.get(kind, 0))
+            _compare(stream, expected)
 
 
 def _inspect_metaimage(file: str, strict: bool) -> None:
@@ -269,30 +270,49 @@ def _inspect_metaimage(file: str, strict: bool) -> None:
             fields[key.strip()] = value.strip()
             if key.strip() == "elementdatafile":
                 break
-        if fields.get("elementdatafile") != "local" or fields.get("binarydata", "true") != "true":
+        packed, binary = (  # as MetaIO reads them
+            fields.get(key, default)[:1] in ("t", "1")
+            for key, default in (("compresseddata", ""), ("binarydata", "true"))
+        )
+        if fields.get("elementdatafile") != "local" or not binary:
             return
-        if fields.get("compresseddata") == "true":
-            _inflate(stream, 47)
-        else:
-            sizes = [*fields.get("dimsize", "").split(), fields.get("elementnumberofchannels", "1")]
-            _compare(stream, sizes, META_BYTES.get(fields.get("elementtype", ""), 0))
+        sizes = [*fields.get("dimsize", "").split(), fields.get("elementnumberofchannels", "1")]
+        expected = _voxel_bytes(sizes, META_BYTES.get(fields.get("elementtype", "").upper(), 0))
+        if not packed:
+            _compare(stream, expected)
+            return
+        consumed = _inflate(stream, 47, expected)
+        declared = fields.get("compresseddatasize", "absent")
+        if not declared.isdigit() or int(declared) < consumed:
+            raise SourceError(
+                f"{file}: CompressedDataSize of its header is {declared}, expected {consumed}. Write the "
+                "file anew, e.g. with SimpleITK."
+            )
 
 
-def _inflate(stream: BinaryIO, wbits: int) -> None:
+def _voxel_bytes(sizes: Sequence[str], width: int) -> int:
+    """0 where header or type of voxels are unknown: the reader decides."""
+    return math.prod(map(int, sizes)) * width if all(size.isdigit() for size in sizes) else 0
+
+
+def _inflate(stream: BinaryIO, wbits: int, expected: int) -> int:
+    """The compressed stream to its end, which must give so many bytes; returns its length."""
     unpack = zlib.decompressobj(wbits=wbits)
+    consumed = found = 0
     while not unpack.eof:
         chunk = stream.read(CHUNK)
         if not chunk:
             raise EOFError("the compressed stream ends too early")
-        unpack.decompress(chunk)
+        found += len(unpack.decompress(chunk))
+        consumed += len(chunk) - len(unpack.unused_data)
+    if found < expected:
+        raise _CutShortError(found, expected)
+    return consumed
 
 
-def _compare(stream: BinaryIO, sizes: Sequence[str], width: int) -> None:
-    """Whether voxels of `width` bytes lie behind the header; without a known width the reader decides."""
-    if not all(size.isdigit() for size in sizes):
-        return
-    expected = stream.tell() + math.prod(map(int, sizes)) * width
-    found = os.fstat(stream.fileno()).st_size
+def _compare(stream: BinaryIO, voxels: int) -> None:
+    """Whether the voxels lie behind the header."""
+    found, expected = os.fstat(stream.fileno()).st_size, stream.tell() + voxels
     if found < expected:
         raise _CutShortError(found, expected)
 

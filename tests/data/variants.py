@@ -300,6 +300,16 @@ def other_variants() -> Iterator[Variant]:
         yield Variant("compressed", ITK, ending, stored(content))
         yield Variant("compressed, truncated", ITK, ending, stored(content[:-30]), "ends too early", False)
         yield Variant("text", ITK, ending, stored(b"no image\n" * 99), "its content is text", False)
+    packed_mha = written(".mha", True)
+    size = b"CompressedDataSize = %d" % int(packed_mha.split(b"CompressedDataSize = ")[1].split(b"\n")[0])
+    headers: dict[str, tuple[bytes, bytes, str]] = {
+        "compressed, its size absent": (size + b"\n", b"", "CompressedDataSize of its header is absent"),
+        "compressed, its size too small": (size, size[:-2], "CompressedDataSize of its header is"),
+        "compressed, more voxels declared": (b"11 9 7", b"11 9 9", TOO_SHORT),
+    }
+    for name, (old, new, reason) in headers.items():
+        yield Variant(name, ITK, ".mha", stored(packed_mha.replace(old, new)), reason)
+    yield Variant("BinaryData = T", ITK, ".mha", stored(packed_mha.replace(b"Data = True", b"Data = T")))
     yield Variant("compressed, checksum cut off", ITK, ".nrrd", stored(CHECKSUM_CUT), "ends too early")
     yield Variant("NIfTI under another name", ITK, ".nrrd", stored(nifti()), "its content is NIfTI", False)
     nan = VOXELS.copy()
