@@ -236,10 +236,14 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     _check_numbers(suite.seeds, 0, "seeds")
     if isinstance(suite.validation, int):
         _check_numbers([suite.validation], 1, "validation")
+    elif not all(isinstance(case, str) for case in suite.validation):
+        raise SuiteError(f"validation must be a number or a list of names, found {suite.validation}")
+    if not all(isinstance(value, str) for value in suite.environment.values()):
+        raise SuiteError(f"[environment] must hold texts, found {suite.environment}")
     if (
         not suite.methods
-        or len(set(suite.methods)) < len(suite.methods)
         or not all(isinstance(m, str) for m in suite.methods)
+        or len(set(suite.methods)) < len(suite.methods)
     ):
         raise SuiteError(f"methods must be a list of different names, found {suite.methods}")
     build(PlanEdits, suite.plan, "[plan]")
@@ -256,7 +260,11 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         raise SuiteError(f"[method.{unknown[0]}] is not in methods = {suite.methods}")
     for method in suite.methods:
         own = suite.method.get(method, {})
+        if not isinstance(own, dict):
+            raise SuiteError(f"[method.{method}] must be a table, found {own!r}")
         _check_types(own, METHOD_KEYS, f"[method.{method}]")
+        if "budgets" in own:
+            _check_numbers(own["budgets"], 1, f"[method.{method}] budgets")
         seeds = own.get("seeds", [0])
         for found in seeds.values() if isinstance(seeds, dict) else [seeds]:
             _check_numbers(found, 0, f"[method.{method}] seeds")

@@ -283,7 +283,7 @@ def _inspect_metaimage(file: str, strict: bool) -> None:
             return
         consumed = _inflate(stream, 47, expected)
         declared = fields.get("compresseddatasize", "absent")
-        if not declared.isdigit() or int(declared) < consumed:
+        if not _is_number(declared) or int(declared) < consumed:
             raise SourceError(
                 f"{file}: CompressedDataSize of its header is {declared}, expected {consumed}. Write the "
                 "file anew, e.g. with SimpleITK."
@@ -292,7 +292,11 @@ def _inspect_metaimage(file: str, strict: bool) -> None:
 
 def _voxel_bytes(sizes: Sequence[str], width: int) -> int:
     """0 where header or type of voxels are unknown: the reader decides."""
-    return math.prod(map(int, sizes)) * width if all(size.isdigit() for size in sizes) else 0
+    return math.prod(map(int, sizes)) * width if all(map(_is_number, sizes)) else 0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _inflate(stream: BinaryIO, wbits: int, expected: int) -> int:

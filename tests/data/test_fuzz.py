@@ -408,7 +408,7 @@ FEW = {"first": st.booleans(), "seed": st.integers(0, 9)}
 NUMBER = st.none() | st.integers(-2, 8)
 SPLIT_OPTIONS = st.fixed_dictionaries(
     {
-        "cases": st.lists(TEXTS, max_size=8, unique=True),
+        "cases": st.lists(TEXTS.filter(lambda text: "\0" not in text), max_size=8, unique=True),
         "labeled": st.integers(-2, 8),
         "unlabeled": NUMBER,
         "val": st.none() | st.lists(TEXTS | st.sampled_from(CASES), max_size=3),

@@ -190,6 +190,10 @@ def test_a_start_from_what_is_no_single_training_of_that_budget_and_seed_is_refu
             "DiffCL_n2_s7; rename one",
         ),
         ("num_epochs = 4", "num_epochs = = 4", r"one\.toml.*line"),
+        ('"ours"]', '["ours"]]', "methods must be a list of different names"),
+        ("budgets = [2]", "budgets = [[2]]", "budgets: expected different whole numbers"),
+        ("validation = 2", "validation = [2]", "validation must be a number or a list of names"),
+        ("[schedule]", "[environment]\nx = 1\n[schedule]", "must hold texts"),
     ],
 )
 def test_a_bad_suite_is_refused_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -197,6 +201,15 @@ def test_a_bad_suite_is_refused_with_file_and_key(tmp_path: Path, old: str, new:
     with pytest.raises(SuiteError, match=message) as caught:
         load_suite(write(tmp_path, GOOD.replace(old, new)))
     assert "one.toml" in str(caught.value)
+
+
+def test_a_method_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    text = (
+        GOOD.split("[plan]")[0]
+        + "[schedule]\nnum_epochs = 4\nnum_iterations_per_epoch = 3\n[method]\nours = 3\n"
+    )
+    with pytest.raises(SuiteError, match=r"\[method.ours\] must be a table, found 3"):
+        load_suite(write(tmp_path, text))
 
 
 def test_an_unknown_suite_lists_those_there_are() -> None:
