@@ -224,9 +224,7 @@ class SemiTrainer(nnUNetTrainer):
             # either goes through the graph twice
             if self.agreement is not None or self.general.term_gradients:
                 torch._functorch.config.donated_buffer = False
-            for network in self.method.children():
-                if hasattr(network, "decoder") or hasattr(network, "network"):
-                    network.compile()
+            compile_networks(self.method)
         self._forward: nn.Module = self.method
         if self.is_ddp:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
@@ -882,3 +880,10 @@ class SemiTrainer(nnUNetTrainer):
             complete_best(source, self.logger.get_value("ema_fg_dice", None))
         if isinstance(source, str):
             self._epochs_in[os.path.basename(source)] = self.current_epoch
+
+
+def compile_networks(method: SemiMethod) -> None:
+    """Compile the method's planned networks, in place; heads are small."""
+    for network in method.children():
+        if hasattr(network, "decoder") or hasattr(network, "network"):
+            network.compile()
