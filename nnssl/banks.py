@@ -1,4 +1,5 @@
-"""Memory banks: fixed-size device buffers, saved with the method."""
+"""Memory banks: fixed-size device buffers, saved with the method. On several ranks every bank receives the
+rows of all of them, so that all have the same."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nnssl.distributed import Gatherer, world_size
 from nnssl.sampling import sample_members
 
 
@@ -48,11 +50,14 @@ class ClassBank(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(num_classes, size, embedding))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.long))
+        self.gather = Gatherer()
 
     @torch.no_grad()
     def push(self, embeddings: Tensor, valid: Tensor) -> None:
         """Append the valid embeddings of every class. embeddings: (K, P, E); valid: (K, P) bool, P <= R."""
-        push_rows(self.rows, self.count, embeddings, valid)
+        embeddings, valid = (x.movedim(0, 1) for x in self.gather(embeddings.movedim(1, 0), valid.T))
+        size = self.rows.shape[1] if world_size() > 1 else embeddings.shape[1]
+        push_rows(self.rows, self.count, embeddings[:, -size:], valid[:, -size:])
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mean row (K, E) of every class and whether it has any (K,) bool; zeros where not. Detached."""
@@ -82,14 +87,27 @@ class CaseBank(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(num_classes, num_cases, size, embedding))
         self.register_buffer("count", torch.zeros(num_classes, num_cases, dtype=torch.long))
+        self.gather = Gatherer()
 
     @torch.no_grad()
     def push(self, cases: Sequence[int], embeddings: Tensor, valid: Tensor) -> None:
         """Append the valid embeddings of every sample to its case. cases: at most B indices, a case may come
         twice; embeddings: (K, B, P, E); valid: (K, B, P) bool, P <= R. Samples without a case are left
         out."""
-        for b, case in enumerate(cases):
-            push_rows(self.rows[:, case], self.count[:, case], embeddings[:, b], valid[:, b])
+        if world_size() == 1:
+            for b, case in enumerate(cases):
+                push_rows(self.rows[:, case], self.count[:, case], embeddings[:, b], valid[:, b])
+            return
+        mine = torch.tensor(cases).to(self.rows.device, non_blocking=True)
+        of_all, embeddings, valid = self.gather(
+            mine, *(x.movedim(1, 0)[: len(cases)] for x in (embeddings, valid))
+        )
+        for b in range(len(of_all)):  # their cases are known on the device only
+            place = of_all[b : b + 1]
+            rows, count = self.rows.index_select(1, place), self.count.index_select(1, place)
+            push_rows(rows[:, 0], count[:, 0], embeddings[b], valid[b])
+            self.rows.index_copy_(1, place, rows)
+            self.count.index_copy_(1, place, count)
 
     @torch.no_grad()
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
@@ -121,10 +139,12 @@ class EmbeddingBank(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, embedding))
         self.register_buffer("cases", torch.zeros(size, dtype=torch.long))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.gather = Gatherer()
 
     @torch.no_grad()
     def push(self, embeddings: Tensor, cases: Tensor) -> None:
         """Append embeddings (P, E) of cases (P,); of more than R the last R stay."""
+        embeddings, cases = self.gather(embeddings, cases)
         size = len(self.embeddings)
         embeddings, cases, left_out = embeddings[-size:], cases[-size:], max(len(cases) - size, 0)
         place = (self.count + left_out + torch.arange(len(cases), device=cases.device)) % size

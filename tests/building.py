@@ -12,6 +12,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
 from nnssl.batch import SemiBatch, UnlabeledBatch
+from nnssl.distributed import world_size
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod
 from nnssl.training.ignore_label import without_waiting
@@ -74,11 +75,11 @@ class Task:
         if self.regions:
             loss: nn.Module = DC_and_BCE_loss(
                 {},
-                {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False},
+                {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": world_size() > 1},
                 use_ignore_label=self.ignore,
             )
         else:
-            soft_dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+            soft_dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": world_size() > 1}
             loss = DC_and_CE_loss(soft_dice, {}, ignore_label=self.labels.ignore_label)
         return without_waiting(
             DeepSupervisionWrapper(loss, (2 / 3, 1 / 3)) if self.deep_supervision else loss

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nnssl.distributed import from_previous
+
 
 def cutmix_mask(
     batch: int,
@@ -40,8 +42,9 @@ def cutmix_mask(
 
 
 def cutmix(x: Tensor, mask: Tensor) -> Tensor:
-    """x (B, C, S) with the next sample of the batch inside each box; mask (B, 1, S) from `cutmix_mask`."""
-    return torch.where(mask, x.roll(1, 0), x)
+    """x (B, C, S) with its neighbour, the sample before it, inside each box; mask (B, 1, S) from
+    `cutmix_mask`. On several ranks the first sample's neighbour is the last one of the rank before."""
+    return torch.where(mask, from_previous(x), x)
 
 
 def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -59,4 +62,4 @@ def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> T
     rank = draw.argsort(1).argsort(1)
     chosen = rank < (present.sum(1, keepdim=True) + 1) // 2
     pasted = (member & chosen.T.reshape(*chosen.T.shape, *[1] * (member.ndim - 2))).any(0)
-    return pasted.roll(1, 0).unsqueeze(1)
+    return from_previous(pasted).unsqueeze(1)

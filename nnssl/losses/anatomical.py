@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.distributed import sum_over_ranks, world_size
 from nnssl.sampling import draw_members
 
 Embed = Callable[[Tensor], Tensor]
@@ -49,14 +50,18 @@ def anatomical_contrast(
     with torch.no_grad():
         keys = _full(embed(draw_members(member, classes.expand(-1, num_candidates))))
     with torch.autocast(q.device.type, enabled=False):
-        center = F.normalize(keys.mean(1), dim=1)
+        # class means of all ranks; negatives come from the rank's own voxels
+        here = torch.stack([present, asked.any(1)]).to(keys.dtype)
+        shared = sum_over_ranks(torch.cat([keys.mean(1) * here[0, :, None], here.T], 1))
+        center, ranks = F.normalize(shared[:, :-2] / shared[:, -2:-1].clamp_min(1), dim=1), shared[:, -2:]
         chances = class_chances(center, present, temperature)
         q = F.normalize(_full(q), dim=2)
         pull = torch.einsum("kqe,ke->kq", q, center)
         push = _shared_similarities(q, F.normalize(keys, dim=2), chances, num_negatives)
         per_query = F.softplus(torch.logsumexp(push / temperature, dim=2) - pull / temperature)
         counted = asked.any(1) & (present.sum() >= 2)
-        return (per_query.mean(1) * counted).sum() / present.sum().clamp_min(1)
+        share = world_size() / ranks[:, 1].clamp_min(1)  # of this rank in the mean over a class's queries
+        return (per_query.mean(1) * share * counted).sum() / (ranks[:, 0] > 0).sum().clamp_min(1)
 
 
 def class_chances(center: Tensor, present: Tensor, temperature: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nnssl.distributed import divisor
 from nnssl.labels import LabelSpace
 
 
@@ -22,7 +23,7 @@ def mse_consistency(probabilities: Tensor, target: Tensor, mask: Tensor | None =
     squared = (probabilities - target).square()
     if mask is None:
         return squared.mean()
-    return (squared * mask).sum() / (squared.shape[1] * mask.sum()).clamp_min(1.0)
+    return (squared * mask).sum() / divisor(squared.shape[1] * mask.sum())
 
 
 def sharpen(logits: Tensor, temperature: float, labels: LabelSpace) -> Tensor:

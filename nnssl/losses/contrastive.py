@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.distributed import divisor
+
 
 def info_nce(
     anchor: Tensor,
@@ -41,4 +43,4 @@ def info_nce(
     # does
     rest = torch.logsumexp(torch.where(negative_valid.any(1, keepdim=True), push, 0.0), dim=1, keepdim=True)
     per_positive = F.softplus(rest - pull)
-    return (per_positive * usable).sum() / usable.sum().clamp_min(1)
+    return (per_positive * usable).sum() / divisor(usable.sum())

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.distributed import divisor
+
 MASKED = -1e30  # logit of a row that is not there: finite, so that 0 * log 0 stays 0
 CHUNK = {
     "cpu": 2**16
@@ -45,7 +47,7 @@ def omni_correlation(
     """
     wide = torch.promote_types(query_v.dtype, torch.float32)
     usable = query_valid & row_valid.any()
-    weight = usable / usable.sum().clamp_min(1).to(wide)
+    weight = usable / divisor(usable.sum()).to(wide)
     bias = torch.where(row_valid, 0.0, MASKED).to(wide)
     chunk = chunk or max(1, CHUNK.get(rows.device.type, LARGE_CHUNK) // len(rows))
     loss: Tensor = _OmniCorrelation.apply(
@@ -79,7 +81,7 @@ def class_correlation(
     wide = torch.promote_types(query_v.dtype, torch.float32)
     known = row_valid.any(1)
     usable = query_valid & known[:, None] & (known.sum() >= 2)
-    total = query_v.new_zeros((), dtype=wide)
+    total, count = query_v.new_zeros((), dtype=wide), divisor(usable.sum())
     with torch.autocast(rows.device.type, enabled=False):
         unit = F.normalize(rows.to(wide), dim=-1).flatten(0, 1)
         for query in (query_v, query_a):
@@ -89,7 +91,7 @@ def class_correlation(
             per_class = torch.logsumexp(similarity, dim=-1)
             own = per_class.diagonal(dim1=0, dim2=2).T  # (K, N)
             loss = (torch.logsumexp(per_class, dim=-1) - own).masked_fill(~usable, 0.0)
-            total = total + loss.sum() / usable.sum().clamp_min(1) / 2
+            total = total + loss.sum() / count / 2
     return total
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.distributed import divisor
+
 
 def bank_distillation(
     student: Tensor,
@@ -49,4 +51,4 @@ def bank_distillation(
         log_z = F.log_softmax((to_z / temperature_teacher).masked_fill(~valid, lowest), dim=1)
         divergence = (log_z.exp() * (log_z - log_s)).masked_fill(~valid, 0.0).sum(1)
     usable = valid.sum(1) >= 2
-    return (divergence * usable).sum() / usable.sum().clamp_min(1)
+    return (divergence * usable).sum() / divisor(usable.sum())

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl.distributed import divisor, sum_over_ranks
 from nnssl.labels import LabelSpace
 
 
@@ -28,7 +29,7 @@ def cross_entropy(logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tens
         per_voxel = -(target * F.log_softmax(logits, dim=1)).sum(1, keepdim=True)
     if mask is None:
         return per_voxel.mean()
-    return (per_voxel * mask).sum() / mask.sum().clamp_min(1.0)
+    return (per_voxel * mask).sum() / divisor(mask.sum())
 
 
 def soft_dice_loss(
@@ -38,8 +39,8 @@ def soft_dice_loss(
     smooth: float = 1e-5,
     skip_first: bool = True,
 ) -> Tensor:
-    """1 - mean over channels of 2 <p, m y> / (|m p| + |m y|), sums over the batch and all voxels, weighted by
-    the mask m (nnU-Net's "batch dice").
+    """1 - mean over channels of 2 <p, m y> / (|m p| + |m y|), sums over the batch, of all ranks, and all
+    voxels, weighted by the mask m (nnU-Net's "batch dice").
 
     Args:
         probabilities: (B, K, S).
@@ -56,7 +57,10 @@ def soft_dice_loss(
     overlap = (probabilities * target).sum(axes)
     if mask is not None:
         probabilities = probabilities * mask
-    dice = (2 * overlap + smooth) / (probabilities.sum(axes) + target.sum(axes) + smooth)
+    overlap, predicted, wanted = sum_over_ranks(
+        torch.stack([overlap, probabilities.sum(axes), target.sum(axes)])
+    )
+    dice = (2 * overlap + smooth) / (predicted + wanted + smooth)
     return 1 - dice.mean()
 
 

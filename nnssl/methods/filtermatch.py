@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nnssl.batch import SemiBatch, Target
 from nnssl.config import Config, PositiveShare, Share
+from nnssl.distributed import sum_over_ranks, world_size
 from nnssl.method import Outputs, SemiMethod, full_resolution, inference
 from nnssl.orientations import Orientation, apply_each, random_orientation, square_planes
 
@@ -70,7 +70,7 @@ class FilterMatch(SemiMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         kept = [i for i, case in enumerate(batch.unlabeled_cases) if case not in self.outside()]
         if t < self.config.pretrain_fraction or not kept:
-            return {"joint": self.supervised_loss(self.student(batch.labeled), batch.target)}
+            return {"joint": self.labeled_loss(batch, alone=t < self.config.pretrain_fraction)}
         kept = [kept[i % len(kept)] for i in range(len(batch.weak))]
         with inference(self.student):
             outputs = self.student(batch.weak)
@@ -80,6 +80,18 @@ class FilterMatch(SemiMethod):
         images = torch.cat([batch.labeled, apply_each(batch.weak[chosen], turns)])
         target = self.joint_target(batch, outputs, chosen, turns)
         return {"joint": self.supervised_loss(self.student(images), target)}
+
+    def labeled_loss(self, batch: SemiBatch, alone: bool) -> Tensor:
+        """L_sup(f(x_l), y_l). Other ranks may go on with unlabeled patches, and all exchange sums of one
+        shape: then labeled ones take their places."""
+        images, target = batch.labeled, batch.target
+        if not alone and world_size() > 1:
+            extra = indices([i % len(images) for i in range(len(batch.weak))], images.device)
+            images = torch.cat([images, images[extra]])
+            scales = target if isinstance(target, list) else [target]
+            scales = [torch.cat([y, y[extra]]) for y in scales]
+            target = scales if isinstance(target, list) else scales[0]
+        return self.supervised_loss(self.student(images), target)
 
     def weights(self, t: float) -> dict[str, float]:
         return {"joint": 1.0}
@@ -142,22 +154,22 @@ class FilterMatch(SemiMethod):
         return indices([self.case_index[c] for c in batch.unlabeled_cases], logits.device), total
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
+        new = torch.zeros(2, len(self.entropy), device=self.entropy.device)
         if self.pending is not None:
             index, total = self.pending
-            self.entropy.index_add_(0, index, total)
-            self.seen.index_add_(0, index, torch.ones_like(total))
+            new.index_add_(1, index, torch.stack([total, torch.ones_like(total)]))
             self.pending = None
+        new = sum_over_ranks(new)
+        self.entropy += new[0]
+        self.seen += new[1]
         step, interval = round(t * self.planned.steps), round(self.config.filter_every * self.planned.steps)
         if step and step % max(1, interval) == 0:
             self.shrink_pool()
 
     def shrink_pool(self) -> None:
         """The scans of the lowest mean entropy leave; what was not seen stays, and so does at least one."""
-        counts = torch.stack([self.entropy, self.seen])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
         # the rest on the host, which waits once
-        mean, seen = torch.stack([counts[0] / counts[1].clamp_min(1), counts[1]]).cpu()
+        mean, seen = torch.stack([self.entropy / self.seen.clamp_min(1), self.seen]).cpu()
         outside = self.outside()
         left = torch.tensor([case in outside for case in self.case_index])
         candidates = (seen > 0) & ~left

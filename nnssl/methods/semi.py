@@ -35,6 +35,7 @@ from torch import Tensor
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.distributed import sum_over_ranks, world_size
 from nnssl.ema import ema_update
 from nnssl.losses.deep_supervision import deep_supervision_loss
 from nnssl.method import Outputs, TeacherMethod, full_resolution, split_batch
@@ -104,13 +105,21 @@ class Semi(TeacherMethod):
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         pseudo = self.pseudo_labels(batch.weak)
         x_u, pseudo = self.move(batch.strong[0], pseudo)
-        if float(torch.rand(())) < self.config.paste_share:
+        if self.draw(t) < self.config.paste_share:
             return self.pasted(batch, x_u, pseudo)
         return self.side_by_side(batch, x_u, pseudo)
 
     def weights(self, t: float) -> dict[str, float]:
         ramp = gaussian_ramp(t, self.config.ramp_fraction)
         return {"supervised": 1.0, "pseudo": self.config.weight_pseudo * ramp}
+
+    def draw(self, t: float) -> float:
+        """Uniform in [0, 1); the same on all ranks, which exchange other sums in pasted patches."""
+        of_rank = float(torch.rand(()))
+        if world_size() == 1:
+            return of_rank
+        step = round(t * self.planned.steps)
+        return float(torch.rand((), generator=torch.Generator().manual_seed(step)))
 
     # pseudo-labels
 
@@ -172,11 +181,11 @@ class Semi(TeacherMethod):
 
     @staticmethod
     def class_confidence(certain: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of c over every class's voxels, and whether there are any: (K'), (K')."""
+        """Mean of c over every class's voxels, of all ranks, and whether there are any: (K'), (K')."""
         member = member.flatten(1).float()
         count = member.sum(1)
         with torch.autocast(certain.device.type, enabled=False):  # sums of float16 end at 65504
-            total = member @ certain.flatten()
+            total, count = sum_over_ranks(torch.stack([member @ certain.flatten(), count]))
         return total / count.clamp_min(1), count > 0
 
     def after_step(self, batch: SemiBatch, t: float) -> None:

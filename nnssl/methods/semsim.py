@@ -52,6 +52,7 @@ from torch import Tensor
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, Few, NonNegative, Ratio, Share, Temperature, Voxels, Width
 from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.distributed import Gatherer
 from nnssl.losses.affinity import (
     agreement,
     confident_dice,
@@ -145,6 +146,7 @@ class SemSim(SemiMethod):
         self.num_regions = len(index)
         self.register_buffer("region", place // index.shape[1], persistent=False)
         self.walk = self.planned.compiled(forward_streams)
+        self.gather = Gatherer()
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         c, n, u = self.config, len(batch.labeled), len(batch.weak)
@@ -222,6 +224,8 @@ class SemSim(SemiMethod):
         c = self.config
         member = self.problems(*self.labels.encode(batch.full_target()))  # (B, P, C, V)
         g, known = prototypes(e_l.flatten(2), purest(member.flatten(1, 2)), self.region, self.num_regions)
+        # of the labeled images of all ranks
+        g, known = self.gather.with_gradient(g), self.gather(known)[0]
         known = known.unflatten(1, member.shape[1:3])  # (B, P, C)
 
         def similarity(e: Tensor, g: Tensor) -> Tensor:

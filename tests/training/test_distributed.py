@@ -1,71 +1,245 @@
-"""Two processes (gloo, CPU): the method wrapped as a whole in DistributedDataParallel, as the trainer wraps
-it."""
+"""Two processes (gloo, CPU), one sample of each stream per process: the method wrapped as a whole in
+DistributedDataParallel, as the trainer wraps it, gives what one process with the whole batch gives."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nnssl.training.checkpoint import from_all_ranks, own_buffers, restore_buffers
+from nnssl.banks import CaseBank, ClassBank, EmbeddingBank
+from nnssl.batch import SemiBatch, UnlabeledBatch
+from nnssl.data.mixing import cutmix
+from nnssl.diffusion.gaussian import GaussianDiffusion
+from nnssl.distributed import Gatherer, divisor, from_previous, sum_over_ranks
+from nnssl.method import SemiMethod, weighted_sum
+from nnssl.methods import bcp, caml, cps, diffcl, fixmatch, semi, semsim
+from nnssl.methods.filtermatch import FilterMatch
+from nnssl.orientations import Orientation
+from nnssl.training.checkpoint import from_all_ranks, load_method, method_state, own_buffers, restore_buffers
 from tests.building import Task
-from tests.test_method_contract import ROWS, Row
+from tests.test_method_contract import ROWS
 
 pytestmark = pytest.mark.slow
+
+RANKS = 2
+CPU = torch.device("cpu")
+# every trainer without randomness that depends on how the batch is divided
+CONFIG: dict[str, dict[str, Any]] = {
+    "SemSim": {"channel_dropout": 0.0},
+    "DiffCL": {"channel_dropout": 0.0, "denoiser_share": 1.0, "samples": 1},
+    "CAML": {"channel_dropout": 0.0},
+    "ACTION": {"classmix_probability": 0.0, "channel_dropout": 0.0},
+    "UAMT": {"noise": 0.0, "dropout": 0.0},
+    "Semi": {"channel_dropout": 0.0, "turns": False, "mirrorings": False, "paste_share": 0.0},
+}
+TIMES = {"BCP": (0.0,), "ACTION": (0.1, 0.3, 0.6)}
+# terms that compare drawn voxels with others of their own rank (docs/explanation/several-gpus.md)
+OF_THE_RANK = {"DiffCL": {"contrast"}, "CAML": {"correlation"}, "ACTION": {"anatomical"}}
+# CMA is the identity in the first step and looks across the rank's own samples afterwards
+COMPARED_STEPS = {"CAML": 1}
+STEPS = {"ACTION": 3}  # else 2: in the second one banks and averages count
+
+
+def part(batch: SemiBatch, rank: int | None) -> SemiBatch:
+    """One sample of each stream, or with None the whole batch."""
+    if rank is None:
+        return batch
+    mine = slice(rank, rank + 1)
+    assert isinstance(batch.target, list) and batch.unlabeled is not None
+    return SemiBatch(
+        batch.labeled[mine],
+        [y[mine] for y in batch.target],
+        batch.labeled_cases[mine],
+        UnlabeledBatch(batch.weak[mine], tuple(s[mine] for s in batch.strong), batch.unlabeled.cases[mine]),
+    )
+
+
+def box(n: int, size: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+    mask = torch.zeros(n, 1, *size, dtype=torch.bool)
+    mask[..., : size[-1] // 2] = True
+    return mask
+
+
+@contextlib.contextmanager
+def nothing_drawn() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in (bcp, caml, cps, diffcl, fixmatch, semi, semsim):
+            stack.enter_context(mock.patch.object(module, "cutmix_mask", box))
+        turn = Orientation(((2, -2, -1),), ())
+        stack.enter_context(mock.patch.object(FilterMatch, "orientation", lambda *args: turn))
+        stack.enter_context(mock.patch.object(torch, "randn_like", torch.zeros_like))
+        steps = mock.patch.object(
+            GaussianDiffusion, "draw_steps", lambda self, n, *args: torch.full((n,), self.steps // 2)
+        )
+        stack.enter_context(steps)
+        yield
+
+
+def train(name: str, rank: int | None) -> dict[str, Any]:
+    """Terms of all steps, first gradients, and what is saved, of one rank or, with None, of one process."""
+    row, task = ROWS[name], Task()
+    config = dataclasses.replace(row.config, **CONFIG.get(name, {}))
+    method: SemiMethod = task.method(row.method, config, seed=0 if rank is None else rank)
+    if rank is not None:  # ranks start apart: DDP brings them together
+        wrapped: Any = DistributedDataParallel(method, broadcast_buffers=False)
+        method.make_copies()
+        for name_, module in method.named_modules():
+            if name_.endswith("teacher") and name_ != "teacher":  # of a head, which the test seeds apart
+                module.load_state_dict(method.get_submodule(f"{name_[:-7]}projector").state_dict())
+    else:
+        wrapped = method
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
+    terms_of, gradients = [], []
+    for t in TIMES.get(name, (0.5,)):
+        for i in range(STEPS.get(name, 2)):
+            torch.manual_seed(i)
+            batch = part(task.batch(seed=i), rank)
+            method.before_step(t)
+            terms, weights = wrapped(batch, t), method.weights(t)
+            optimizer.zero_grad()
+            kept = {k: w * (k not in OF_THE_RANK.get(name, ())) for k, w in weights.items()}
+            weighted_sum(terms, kept, all_terms=True).backward()
+            gradients.append({k: p.grad.clone() for k, p in method.named_parameters() if p.grad is not None})
+            optimizer.step()
+            method.after_step(batch, t)
+            terms_of.append({k: v.item() for k, v in terms.items()})
+    return {
+        "terms": terms_of,
+        "gradients": gradients,
+        "parameters": [p.detach() for p in method.parameters()],
+        "buffers": copy.deepcopy(dict(own_buffers(method))),
+        "state": copy.deepcopy(method_state(method, method.student)),
+    }
+
+
+def functions(rank: int | None) -> dict[str, Tensor]:
+    """What the functions of nnssl.distributed and the banks give for a part of one batch."""
+    mine = slice(None) if rank is None else slice(rank, rank + 1)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 3, 4, 5), generator=g)[mine].requires_grad_()
+    weight = torch.randn((3, 4, 5), generator=g)
+    total = sum_over_ranks((x * weight).sum((0, 2, 3)))
+    (total.square().sum() / (1 if rank is None else RANKS)).backward()  # as DDP averages
+    found = {"sum": total.detach(), "gradient": x.grad, "divisor": divisor(torch.tensor(float(len(x))))}
+    gather = Gatherer()
+    with torch.no_grad():
+        found["moved"] = from_previous(x)
+        found["moved mask"] = from_previous(x > 0)
+        found["mixed"] = cutmix(x, box(len(x), (4, 5)))
+        found["gathered"], found["gathered mask"], found["numbers"] = gather(
+            x, x > 0, torch.tensor([2**40, 7])[mine]
+        )
+    classes, cases, rows = ClassBank(2, 6, 3), CaseBank(2, 3, 5, 3), EmbeddingBank(5, 3)
+    for i in range(3):
+        drawn = torch.randn((2, 2, 4, 3), generator=g)[:, mine]  # (K, B, P, E)
+        valid = (torch.rand((2, 2, 4), generator=g) > 0.4)[:, mine]
+        classes.push(drawn[:, :, :2].flatten(1, 2), valid[:, :, :2].flatten(1, 2))
+        cases.push([(2, 0), (1, 1), (2, 2)][i][mine], drawn, valid)
+        rows.push(drawn[0, :, 0], torch.tensor([10 + i, 20 + i])[mine])
+    for name, bank in (("classes", classes), ("cases", cases), ("rows", rows)):
+        found |= {f"{name}.{k}": v for k, v in bank.named_buffers()}
+    return found
+
+
+def _uneven(rank: int) -> dict[str, Tensor]:
+    """Rank 0 has one row, rank 1 three."""
+    gather, n = Gatherer(), 1 + 2 * rank
+    x = torch.arange(float(n))[:, None].repeat(1, 2).add(10 * rank).requires_grad_()
+    joint = gather.with_gradient(x)
+    (joint * torch.arange(8.0).view(4, 2)).sum().div(RANKS).backward()
+    with pytest.raises(RuntimeError, match="same batch size"):
+        gather(torch.zeros(n + 1, 2))
+    return {"joint": joint.detach(), "gradient": x.grad, "plain": gather(x)[0]}
 
 
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    for name, row in ROWS.items():
-        _train(rank, row, f"{folder}/{name}_{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS)
+    torch.save({"all": functions(rank), "uneven": _uneven(rank)}, f"{folder}/functions_{rank}.pt")
+    with nothing_drawn():
+        for name in ROWS:
+            torch.save(train(name, rank), f"{folder}/{name}_{rank}.pt")
+    kept = {"bank": torch.full((2,), float(rank))}
+    method = torch.nn.Module()
+    method.register_buffer("bank", kept["bank"].clone())
+    gathered = from_all_ranks(kept)
+    method.load_state_dict(gathered[0])  # as every rank finds it in rank 0's checkpoint
+    restore_buffers(method, gathered)
+    assert torch.equal(method.get_buffer("bank"), kept["bank"])
     dist.destroy_process_group()
 
 
-def _train(rank: int, row: Row, file: str) -> None:
-    task = Task()
-    method = task.method(row.method, row.config, seed=rank)  # ranks start apart: DDP brings them together
-    wrapped = DistributedDataParallel(method, broadcast_buffers=False)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-2)
-    for i in range(3):
-        batch = task.batch(seed=10 * i + rank)  # each rank its own data
-        method.before_step(0.5)
-        terms, weights = wrapped(batch, 0.5), method.weights(0.5)
-        optimizer.zero_grad()
-        sum(weights[k] * terms[k] for k in terms).backward()
-        optimizer.step()
-        method.after_step(batch, 0.5)
-    kept = copy.deepcopy(dict(own_buffers(method)))
-    gathered = from_all_ranks(kept)
-    method.load_state_dict(gathered[0], strict=False)  # as every rank finds it in rank 0's checkpoint
-    restore_buffers(method, gathered)
-    assert all(torch.equal(v, kept[k]) for k, v in own_buffers(method))
-    torch.save(
-        {
-            "parameters": [p.detach() for p in method.parameters()],
-            "buffers": copy.deepcopy(dict(method.named_buffers())),
-        },
-        file,
-    )
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have after three steps of every method: <method>_<rank>.pt."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have found: <method>_<rank>.pt and functions_<rank>.pt."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, args=(str(folder),), nprocs=2, join=True)
+    mp.spawn(_worker, args=(str(folder),), nprocs=RANKS, join=True)
     return folder
 
 
+def test_sums_rows_and_banks_are_those_of_the_whole_batch(ranks: Path) -> None:
+    whole = functions(None)
+    of_ranks = [torch.load(ranks / f"functions_{r}.pt")["all"] for r in range(RANKS)]
+    for key, expected in whole.items():
+        if key in ("gradient", "moved", "moved mask", "mixed"):
+            torch.testing.assert_close(torch.cat([found[key] for found in of_ranks]), expected)
+        else:
+            for found in of_ranks:
+                torch.testing.assert_close(found[key], expected if key != "divisor" else expected / RANKS)
+
+
+def test_ranks_may_have_different_numbers_of_rows(ranks: Path) -> None:
+    found = [torch.load(ranks / f"functions_{r}.pt")["uneven"] for r in range(RANKS)]
+    expected = torch.tensor([[0.0, 0.0], [10.0, 10.0], [11.0, 11.0], [12.0, 12.0]])
+    for f in found:
+        assert torch.equal(f["joint"], expected) and torch.equal(f["plain"], expected)
+    joint = torch.cat([f["gradient"] for f in found])
+    assert torch.equal(joint, torch.arange(8.0).view(4, 2))
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_ranks_keep_equal_weights_and_their_own_banks(trained: Path, name: str) -> None:
-    a, b = (torch.load(trained / f"{name}_{rank}.pt") for rank in (0, 1))
-    for p, q in zip(a["parameters"], b["parameters"], strict=True):
-        torch.testing.assert_close(p, q)
-    for key in (k for k in a["buffers"] if k.endswith("rows")):
-        assert not torch.equal(a["buffers"][key], b["buffers"][key])
+def test_two_ranks_train_as_one_process_with_the_whole_batch(ranks: Path, name: str) -> None:
+    with nothing_drawn():
+        whole = train(name, None)
+    of_ranks = [torch.load(ranks / f"{name}_{r}.pt", weights_only=False) for r in range(RANKS)]
+    left_out = OF_THE_RANK.get(name, set())
+    steps = COMPARED_STEPS.get(name, len(whole["terms"]))
+    for i in range(steps):
+        for k, expected in whole["terms"][i].items():
+            if k not in left_out:
+                mean = sum(r["terms"][i][k] for r in of_ranks) / RANKS
+                assert mean == pytest.approx(expected, abs=1e-5), (i, k)
+    for k, g in whole["gradients"][0].items():
+        if k.startswith("attention.samples"):  # CAML's CMA, see above
+            continue
+        torch.testing.assert_close(of_ranks[0]["gradients"][0][k], g, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_keep_equal_weights_and_equal_banks(ranks: Path, name: str) -> None:
+    a, b = (torch.load(ranks / f"{name}_{r}.pt", weights_only=False) for r in range(RANKS))
+    torch.testing.assert_close(a["parameters"], b["parameters"])
+    torch.testing.assert_close(a["buffers"], b["buffers"])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_two_ranks_save_continues_on_one(ranks: Path, name: str) -> None:
+    row, task = ROWS[name], Task()
+    config = dataclasses.replace(row.config, **CONFIG.get(name, {}))
+    method = task.method(row.method, config, seed=7)
+    state = torch.load(ranks / f"{name}_0.pt", weights_only=False)["state"]
+    assert load_method(method, method.student, state) == ([], [])
+    terms = method(task.batch(), TIMES.get(name, (0.5,))[-1])
+    assert all(torch.isfinite(v) for v in terms.values())
