@@ -28,7 +28,7 @@ from nnssl.methods import bcp, caml, cps, diffcl, fixmatch, semi, semsim
 from nnssl.methods.filtermatch import FilterMatch
 from nnssl.orientations import Orientation
 from nnssl.training.checkpoint import from_all_ranks, load_method, method_state, own_buffers, restore_buffers
-from tests.building import Task
+from tests.building import Task, gradient
 from tests.test_method_contract import ROWS
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def functions(rank: int | None) -> dict[str, Tensor]:
     weight = torch.randn((3, 4, 5), generator=g)
     total = sum_over_ranks((x * weight).sum((0, 2, 3)))
     (total.square().sum() / (1 if rank is None else RANKS)).backward()  # as DDP averages
-    found = {"sum": total.detach(), "gradient": x.grad, "divisor": divisor(torch.tensor(float(len(x))))}
+    found = {"sum": total.detach(), "gradient": gradient(x), "divisor": divisor(torch.tensor(float(len(x))))}
     gather = Gatherer()
     with torch.no_grad():
         found["moved"] = from_previous(x)
@@ -142,11 +142,12 @@ def functions(rank: int | None) -> dict[str, Tensor]:
             x, x > 0, torch.tensor([2**40, 7])[mine]
         )
     classes, cases, rows = ClassBank(2, 6, 3), CaseBank(2, 3, 5, 3), EmbeddingBank(5, 3)
+    of_steps = ((2, 0), (1, 1), (2, 2))
     for i in range(3):
         drawn = torch.randn((2, 2, 4, 3), generator=g)[:, mine]  # (K, B, P, E)
         valid = (torch.rand((2, 2, 4), generator=g) > 0.4)[:, mine]
         classes.push(drawn[:, :, :2].flatten(1, 2), valid[:, :, :2].flatten(1, 2))
-        cases.push([(2, 0), (1, 1), (2, 2)][i][mine], drawn, valid)
+        cases.push(of_steps[i][mine], drawn, valid)
         rows.push(drawn[0, :, 0], torch.tensor([10 + i, 20 + i])[mine])
     for name, bank in (("classes", classes), ("cases", cases), ("rows", rows)):
         found |= {f"{name}.{k}": v for k, v in bank.named_buffers()}
@@ -161,7 +162,7 @@ def _uneven(rank: int) -> dict[str, Tensor]:
     (joint * torch.arange(8.0).view(4, 2)).sum().div(RANKS).backward()
     with pytest.raises(RuntimeError, match="same batch size"):
         gather(torch.zeros(n + 1, 2))
-    return {"joint": joint.detach(), "gradient": x.grad, "plain": gather(x)[0]}
+    return {"joint": joint.detach(), "gradient": gradient(x), "plain": gather(x)[0]}
 
 
 def _worker(rank: int, folder: str) -> None:
