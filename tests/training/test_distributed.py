@@ -142,7 +142,7 @@ def functions(rank: int | None) -> dict[str, Tensor]:
             x, x > 0, torch.tensor([2**40, 7])[mine]
         )
     classes, cases, rows = ClassBank(2, 6, 3), CaseBank(2, 3, 5, 3), EmbeddingBank(5, 3)
-    of_steps = ((2, 0), (1, 1), (2, 2))
+    of_steps: list[list[int]] = [[2, 0], [1, 1], [2, 2]]
     for i in range(3):
         drawn = torch.randn((2, 2, 4, 3), generator=g)[:, mine]  # (K, B, P, E)
         valid = (torch.rand((2, 2, 4), generator=g) > 0.4)[:, mine]
