@@ -8,9 +8,12 @@ processes itself, as nnU-Net does.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,8 +190,16 @@ def _rank(rank: int, args: argparse.Namespace, port: str, messages: Any) -> None
     """One process of several on this computer."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.num_gpus, "MASTER_PORT": port}
     os.environ |= {**{key: str(value) for key, value in places.items()}, "MASTER_ADDR": "localhost"}
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
     try:
         with interruptible():
+            threading.Thread(target=end_with_parent, daemon=True).start()
             _train(args)
     except Exception as error:
         if (line := told_line(error)) is None:

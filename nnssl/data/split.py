@@ -59,9 +59,9 @@ def hidden_cases(splits_file: str, fold: int | str, known: Collection[str]) -> l
         if not hiding:
             return []
         what = "fold all" if fold == "all" else f"fold {fold}, of {len(splits)} in the file,"
+        choice = f"one of the folds 0 to {len(splits) - 1}" if len(splits) > 1 else "fold 0"
         raise ValueError(
-            f"{splits_file} hides labels (key unlabeled), but {what} would train on them. Choose one of the "
-            f"folds 0 to {len(splits) - 1}, "
+            f"{splits_file} hides labels (key unlabeled), but {what} would train on them. Choose {choice}, "
             "or move the file away to train on all labels."
         )
     entry = splits[int(fold)]

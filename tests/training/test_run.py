@@ -132,6 +132,17 @@ def test_how_to_go_on_is_what_nnunet_would_do(
     assert line in how_to_resume(str(tmp_path), epochs, disabled)
 
 
+def ended(group: int, deadline: float) -> bool:
+    """Whether no process of the group is left before the deadline."""
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_ctrl_c_ends_the_stock_command_and_its_workers(place: Place) -> None:
     """The terminal sends SIGINT to all processes of the command: one line, nothing is left behind; while it
     ran, another training was refused."""
@@ -168,14 +179,7 @@ def test_ctrl_c_ends_the_stock_command_and_its_workers(place: Place) -> None:
     said = [line for line in lines if line and "it/s" not in line]  # no progress bars
     assert len(said) == 1 and "stopped in epoch" in said[0] and "rerun with --c" in said[0], lines
     assert not (fold / NAME).exists()
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("worker processes are left")
+    assert ended(process.pid, deadline), "worker processes are left"
 
 
 # several ranks
@@ -268,4 +272,51 @@ def test_torchrun_trains_and_validates_on_two_ranks(place: Place) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
     assert (fold / "validation" / "summary.json").exists()
+    assert not (fold / NAME).exists()
+
+
+LAUNCHER = """
+import sys
+from nnssl.commands import cli, train
+if __name__ == "__main__":  # what -num_gpus does, on CPU
+    train.check_names = lambda args: ("Dataset777_Tiny", {})
+    train._inspect = train.check_data = lambda *args: None
+    command = ["train", "777", "3d_fullres", sys.argv[1], "-tr", "nnUNetTrainerMeanTeacher", "-device", "cpu"]
+    sys.exit(cli.main([*command, "-num_gpus", "2"]))
+"""
+
+
+@pytest.mark.nightly
+def test_an_error_of_the_ranks_of_num_gpus_is_one_line(place: Place) -> None:
+    (place.results.parent / "launch.py").write_text(LAUNCHER)
+    command = [sys.executable, "-W", "ignore", str(place.results.parent / "launch.py"), "5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "Choose fold 0" in done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_the_ranks_of_num_gpus_end_with_their_launcher(place: Place, number: int, status: int) -> None:
+    place.plan(**{**SHORT, "num_epochs": 1000}, DiffCL=SMALL)
+    (place.results.parent / "launch.py").write_text(LAUNCHER)
+    command = [sys.executable, "-W", "ignore", str(place.results.parent / "launch.py"), "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    errors, deadline = place.results.parent / "errors", time.monotonic() + 600
+    with open(errors, "w") as stderr:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+        )
+    fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+    while not (fold / "losses.csv").exists():
+        assert process.poll() is None and time.monotonic() < deadline, errors.read_text(encoding="utf-8")
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(300) == status
+    assert ended(process.pid, deadline), "a rank is left"
+    lines = errors.read_text(encoding="utf-8").splitlines()
+    assert ["stopped in epoch" in line for line in lines if line and "it/s" not in line] == [True], lines
     assert not (fold / NAME).exists()
