@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +117,7 @@ def plan_and_preprocess(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         point_at(folder, patch)
         patch.delenv("nnUNet_n_proc_DA", raising=False)
-        fork_pools(patch)
+        thread_pools(patch)
         write_dataset(folder / "raw")
         one_process = ("-np", "1", "-npfp", "1", "--no_pbar")
         status = main(["plan-and-preprocess", "-d", "777", "-c", "2d", "3d_fullres", *one_process])
@@ -144,10 +146,9 @@ def dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
     return on_epoch_start
 
 
-def fork_pools(patch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's worker processes as copies of this one: a new interpreter takes seconds to import."""
-    context = multiprocessing.get_context
-    patch.setattr(multiprocessing, "get_context", lambda *_: context("fork"))
+def thread_pools(patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's worker processes as threads: a new interpreter takes seconds to import."""
+    patch.setattr(multiprocessing, "get_context", lambda *_: SimpleNamespace(Pool=ThreadPool))
 
 
 def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoint_final.pth") -> Any:
