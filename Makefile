@@ -50,6 +50,7 @@ lint: .venv/.installed-dev
 # the site, into site/; links, anchors and generated pages are checked
 docs: .venv/.installed-docs
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_compatibility.py
 	$(ISOLATED) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/.installed-docs: pyproject.toml | .venv/bin/python

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run_cell(place: Workspace, column: str, trainer: str) -> dict[str, Any]:
         result = {
             "status": REFUSED if refused else FAILING,
             "reason": f"{type(error).__name__}: {error}",
-            "traceback": "" if refused else traceback.format_exc(),
+            **({} if refused else {"traceback": traceback.format_exc()}),
         }
     shutil.rmtree(place.folder / "results", ignore_errors=True)
     return {**result, "seconds": round(time.process_time() - start, 1)}
@@ -71,7 +72,7 @@ def run_matrix(path: Path, columns: Iterable[str], names: Iterable[str], again: 
     """Fill a results file; green cells in it are kept, several processes may share it."""
     names = list(names)
     for column in columns:
-        known = _read(path).get(column, {})
+        known = _read(path)["columns"].get(column, {"cells": {}})["cells"]
         todo = [name for name in names if again or known.get(name, {}).get("status") != GREEN]
         if not todo:
             continue
@@ -80,10 +81,15 @@ def run_matrix(path: Path, columns: Iterable[str], names: Iterable[str], again: 
                 cell = run_cell(place, column, name)
                 with FileLock(f"{path}.lock"):
                     content = _read(path)
-                    content.setdefault(column, {})[name] = cell
+                    content["versions"] = {
+                        name: metadata.version(name) for name in ("nnunet-semi", "nnunetv2", "torch")
+                    }
+                    entry = content["columns"].setdefault(column, {"cells": {}})
+                    entry["title"] = COLUMNS[column].title
+                    entry["cells"][name] = cell
                     write_json(content, path, indent=1)
                 print(column, name, cell["status"], cell["seconds"], cell.get("reason", ""), flush=True)
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    return read_json(path) if path.is_file() else {}
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {"columns": {}}
