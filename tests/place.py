@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnssl.commands.cli import main
@@ -117,7 +118,7 @@ def plan_and_preprocess(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         point_at(folder, patch)
         patch.delenv("nnUNet_n_proc_DA", raising=False)
-        thread_pools(patch)
+        lean_nnunet(patch)
         write_dataset(folder / "raw")
         one_process = ("-np", "1", "-npfp", "1", "--no_pbar")
         status = main(["plan-and-preprocess", "-d", "777", "-c", "2d", "3d_fullres", *one_process])
@@ -146,9 +147,16 @@ def dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
     return on_epoch_start
 
 
-def thread_pools(patch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's worker processes as threads: a new interpreter takes seconds to import."""
+def lean_nnunet(patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's worker processes as threads: a new interpreter takes seconds to import. And of each case a
+    thousand intensities in the fingerprint, not twenty million."""
     patch.setattr(multiprocessing, "get_context", lambda *_: SimpleNamespace(Pool=ThreadPool))
+    collect = DatasetFingerprintExtractor.collect_foreground_intensities
+
+    def few(*args: Any, num_samples: int = 0, **kwargs: Any) -> Any:
+        return collect(*args, num_samples=1000, **kwargs)
+
+    patch.setattr(DatasetFingerprintExtractor, "collect_foreground_intensities", few)
 
 
 def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoint_final.pth") -> Any:

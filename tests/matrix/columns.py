@@ -27,7 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.commands.cli import main
 from nnssl.training.history import History
 from tests.matrix.datasets import LABELED, Dataset
-from tests.place import point_at, thread_pools
+from tests.place import lean_nnunet, point_at
 
 ID, NAME = "777", "Dataset777_Matrix"
 CPU = torch.device("cpu")
@@ -242,7 +242,7 @@ def surroundings(folder: Path, patch: pytest.MonkeyPatch) -> None:
     for the same trainer.
     """
     point_at(folder, patch)
-    thread_pools(patch)
+    lean_nnunet(patch)
     patch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
     patch.setattr(History, "_plot", lambda *_: None)
     find = functools.cache(recursive_find_trainer_class_by_name)

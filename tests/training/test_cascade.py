@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnssl.commands.cli import main
 from nnssl.data.freshness import read_properties, write_properties
 from nnssl.training.next_stage import fingerprint_of, folder_for_unlabeled, unusable_predictions
-from tests.place import SHORT, Place, losses, thread_pools
+from tests.place import SHORT, Place, lean_nnunet, losses
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ CASCADE = "3d_cascade_fullres"
 @pytest.fixture
 def cascade(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Two stages as nnU-Net's planner writes them; in both folds all labeled cases take part."""
-    thread_pools(monkeypatch)
+    lean_nnunet(monkeypatch)
     path = place.preprocessed / "nnUNetPlans.json"
     place.plan(**BRIEF)
     plans = json.loads(path.read_text(encoding="utf-8"))
