@@ -64,23 +64,20 @@ class Workspace:
         rows = np.loadtxt(run / "losses.csv", delimiter=",", skiprows=1, ndmin=2)
         header = (run / "losses.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
         for name, value in zip(header, rows[-1], strict=True):
-            assert np.isfinite(value) or name.startswith("gradient/"), f"{name} is {value}"
+            assert np.isfinite(value) or not name.startswith(("loss/", "weight/")), f"{name} is {value}"
         summary = json.loads((run / "validation" / "summary.json").read_text(encoding="utf-8"))
         assert summary["metric_per_case"], "no case was validated"
         return model
 
     def predict(self, model: Path, folds: tuple[Any, ...] = (0,), **options: Any) -> Path:
         """A prediction of one scan by nnU-Net's predictor, checked."""
-        images = self.folder / "images"
-        images.mkdir(exist_ok=True)
-        for file in (self.raw / "imagesUn").glob("scan_0*"):
-            shutil.copy(file, images)
+        images = sorted(str(f) for f in (self.raw / "imagesUn").glob("scan_0_*"))
         output = self.folder / "predicted" / model.name
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), folds, "checkpoint_final.pth")
-        predictor.predict_from_files_sequential(str(images), str(output), **options)
+        predictor.predict_from_files_sequential([images], [str(output / "scan_0")], **options)
         self.check(output)
         return output
 
