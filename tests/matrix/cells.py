@@ -87,7 +87,9 @@ def run_matrix(path: Path, columns: Iterable[str], names: Iterable[str], again: 
                     entry = content["columns"].setdefault(column, {"cells": {}})
                     entry["title"] = COLUMNS[column].title
                     entry["cells"] = dict(sorted({**entry["cells"], name: cell}.items()))
-                    content["columns"] = {c: content["columns"][c] for c in COLUMNS if c in content["columns"]}
+                    content["columns"] = {
+                        c: content["columns"][c] for c in COLUMNS if c in content["columns"]
+                    }
                     write_json(content, path, indent=1)
                 print(column, name, cell["status"], cell["seconds"], cell.get("reason", ""), flush=True)
 
