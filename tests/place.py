@@ -147,6 +147,12 @@ def dies_in_epoch(trainer: Any, epoch: int) -> Callable[[], None]:
     return on_epoch_start
 
 
+def fork_pools(patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's worker processes as copies of this one."""
+    context = multiprocessing.get_context
+    patch.setattr(multiprocessing, "get_context", lambda *_: context("fork"))
+
+
 def lean_nnunet(patch: pytest.MonkeyPatch) -> None:
     """nnU-Net's worker processes as threads: a new interpreter takes seconds to import. And of each case a
     thousand intensities in the fingerprint, not twenty million."""

@@ -228,7 +228,7 @@ COLUMNS = {
     ),
     "png": Column("PNG, RGB", plain("2d"), PNG, configurations=("2d",)),
     "tiff": Column("TIFF", plain(FULLRES), TIFF),
-    "pretrained": Column("pretrained weights", pretrained),
+    "pretrained": Column("pretrained weights (Diff-CL: its own)", pretrained),
 }
 
 
