@@ -240,7 +240,7 @@ def surroundings(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """
     point_at(folder, patch)
     lean_nnunet(patch)
-    patch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
+    patch.setattr(MetaLogger, "plot_progress_png", lambda _, run: Path(run, "progress.png").touch())
     patch.setattr(History, "_plot", lambda *_: None)
     find = functools.cache(recursive_find_trainer_class_by_name)
     for module in (nnunetv2.run.run_training, nnunetv2.inference.predict_from_raw_data):
