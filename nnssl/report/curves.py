@@ -106,11 +106,13 @@ def acceptance_charts(runs: Sequence[Run], styles: Styles) -> list[Chart]:
         ("called", "called", "Share of the unlabeled voxels that are called {}."),
     ):
         for name in names:
-            lines = [
-                Series(named(run, runs), *column(run, f"{kind}/{name}"), styles[run.model])
-                for run in runs
-                if name in columns(run, kind)
-            ]
+            lines = []
+            for run in (r for r in runs if name in columns(r, kind)):
+                x, y = column(run, f"{kind}/{name}")
+                if kind == "accepted":
+                    called = column(run, f"called/{name}")[1]
+                    y = [a / c if c else math.nan for a, c in zip(y, called, strict=True)]
+                lines.append(Series(named(run, runs), x, y, styles[run.model]))
             limits = (0.0, 1.0) if kind == "accepted" else None
             if lines:
                 charts.append(

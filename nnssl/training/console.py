@@ -64,10 +64,9 @@ def epoch_line(
 def accepted_share(row: Mapping[str, Any]) -> float | None:
     """Of the unlabeled voxels called any structure, the share that teaches; None where nothing is counted."""
     names = [key.removeprefix("accepted/") for key in row if key.startswith("accepted/")]
-    found = [(row[f"accepted/{name}"], row[f"called/{name}"]) for name in names if name != "background"]
-    found = [(accepted, called) for accepted, called in found if math.isfinite(accepted)]
-    called = sum(c for _, c in found)
-    return sum(a * c for a, c in found) / called if called else None
+    structures = [name for name in names if name != "background"]
+    accepted, called = (sum(row[f"{kind}/{name}"] for name in structures) for kind in ("accepted", "called"))
+    return accepted / called if called else None
 
 
 def duration(seconds: float) -> str:

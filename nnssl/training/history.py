@@ -14,8 +14,8 @@ class History:
     "accepted/<class>", "called/<class>", "weight/<term>"}; saved in the checkpoint: the file always matches
     it.
 
-    total: the weighted sum that was minimised. accepted: of the unlabeled voxels called a class, the share
-    that taught; called: share of all unlabeled voxels.
+    total: the weighted sum that was minimised. called: share of the unlabeled voxels that are called a class;
+    accepted: share that are called so and teach.
 
     Times are not in here (nnU-Net's log has them): the same run writes the same file.
     """

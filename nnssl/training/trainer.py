@@ -632,10 +632,6 @@ class SemiTrainer(nnUNetTrainer):
         # beside the validation loss, which is supervised, too
         shown = "loss/supervised" if weights.get("supervised") else "total"
         self.logger.log("train_losses", means[shown], self.current_epoch)
-        for name in self._class_names():
-            if f"accepted/{name}" in means:  # shares of all voxels: into a share of the class's
-                called = means[f"called/{name}"]
-                means[f"accepted/{name}"] = means[f"accepted/{name}"] / called if called else float("nan")
         self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
         self.print_to_log_file(self.history.describe(), also_print_to_console=False)
         if self.step.skipped:

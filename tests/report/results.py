@@ -78,11 +78,8 @@ class Results:
         columns = [f"{kind}/{term}" for kind in ("loss", "weight") for term in terms]
         values = {column: 0.5 for column in columns}
         if "pseudo" in terms:
-            values |= {
-                '"accepted/large, round"': 0.75,
-                '"called/large, round"': 0.1,
-                "accepted/small": np.nan,
-            }
+            values |= {'"accepted/large, round"': 0.075, '"called/large, round"': 0.1}
+            values |= {"accepted/small": 0.0, "called/small": 0.0}
         lines = [",".join(["epoch", "lr", *values])]
         lines += [",".join(map(str, [e, 0.01, *values.values()])) for e in range(EPOCHS)]
         (folder / "losses.csv").write_text("\n".join(lines) + "\n")

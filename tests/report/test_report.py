@@ -16,6 +16,8 @@ from medpy.metric import binary
 
 from nnssl.commands.cli import main
 from nnssl.metrics import interval
+from nnssl.report.curves import acceptance_charts
+from nnssl.report.runs import Run
 from tests.report.results import CASES, LABELS, SPACING, Results, truth
 
 VOID = {"meta", "img", "line", "polyline", "circle", "br"}
@@ -264,3 +266,14 @@ def test_a_checkpoint_without_a_log_is_no_error(results: Results) -> None:
     torch.save({}, folder / "checkpoint_best.pth")
     page = report(results, folder.parent)
     assert "0 epochs so far" in page.text
+
+
+def test_accepted_is_a_share_of_what_is_called_so(results: Results) -> None:
+    folder = results.begin(SEMI)
+    charts = acceptance_charts([Run("Semi", folder)], {"Semi": 0})
+    assert [chart.title for chart in charts] == [
+        f"{kind}: {name}" for kind in ("accepted", "called") for name in ("large, round", "small")
+    ]
+    lines = [chart.series[0].y for chart in charts]
+    assert lines[0] == pytest.approx([0.75] * 3) and np.isnan(lines[1]).all()
+    assert lines[2:] == [[0.1] * 3, [0.0] * 3]

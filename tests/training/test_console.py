@@ -13,11 +13,11 @@ ROW: dict[str, Any] = {
     "loss/pseudo": 0.5,
     "weight/supervised": 1.0,
     "weight/pseudo": 0.125,
-    "accepted/background": 1.0,
+    "accepted/background": 0.9,
     "called/background": 0.9,
-    "accepted/a": 0.5,
+    "accepted/a": 0.045,
     "called/a": 0.09,
-    "accepted/b": 1.0,
+    "accepted/b": 0.01,
     "called/b": 0.01,
 }
 
@@ -36,9 +36,9 @@ def test_a_method_without_a_supervised_term_of_its_own() -> None:
 
 
 def test_the_accepted_share_is_that_of_the_structures_voxels() -> None:
-    assert accepted_share(ROW) == pytest.approx((0.5 * 0.09 + 0.01) / 0.1)
+    assert accepted_share(ROW) == pytest.approx(0.55)
     assert accepted_share({"loss/supervised": 1.0}) is None
-    assert accepted_share({"accepted/a": math.nan, "called/a": 0.0}) is None
+    assert accepted_share({"accepted/a": 0.0, "called/a": 0.0}) is None
 
 
 @pytest.mark.parametrize(

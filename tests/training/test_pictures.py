@@ -75,7 +75,8 @@ def test_pictures_change_no_loss_and_end_up_in_the_report(
     assert "pseudo_label_pictures" in record["changed"] and record["config"]["Semi"]["threshold"] == 0.95
     assert record["cases"] == {"labeled": 3, "unlabeled": 5, "validation": 1}
     row = losses(trained["With"])[-1]
-    assert 0 <= row["accepted/background"] <= 1 and 0 <= row["called/background"] <= 1
+    assert 0 <= row["accepted/background"] <= row["called/background"] <= 1
+    assert sum(row[f"called/{name}"] for name in ("background", "a", "b")) == pytest.approx(1)
     assert row["loss/supervised"] == pytest.approx(record["logging"]["train_losses"][-1])
 
     console = capsys.readouterr().out
