@@ -3,6 +3,7 @@ leave the terminal's interrupt to their parent."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -51,10 +52,29 @@ def interruptible() -> Iterator[None]:
 _start = BaseProcess.start
 
 
+_starting = threading.local()
+
+
 def _deaf_start(process: BaseProcess) -> None:
-    """Signals that are blocked stay so in what is started."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Signals that are blocked stay so in what is started; a fork gets SIGTERM back, without our handler."""
+    method = getattr(process, "_start_method", None) or multiprocessing.get_start_method()
+    blocked = {signal.SIGINT, *([signal.SIGTERM] if method == "fork" else [])}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    _starting.here = signal.SIGTERM in blocked - before
     try:
         _start(process)
     finally:
+        _starting.here = False
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_fork() -> None:
+    """Python forgets a signal that it caught while it forked: a pool that is closed at once would wait for
+    its worker forever."""
+    if getattr(_starting, "here", False):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_fork)

@@ -349,6 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sigterm", action="store_true", help="SIGTERM instead of SIGKILL")
+    commands = ("plan", "train", "export")
+    parser.add_argument("--at-once", nargs="*", choices=commands, default=commands, help="started twice")
     args = parser.parse_args(arguments)
     os.environ.update(nnUNet_extTrainer=trainers_folder(), nnUNet_def_n_proc="1", nnUNet_compile="f")
     torch.set_num_threads(1)
@@ -373,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             print(f"{turn} rounds: {dict(loop.kills)}, failures {loop.failures}", flush=True)
     report = {
-        "at_once": {name: loop.at_once(name, operations[name]) for name in ("plan", "train", "export")},
+        "at_once": {name: loop.at_once(name, operations[name]) for name in args.at_once},
         "kills": sum(loop.kills.values()),
         "by_command": dict(loop.kills),
         "identical": loop.identical,

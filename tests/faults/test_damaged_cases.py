@@ -79,14 +79,13 @@ def test_the_redone_case_is_intact(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("folder", [LABELED, UNLABELED])
+@pytest.mark.parametrize(("folder", "workers"), [(LABELED, 0), (UNLABELED, 2)])
 def test_a_training_that_meets_a_damaged_case_names_it(
     place: Place,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    workers: int,
     folder: str,
+    workers: int,
 ) -> None:
     """In the main process and in a background worker."""
     monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))

@@ -31,7 +31,7 @@ def kill_and_rerun(folder: Path, kills: int, seed: int, *options: str) -> dict[s
 
 @pytest.mark.slow
 def test_six_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    report = kill_and_rerun(tmp_path, 6, 1)
+    report = kill_and_rerun(tmp_path, 6, 1, "--at-once", "plan", "export")
     assert not report["failures"] and report["kills"] >= 6
     assert set(report["by_command"]) == {"plan", "train", "validation", "export"}
     assert report["at_once"]["plan"] == [0, 0]  # they share the work
@@ -42,6 +42,7 @@ def test_six_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
 def test_sixty_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     report = kill_and_rerun(tmp_path, 60, 0)
     assert not report["failures"] and report["kills"] >= 60
+    assert report["at_once"]["train"] == [0, 1]  # one of the two is refused
 
 
 @pytest.mark.nightly
