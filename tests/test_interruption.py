@@ -101,3 +101,14 @@ def test_the_command_itself_ends_so_at_sigterm(tmp_path: Path) -> None:
         process.terminate()
         said = process.communicate()[1]
     assert (process.returncode, said) == (143, "nnssl trainers: terminated. Rerun to resume.\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_that_is_ended_while_it_starts_ends() -> None:
+    with interruptible():
+        for _ in range(40):
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            process.start()
+            process.terminate()
+            process.join(30)
+            assert process.exitcode == -signal.SIGTERM
