@@ -43,6 +43,7 @@ def _produce(case: Case, target: Target, scratch: str, verbose: bool) -> str:
             num_channels(target.dataset_json),
             strict=case.label is None,
             declared=declared if case.label else None,
+            spacing=target.plans_manager.get_configuration(target.configuration).spacing,
         )
         configuration = plans.get_configuration(target.configuration)
         preprocessor = configuration.preprocessor_class(verbose=verbose)

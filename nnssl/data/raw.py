@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.formats import SourceError, inspect_file, kind_of, nifti_problem, not_finite
 
+MOST_VOXELS = 2**31  # after resampling
 NO_DATA = 1e15  # magnitude that no scanner gives
 
 
@@ -88,6 +89,7 @@ class CheckedPlans(PlansManager):
     strict    look for non-finite voxels in the file itself, too (nnU-Net trains on labeled NIfTI images whose
               NaN were read as zero)
     declared  values that label maps may have; None: any
+    spacing   what images are resampled to, of the configuration; None: they are not
     """
 
     def __init__(
@@ -97,10 +99,23 @@ class CheckedPlans(PlansManager):
         channels: int,
         strict: bool,
         declared: Collection[int] | None = None,
+        spacing: Sequence[float] | None = None,
     ) -> None:
         super().__init__(plans)
         self.images, self.channels, self.strict = list(images), channels, strict
-        self.declared = declared
+        self.declared, self.spacing = declared, spacing
+
+    def size_problem(self, data: np.ndarray, properties: Mapping[str, Any]) -> str:
+        """What a spacing in another unit makes of an image: no voxels, or more than any memory takes."""
+        own = [float(properties["spacing"][axis]) for axis in self.transpose_forward]
+        shape = [data.shape[1:][axis] for axis in self.transpose_forward]
+        wanted = list(self.spacing or own)
+        wanted = wanted if len(wanted) == len(own) else [own[0], *wanted]
+        new = [round(n * s / w) for n, s, w in zip(shape, own, wanted, strict=True)]
+        if min(new) > 0 and math.prod(new) <= max(MOST_VOXELS, 100 * math.prod(shape)):
+            return ""
+        found, size = (" x ".join(f"{v:g}" for v in values) for values in (own, new))
+        return f"spacing {found} mm: resampled it would have {size} voxels"
 
     @property
     def image_reader_writer_class(self) -> type:
@@ -115,6 +130,10 @@ class CheckedPlans(PlansManager):
                 data, properties = _read(super().read_images, files, strict)
                 if problem := _grid_problem(data, properties):
                     raise SourceError(f"{', '.join(files)}: {problem}. Repair or remove the case.")
+                if case.spacing and (problem := case.size_problem(data, properties)):
+                    raise SourceError(
+                        f"{', '.join(files)}: {problem}. Correct the spacing, or remove the case."
+                    )
                 if len(data) != case.channels:
                     raise SourceError(
                         f"{', '.join(files)}: {len(data)} channel(s), but dataset.json declares "

@@ -564,6 +564,16 @@ def test_what_normalisation_makes_useless_is_refused(
     assert not list(tiny.unlabeled.glob("*.pkl"))
 
 
+@pytest.mark.parametrize("factor", [1000, 0.001])
+def test_a_scan_that_resampling_would_blow_up_or_lose_is_refused_by_name(tiny: Tiny, factor: float) -> None:
+    rescan(tiny, lambda a: a, tuple(factor * s for s in SPACING))
+    with pytest.raises(ValueError, match=r"scan_00_0000\.nii\.gz.*: spacing .* mm: resampled it would have"):
+        ensure_unlabeled(
+            PlansManager(str(tiny.plans_file)), "3d_fullres", tiny.dataset_json, (), 1, show_progress=False
+        )
+    assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == ["scan_01", "scan_02"]
+
+
 SCHEMES = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
 
 

@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> str:
         image = np.full((1, *shape), 10.0 * (i + 1), np.float32)
         blosc2.asarray(image, urlpath=str(tmp_path / f"case_{i}.b2nd"))
         blosc2.asarray(np.zeros((1, *shape), np.int16), urlpath=str(tmp_path / f"case_{i}_seg.b2nd"))
+        (tmp_path / f"case_{i}.pkl").write_bytes(pickle.dumps({"class_locations": {}}))
     return str(tmp_path)
 
 
