@@ -26,19 +26,19 @@ def test_correcting_a_scan_brings_what_it_lacked() -> None:
 
 
 def test_a_guess_that_is_right_orders_as_the_truth_does() -> None:
-    found = measures(rows("agreement"))
+    found = measures(rows("agreement"), 100)
     assert found["spearman_agreement"][0] == pytest.approx(1) and found["scans"] == 20
     assert abs(found["spearman_confidence"][0]) < 0.6
     curves = found["curves"]
     assert curves["as told"] == curves["worst truly"]
     assert all(a >= b - 1e-9 for a, b in zip(curves["as told"], curves["random"], strict=True))
     assert curves["random"][-1] == pytest.approx(1)
-    wrong = measures(rows("confidence"))["curves"]
+    wrong = measures(rows("confidence"), 100)["curves"]
     assert sum(wrong["as told"]) < sum(wrong["worst truly"])
 
 
 def test_the_table_tells_the_gain_per_scan() -> None:
-    table = markdown({"left_atrium": measures(rows("agreement"))})
+    table = markdown({"left_atrium": measures(rows("agreement"), 100)})
     assert "| left_atrium | 20 | 69.0 | 1.00 [1.00, 1.00] |" in table
     assert "| 2 (10%) | 0.49 | 0.31 | 0.49 |" in table  # the two worst lack 0.50 and 0.48
     assert set(SETS) == {"hippocampus", "left_atrium"}
