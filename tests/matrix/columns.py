@@ -129,9 +129,8 @@ def five_folds(place: Workspace, trainer: str) -> None:
 
 
 def pretrained(place: Workspace, trainer: str) -> None:
-    """From a model of plain nnU-Net's; Diff-CL, which adds a block, from its own."""
-    source = trainer if trainer == "nnUNetTrainerDiffCL" else "nnUNetTrainer"
-    first = get_trainer_from_args(ID, FULLRES, 1, source, place.plans, device=CPU)
+    """From a model of plain nnU-Net's."""
+    first = get_trainer_from_args(ID, FULLRES, 1, "nnUNetTrainer", place.plans, device=CPU)
     first.initialize()
     path = os.path.join(first.output_folder, "checkpoint_final.pth")
     first.save_checkpoint(path)
@@ -228,7 +227,7 @@ COLUMNS = {
     ),
     "png": Column("PNG, RGB", plain("2d"), PNG, configurations=("2d",)),
     "tiff": Column("TIFF", plain(FULLRES), TIFF),
-    "pretrained": Column("pretrained weights (Diff-CL: its own)", pretrained),
+    "pretrained": Column("pretrained weights of plain nnU-Net", pretrained),
 }
 
 
