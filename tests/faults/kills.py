@@ -108,11 +108,12 @@ class Events:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: status as of os.waitstatus_to_exitcode, seconds, events."""
+    """How a run ended: status as of os.waitstatus_to_exitcode, seconds, events, whether it stood still."""
 
     status: int
     seconds: float
     events: dict[str, int]
+    hung: bool = False
 
 
 def run(folder: Path, command: Callable[[], Any], kill: Kill | None = None) -> Ended:
@@ -156,12 +157,13 @@ def wait(started: Started, kill: Kill | None = None) -> Ended:
     deadline = started.begin + (PATIENCE if kill.seconds is None else kill.seconds)
     while not (ended := os.waitpid(started.pid, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.005)
+    hung = not ended[0] and kill.seconds is None
     if not ended[0]:
-        os.kill(started.pid, signal.SIGKILL if kill.seconds is None else kill.number)
+        os.kill(started.pid, signal.SIGKILL if hung else kill.number)
         ended = os.waitpid(started.pid, 0)
     seconds = time.monotonic() - started.begin
     events = json.loads(started.report.read_text()) if started.report.exists() else {}
-    return Ended(os.waitstatus_to_exitcode(ended[1]), seconds, events)
+    return Ended(os.waitstatus_to_exitcode(ended[1]), seconds, events, hung)
 
 
 # commands
@@ -299,6 +301,9 @@ class Loop:
         for _ in range(self.random.choice((1, 1, 1, 2))):
             kill = self.draw(operation, kind)
             ended = run(folder, operation.command, kill)
+            if ended.hung:
+                self.fail(name, folder, f"{kill}: stood still for {PATIENCE} s")
+                return
             if ended.status == -kill.number or (kill.number == signal.SIGTERM and ended.status):
                 killed += 1
                 self.kills[name] += 1
