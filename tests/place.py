@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nnunetv2.utilities.utils
 import pytest
 import torch
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -157,6 +158,7 @@ def lean_nnunet(patch: pytest.MonkeyPatch) -> None:
     """nnU-Net's worker processes as threads: a new interpreter takes seconds to import. And of each case a
     thousand intensities in the fingerprint, not twenty million."""
     patch.setattr(multiprocessing, "get_context", lambda *_: SimpleNamespace(Pool=ThreadPool))
+    patch.setattr(nnunetv2.utilities.utils, "Pool", ThreadPool)
     collect = DatasetFingerprintExtractor.collect_foreground_intensities
 
     def few(*args: Any, num_samples: int = 0, **kwargs: Any) -> Any:
