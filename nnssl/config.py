@@ -109,6 +109,9 @@ class GeneralConfig(Config):
     mirror_axes: Literal["auto"] | Annotated[tuple[Axis, ...], Distinct()] | None = None
     # precision of the forward pass: float16 (on CUDA only; nnU-Net), bfloat16 (on a CPU, too) or float32
     amp: Literal["float16", "bfloat16", "float32"] = "float16"
+    # networks whose stages compute their activations again in the backward pass instead of keeping them: less
+    # memory, more time, the same losses; second: those that train beside the student
+    gradient_checkpointing: Literal["none", "second", "all"] = "none"
     # networks and features in PyTorch's channels_last format; faster on a CPU with fewer than 16 features
     channels_last: bool = False
     # network that becomes the model; teacher: only with methods that average one

@@ -69,6 +69,7 @@ from nnssl.training.checkpoint import (
     versions,
 )
 from nnssl.training.console import epoch_line, start_block
+from nnssl.training.gradient_checkpointing import recompute_stages
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
@@ -187,39 +188,7 @@ class SemiTrainer(nnUNetTrainer):
         raise_errors(inspect_preprocessed(self.preprocessed_dataset_folder))
         if self.general.seed is not None:
             seed_everything(self.general.seed + self.local_rank)
-        self._set_batch_size_and_oversample()
-        self.num_input_channels = determine_num_input_channels(
-            self.plans_manager, self.configuration_manager, self.dataset_json
-        )
-        heads = self.label_manager.num_segmentation_heads
-        self.network = self.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            self.num_input_channels,
-            heads,
-            self.enable_deep_supervision,
-        ).to(self.device)
-        if self.general.amp == "bfloat16" and self.device.type == "cpu":
-            refuse_wrong_bfloat16(
-                self.network, self.configuration_manager.patch_size, self.general.channels_last
-            )
-        self.loss = self._build_loss()
-        self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
-        if self.general.channels_last:
-            use_channels_last(self.method, len(self.configuration_manager.patch_size))
-        self.network = self.method.deployed(self.general.deploy)
-        self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        self.step = OptimizationStep(
-            self.optimizer,
-            self.grad_scaler,
-            self.general.amp,
-            self.device,
-            self.general.max_nonfinite_steps,
-            [list(network.parameters()) for network in self.method.children()],
-        )
-        wanted = self.general.agreement
-        if self.method.agreement if wanted is None else wanted:
-            self.agreement = Agreement(self.method)
+        self.build()
         if self._do_i_compile():
             # either goes through the graph twice
             if self.agreement is not None or self.general.term_gradients:
@@ -251,17 +220,51 @@ class SemiTrainer(nnUNetTrainer):
         fresh = self.method.fresh_blocks
         self.print_to_log_file(load_pretrained(self.method, network, path, self.dataset_json, fresh))
 
+    def build(self) -> None:
+        """Networks, method and optimizer, on the device. Of the data only the names of cases are asked."""
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        heads = self.label_manager.num_segmentation_heads
+        self.network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        if self.general.amp == "bfloat16" and self.device.type == "cpu":
+            refuse_wrong_bfloat16(
+                self.network, self.configuration_manager.patch_size, self.general.channels_last
+            )
+        self.loss = self._build_loss()
+        self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
+        for network in self.method.children():
+            kept = {"none": True, "second": network is self.method.student, "all": False}
+            if not kept[self.general.gradient_checkpointing]:
+                recompute_stages(network)
+        if self.general.channels_last:
+            use_channels_last(self.method, len(self.configuration_manager.patch_size))
+        self.network = self.method.deployed(self.general.deploy)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.step = OptimizationStep(
+            self.optimizer,
+            self.grad_scaler,
+            self.general.amp,
+            self.device,
+            self.general.max_nonfinite_steps,
+            [list(network.parameters()) for network in self.method.children()],
+        )
+        wanted = self.general.agreement
+        if self.method.agreement if wanted is None else wanted:
+            self.agreement = Agreement(self.method)
+
     def _planned(self) -> Planned:
         """Everything of the plan that a method may need."""
         labels = self.label_manager
         patch_size, spacing = geometry(self.configuration_manager)
-        labeled, unlabeled = [], []
-        if self.method_class.needs_unlabeled:
-            labeled = self.do_split()[0]
-            cases = unlabeled_cases(
-                self.plans_manager, self.configuration_name, self.dataset_json, self._hidden()
-            )[1]
-            unlabeled = [case.name for case in cases]
+        labeled, unlabeled = self._cases() if self.method_class.needs_unlabeled else ([], [])
 
         def build(input_channels: int, output_channels: int, divisor: int = 1) -> nn.Module:
             configuration = deepcopy(self.configuration_manager)
@@ -294,6 +297,14 @@ class SemiTrainer(nnUNetTrainer):
 
     def _build_loss(self) -> Any:
         return without_waiting(super()._build_loss())
+
+    def _cases(self) -> tuple[list[str], list[str]]:
+        """Names of the labeled and unlabeled training cases."""
+        labeled = self.do_split()[0]
+        unlabeled = unlabeled_cases(
+            self.plans_manager, self.configuration_name, self.dataset_json, self._hidden()
+        )[1]
+        return labeled, [case.name for case in unlabeled]
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""

@@ -1,0 +1,233 @@
+"""Memory and time of a training step: predicted from the plan (nnssl/training/cost.py) against measured; and
+the smallest card that the default plan of every trainer is predicted to fit.
+
+    python -m benchmarks.speed.cost            # both, on one CPU thread
+    python -m benchmarks.speed.cost --cards    # the table of cards alone, without measuring
+
+Measured memory is resident memory at its peak in three steps beyond that before the networks were built, in a
+process that gives freed memory back at once. Measured time is processor time of the third step; predicted is
+that of a supervised step of the same setting, measured, times the ratio of the floating-point operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.speed.timing import RESULTS, machine, save, table
+from nnssl.files import read_json
+from nnssl.training.cost import Cost, Rehearsal, predict
+
+MIB = 2**20
+# nnU-Net's default plans of the left atrium (1.25 mm) and of ACDC at half resolution
+LEFT_ATRIUM = {
+    "patch": [48, 80, 96],
+    "batch": 3,
+    "features": [32, 64, 128, 256, 320],
+    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
+    "classes": 1,
+}
+SMALL_3D = LEFT_ATRIUM | {"patch": [32, 48, 64], "batch": 2, "features": [16, 32, 64, 128, 160]}
+SMALL_2D = {
+    "patch": [96, 96],
+    "batch": 8,
+    "features": [16, 32, 64, 128, 256],
+    "strides": [[1, 1], [2, 2], [2, 2], [2, 2], [2, 2]],
+    "classes": 3,
+}
+SETTINGS = {"3D": SMALL_3D, "2D": SMALL_2D}
+MEASURED = [
+    ("Supervised", "3D", {}),
+    ("Semi", "3D", {}),
+    ("CPS", "3D", {}),
+    ("CAML", "3D", {}),
+    ("DiffCL", "3D", {}),
+    ("SemSim", "3D", {}),
+    ("CPS", "3D", {"gradient_checkpointing": "all"}),
+    ("Supervised", "2D", {}),
+    ("FixMatch", "2D", {}),
+    ("ACTION", "2D", {}),
+    ("Semi", "3D", {"unlabeled_batch_size": 1}),
+]
+
+
+def plan(setting: dict[str, Any], **nnssl: Any) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Plans file, configuration and dataset.json of a setting."""
+    dim = len(setting["patch"])
+    stages, configuration = len(setting["features"]), "3d_fullres" if dim == 3 else "2d"
+    conv = f"torch.nn.modules.conv.Conv{dim}d"
+    network = {
+        "n_stages": stages,
+        "features_per_stage": setting["features"],
+        "conv_op": conv,
+        "kernel_sizes": [[3] * dim] * stages,
+        "strides": setting["strides"],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": network,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    plans = {
+        "dataset_name": "Dataset000_Cost",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "label_manager": "LabelManager",
+        "configurations": {
+            configuration: {
+                "data_identifier": configuration,
+                "batch_size": setting["batch"],
+                "patch_size": setting["patch"],
+                "spacing": [1.25] * 3,
+                "batch_dice": dim == 2,
+                "architecture": architecture,
+            }
+        },
+        "nnssl": nnssl,
+    }
+    labels = {"background": 0, **{f"class {k}": k for k in range(1, setting["classes"] + 1)}}
+    names = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+    return plans, configuration, {**names, "labels": labels, "numTraining": 8}
+
+
+def trainer_class(name: str) -> type:
+    return getattr(importlib.import_module(f"nnssl_trainers.nnUNetTrainer{name}"), f"nnUNetTrainer{name}")
+
+
+def predicted(name: str, setting: dict[str, Any], device: str, **nnssl: Any) -> Cost:
+    return predict(trainer_class(name), *plan(setting, **nnssl), device)
+
+
+def measure(name: str, setting: dict[str, Any], **nnssl: Any) -> dict[str, float]:
+    """Peak bytes and seconds of a step; in a process of its own."""
+    torch.set_num_threads(1)
+    # the libraries' own memory does not count: they are loaded by steps of a tiny network
+    tiny = {**setting, "patch": [32] * len(setting["patch"]), "features": [4] * len(setting["features"])}
+    warm_up: Rehearsal | None = Rehearsal(trainer_class(name), *plan(tiny, **nnssl), "cpu", 0.5)
+    for _ in range(2):
+        warm_up.step()
+    warm_up = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
+    rehearsal = Rehearsal(trainer_class(name), *plan(setting, **nnssl), "cpu", 0.5)
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        rehearsal.step()
+        seconds.append(time.process_time() - start)
+    return {"peak": _resident("VmHWM") - before, "seconds": seconds[-1]}
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def measured(name: str, kind: str, nnssl: dict[str, Any]) -> dict[str, float]:
+    """`measure` in a process whose allocator keeps nothing that was freed."""
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "nnUNet_compile": "f",
+    }
+    command = [sys.executable, "-m", "benchmarks.speed.cost", "--measure", name, kind, json.dumps(nnssl)]
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def accuracy(known: list[dict[str, Any]]) -> dict[str, Any]:
+    """Predicted and measured; what is `known` is predicted anew, but not measured."""
+    rows: list[dict[str, Any]] = []
+    for name, kind, nnssl in MEASURED:
+        cost = predicted(name, SETTINGS[kind], "cpu", **nnssl)
+        same = [r for r in known if (r["trainer"], r["plan"], r["nnssl"]) == (name, kind, nnssl)]
+        found = (
+            {"peak": same[0]["measured"], "seconds": same[0]["seconds"]}
+            if same
+            else measured(name, kind, nnssl)
+        )
+        rows.append(
+            {"trainer": name, "plan": kind, "nnssl": nnssl, "predicted": cost.peak, "flops": cost.flops}
+        )
+        rows[-1] |= {"measured": found["peak"], "seconds": found["seconds"]}
+        print(rows[-1], file=sys.stderr, flush=True)
+    return {"rows": rows, "machine": machine(torch.device("cpu"))}
+
+
+def accuracy_report(found: dict[str, Any]) -> str:
+    base = {r["plan"]: r for r in reversed(found["rows"]) if r["trainer"] == "Supervised"}
+    lines = []
+    for r in found["rows"]:
+        seconds = base[r["plan"]]["seconds"] * r["flops"] / base[r["plan"]]["flops"]
+        lines.append(
+            [
+                r["trainer"] + "".join(f", {k} {v}" for k, v in r["nnssl"].items()),
+                r["plan"],
+                r["predicted"] / MIB,
+                r["measured"] / MIB,
+                f"{100 * (r['predicted'] / r['measured'] - 1):+.1f} %",
+                seconds,
+                r["seconds"],
+                f"{100 * (seconds / r['seconds'] - 1):+.1f} %",
+            ]
+        )
+    header = [
+        "trainer",
+        "plan",
+        "predicted, MiB",
+        "measured, MiB",
+        "error",
+        "predicted, s",
+        "measured, s",
+        "error",
+    ]
+    settings = "; ".join(f"{k}: {v}" for k, v in SETTINGS.items())
+    return f"{found['machine']}\n\n{table(header, lines)}\n\nPlans: {settings}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cards", action="store_true", help="the table of cards alone")
+    parser.add_argument("--known", action="store_true", help="predict anew, keep what was measured before")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        name, kind, nnssl = args.measure
+        print(json.dumps(measure(name, SETTINGS[kind], **json.loads(nnssl))))
+        return
+    if not args.cards:
+        path = RESULTS / "cost_cpu.json"
+        found = accuracy(read_json(path)["rows"] if args.known and path.is_file() else [])
+        save("cost_cpu", accuracy_report(found), found)
+
+
+if __name__ == "__main__":
+    main()
