@@ -12,6 +12,7 @@ the time limit or a signal ends is begun anew by the next call, trainings from t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -51,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    # of the tasks' processes: they are forked, which a process that has asked CUDA cannot be; and several
+    # compile side by side
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     end = time.monotonic() + 60 * args.minutes
     try:
         return run(args, end)

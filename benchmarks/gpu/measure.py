@@ -14,19 +14,21 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import nnunetv2.run.run_training as nnunet  # imported before the processes fork, as all that trainings need
 import torch
 
-import nnssl.methods
-import nnssl.training.trainer  # noqa: F401
+import nnssl.methods  # noqa: F401
 from benchmarks.gpu.plan import Place
-from benchmarks.leaderboard.job import Job
+from benchmarks.leaderboard.job import PACKAGES, Job
 from benchmarks.leaderboard.prepare import tail
 from nnssl.commands.environment import environment
 from nnssl.files import read_json
+from nnssl.training.cost import predict
+from nnssl.training.trainer import SemiTrainer
 
 MIB = 2**20
 
@@ -183,6 +185,9 @@ def steps(
         row |= {"step_seconds": step, "steps_per_second": 1 / step, **peaks.read()}
         row |= {"batch_size": built.batch_size, "compiled": bool(built._do_i_compile())}
         row |= {"patch_size": [int(n) for n in built.configuration_manager.patch_size]}
+        if isinstance(built, SemiTrainer):
+            plan = (place.space.plans(plans), place.suite.configuration, built.dataset_json)
+            row["predicted_peak_mib"] = predict(type(built), *plan, place.device.type).peak / MIB
         if details:
             start = time.perf_counter()
             for _ in range(repeats):
@@ -344,6 +349,8 @@ def hfm(place: Place, amp: str, repeats: int) -> dict[str, Any]:
 
 def train(place: Place, row: str) -> dict[str, Any]:
     """A row of the suite by nnU-Net's commands, from its last checkpoint where there is one."""
+    for package in PACKAGES:  # that the row will name: rather missed now than after the training
+        metadata.version(package)
     job = job_of(place, row)
     status = job.run()
     if status != "finished":

@@ -96,11 +96,12 @@ def steps(found: list[tuple[Task, dict[str, Any]]]) -> str:
                 seconds / stock[batch] if seconds and batch in stock else "",
                 row.get("steps_per_second_with_loaders", ""),
                 peak(row),
+                row.get("predicted_peak_mib", ""),
                 "" if reads is None else len(reads),
             ]
         )
     header = ["trainer", "status", "batch", "step, ms", "steps/s", "x stock", "steps/s with loaders"]
-    return table([*header, "peak, MiB", "host reads"], lines)
+    return table([*header, "peak, MiB", "predicted, MiB", "host reads"], lines)
 
 
 def mixer(found: list[tuple[Task, dict[str, Any]]]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import importlib
 import json
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 
 from benchmarks.speed.timing import RESULTS, machine, save, table
+from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.files import read_json
-from nnssl.training.cost import Cost, Rehearsal, predict
+from nnssl.training.cost import GIB, SAVINGS, Cost, Rehearsal, predict
 
 MIB = 2**20
 # nnU-Net's default plans of the left atrium (1.25 mm) and of ACDC at half resolution
@@ -47,7 +49,7 @@ SMALL_2D = {
     "classes": 3,
 }
 SETTINGS = {"3D": SMALL_3D, "2D": SMALL_2D}
-MEASURED = [
+MEASURED: list[tuple[str, str, dict[str, Any]]] = [
     ("Supervised", "3D", {}),
     ("Semi", "3D", {}),
     ("CPS", "3D", {}),
@@ -123,7 +125,7 @@ def measure(name: str, setting: dict[str, Any], **nnssl: Any) -> dict[str, float
     torch.set_num_threads(1)
     # the libraries' own memory does not count: they are loaded by steps of a tiny network
     tiny = {**setting, "patch": [32] * len(setting["patch"]), "features": [4] * len(setting["features"])}
-    warm_up: Rehearsal | None = Rehearsal(trainer_class(name), *plan(tiny, **nnssl), "cpu", 0.5)
+    warm_up: Any = Rehearsal(trainer_class(name), *plan(tiny, **nnssl), "cpu")
     for _ in range(2):
         warm_up.step()
     warm_up = None
@@ -131,7 +133,7 @@ def measure(name: str, setting: dict[str, Any], **nnssl: Any) -> dict[str, float
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
-    rehearsal = Rehearsal(trainer_class(name), *plan(setting, **nnssl), "cpu", 0.5)
+    rehearsal = Rehearsal(trainer_class(name), *plan(setting, **nnssl), "cpu")
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -211,6 +213,35 @@ def accuracy_report(found: dict[str, Any]) -> str:
     return f"{found['machine']}\n\n{table(header, lines)}\n\nPlans: {settings}"
 
 
+def cards() -> dict[str, Any]:
+    """Cost of a step on a GPU at the left atrium's default plan, as it is and with each measure."""
+    found: dict[str, Any] = {}
+    for name in sorted(list_trainers(trainers_folder())):
+        short = name.removeprefix("nnUNetTrainer")
+        found[short] = {
+            key: dataclasses.asdict(predicted(short, LEFT_ATRIUM, "cuda", **changes))
+            for key, changes in {"as it is": {}, **SAVINGS}.items()
+        }
+        print(short, file=sys.stderr, flush=True)
+    return found
+
+
+def cards_report(found: dict[str, Any]) -> str:
+    """Per trainer: GiB of a card, and the smallest card that is sold; times a supervised step."""
+    base = found["Supervised"]["as it is"]["flops"]
+    lines = []
+    for name, costs in found.items():
+        line = [name]
+        for values in costs.values():
+            cost = Cost(**values)
+            line.append(f"{cost.card / GIB:.1f} ({cost.smallest_card} GB)")
+        line.append(f"{costs['as it is']['flops'] / base:.1f}")
+        line.append(f"{costs[list(SAVINGS)[1]]['flops'] / base:.1f}")
+        lines.append(line)
+    keys = [key if key == "as it is" else f"`{key}`" for key in next(iter(found.values()))]
+    return table(["trainer", *keys, "time, x supervised", "time with `all`"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -227,6 +258,8 @@ def main() -> None:
         path = RESULTS / "cost_cpu.json"
         found = accuracy(read_json(path)["rows"] if args.known and path.is_file() else [])
         save("cost_cpu", accuracy_report(found), found)
+    fitting = cards()
+    save("cost_cards", cards_report(fitting), fitting)
 
 
 if __name__ == "__main__":

@@ -4,35 +4,54 @@ Two steps of the trainer run on PyTorch's fake tensors, which have shapes but no
 operation, forward and backward, and keeps account of the storage that is alive, of the floating-point
 operations of convolutions and matrix products, and of the bytes that pass through memory.
 
-The prediction is of tensors alone. On a GPU, cuDNN's workspaces, fragmentation and the CUDA context come on
-top (`CARD_OVERHEAD`); on a CPU, the copies that oneDNN's convolutions make of their operands (`scratch`).
+The prediction is of tensors alone. On a GPU, cuDNN's workspaces, the allocator's reserve and the CUDA context
+come on top (`CARD_OVERHEAD`, `FRAGMENTATION`): assumed, not measured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import math
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from nnssl.losses import correlation
+from nnssl.networks import hf_mamba
+from nnssl.ssm import mamba, ssd
 
 GIB = 2**30
 CARDS = (4, 6, 8, 10, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB that are sold
 CARD_OVERHEAD = 0.75 * GIB  # of a card: CUDA context, kernels, cuDNN's workspaces
 FRAGMENTATION = 1.10  # PyTorch's allocator reserves more than it hands out
-CONVOLUTIONS = ("convolution", "convolution_backward")
+PHASES = (0.5, 0.9)  # progress of a training at which one step or another does all that a method does
+# keys of nnssl that make a step smaller, by what they cost
+SAVINGS: dict[str, dict[str, Any]] = {
+    '"gradient_checkpointing": "second"': {"gradient_checkpointing": "second"},
+    '"gradient_checkpointing": "all"': {"gradient_checkpointing": "all"},
+    '"unlabeled_batch_size": 1 and "gradient_checkpointing": "all"': {
+        "unlabeled_batch_size": 1,
+        "gradient_checkpointing": "all",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -63,20 +82,35 @@ class Cost:
         return next((size for size in CARDS if self.card <= size * GIB), None)
 
 
+def describe(on_card: Cost, supervised: Cost, on_cpu: Cost | None = None) -> str:
+    """One line: memory on a GPU and the card for it, time; memory on a CPU where that is what there is."""
+    card = on_card.smallest_card
+    size = f"a card of {card} GB" if card else "more than any card has"
+    line = (
+        f"a step is predicted to need {on_card.card / GIB:.1f} GiB of a GPU "
+        f"({on_card.peak / GIB:.1f} of tensors), {size}, "
+        f"and to take {on_card.flops / supervised.flops:.1f} times as long as a supervised one "
+        f"({supervised.flops / 1e12:.3g} TFLOP)"
+    )
+    return line + (f"; on the CPU {on_cpu.peak / GIB:.1f} GiB" if on_cpu else "")
+
+
 class Ledger(TorchDispatchMode):
     """Context that keeps account of what operations cost.
 
-    scratch   bytes that a convolution on this device needs beside its operands, as a share of them
+    live    bytes of all storage that operations made and that still exists; peak: the most there was
+    flops   floating-point operations of convolutions and matrix products
+    moved   bytes that operations read and write
     """
 
-    def __init__(self, scratch: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.scratch = scratch
         self.live = self.peak = self.flops = self.moved = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def restart(self) -> None:
-        """Begin a new account of what is alive."""
+        """Begin a new account, of what is alive."""
+        gc.collect()
         self.peak, self.flops, self.moved = self.live, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,14 +122,10 @@ class Ledger(TorchDispatchMode):
         for x in outputs:
             self._note(x)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        name = func.overloadpacket.__name__
-        scratch = 0
-        if name in CONVOLUTIONS and self.scratch:
-            scratch = int(self.scratch * sum(map(_bytes, inputs[:3] + outputs)))
-        self.peak = max(self.peak, self.live + scratch)
+        self.peak = max(self.peak, self.live)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-        if func._schema.is_mutable or not func.is_view:
+        if not func.is_view:
             self.moved += sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
         return result
 
@@ -127,35 +157,73 @@ def predict(
     configuration: str,
     dataset_json: Mapping[str, Any],
     device: str = "cuda",
-    at: float = 0.5,
     **changes: Any,
 ) -> Cost:
-    """The cost of a step of `trainer`.
+    """The cost of a step of `trainer`: of the one in `PHASES` that needs most memory.
 
     Args:
         trainer: a subclass of SemiTrainer.
         plans: content of the plans file; its key `nnssl` counts.
         configuration: of the plan.
         dataset_json: content of dataset.json.
-        device: `cuda` or `cpu`: decides on autocast and on the memory of convolutions.
-        at: progress of the training; at half of it all terms count in nearly all methods.
+        device: `cuda` or `cpu`: decides on autocast and on what depends on the device.
         changes: of general keys of `nnssl`, for "what if".
     """
-    ledger = Ledger(SCRATCH if device == "cpu" else 0.0)
-    with FakeTensorMode(), ledger, _readable():
-        rehearsal = Rehearsal(trainer, plans, configuration, dataset_json, device, at, **changes)
+    ledger, found = Ledger(), []
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # copies of fake tensors warn
+        if device == "cuda":
+            stack.enter_context(_as_on_cuda())
+        for context in (FakeTensorMode(), ledger, _readable()):
+            stack.enter_context(context)
+        rehearsal = Rehearsal(trainer, plans, configuration, dataset_json, device, **changes)
         parameters = sum(map(_bytes, {*rehearsal.method.parameters(), *rehearsal.method.buffers()}))
-        rehearsal.step()
-        fixed = ledger.live - rehearsal.batch_bytes()
+        rehearsal.step(PHASES[0])  # makes the optimizer's state
         ledger.restart()
-        rehearsal.step()
-    return Cost(parameters, fixed, ledger.peak, ledger.flops, ledger.moved)
+        fixed = ledger.live - rehearsal.batch_bytes()
+        for at in PHASES:
+            ledger.restart()
+            rehearsal.step(at)
+            found.append(Cost(parameters, fixed, ledger.peak, ledger.flops, ledger.moved))
+    return max(found, key=lambda cost: cost.peak)
+
+
+class _FloatOnCuda(TorchFunctionMode):
+    """Functions that autocast runs in float32 on CUDA, but in half precision on a CPU."""
+
+    functions = frozenset(
+        {
+            *(torch.softmax, F.softmax, Tensor.softmax, torch.log_softmax, F.log_softmax, Tensor.log_softmax),
+            *(F.cross_entropy, F.nll_loss, F.layer_norm, F.cosine_similarity, torch.cdist, F.normalize),
+            *(torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow, Tensor.pow, torch.rsqrt, Tensor.rsqrt),
+            *(torch.sum, Tensor.sum, torch.prod, Tensor.prod, torch.cumsum, Tensor.cumsum),
+            *(torch.norm, Tensor.norm, torch.linalg.vector_norm, F.softplus),
+        }
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.functions and torch.is_autocast_enabled("cpu"):
+            half = (torch.float16, torch.bfloat16)
+            args = [x.float() if isinstance(x, Tensor) and x.dtype in half else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """What the code and autocast do on CUDA, though the tensors are on the CPU."""
+    with (
+        mock.patch.object(mamba, "FEWEST_LINES", math.inf),
+        mock.patch.object(ssd, "SEGMENT_TOKENS", {}),
+        mock.patch.object(correlation, "CHUNK", {}),
+        _FloatOnCuda(),
+    ):
+        yield
 
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     """Fake tensors can be read, as ones, and copied with their modules; nothing of them is kept after."""
-    from nnssl.networks import hf_mamba
 
     def tolist(x: Tensor) -> Any:
         return np.full(tuple(x.shape), _stand_in(x.dtype)).tolist()
@@ -178,7 +246,6 @@ class Rehearsal:
         configuration: str,
         dataset_json: Mapping[str, Any],
         device: str,
-        at: float,
         **changes: Any,
     ) -> None:
         section = {**plans.get("nnssl", {}), **changes}
@@ -190,10 +257,11 @@ class Rehearsal:
             on = amp != "float32"
             dtype = getattr(torch, amp) if on else torch.bfloat16
             self.trainer.step.autocast = lambda: torch.autocast("cpu", dtype, on, cache_enabled=False)
-        self.trainer.current_epoch = int(at * self.trainer.num_epochs)
         self.batch = self._batch()
 
-    def step(self) -> None:
+    def step(self, at: float = PHASES[0]) -> None:
+        """One step at this progress of the training."""
+        self.trainer.current_epoch = int(at * self.trainer.num_epochs)
         self.trainer.train_step(self.batch)
 
     def batch_bytes(self) -> int:
@@ -209,7 +277,7 @@ class Rehearsal:
         grids = [[round(n * s) for n, s in zip(patch, scale, strict=True)] for scale in scales]
         target = [torch.zeros(t.batch_size, maps, *grid, dtype=torch.int16) for grid in grids]
         names = [f"case_{i}" for i in range(t.batch_size)]
-        batch = {
+        batch: dict[str, Any] = {
             "data": torch.zeros(t.batch_size, channels, *patch),
             "target": target if t.enable_deep_supervision else target[0],
             "keys": names,
@@ -231,7 +299,7 @@ def _without_data(
     """The trainer, built on the CPU. nnU-Net makes its folder at once: below a temporary one."""
     count = max(2, int(dataset_json.get("numTraining", 2)))
 
-    class Alone(trainer):  # type: ignore[misc, valid-type]
+    class Alone(trainer):
         def _cases(self) -> tuple[list[str], list[str]]:
             return [f"case_{i}" for i in range(count)], [f"scan_{i}" for i in range(count)]
 
@@ -252,7 +320,3 @@ def _without_data(
     built.method.make_copies()
     built.method.train()
     return built
-
-
-# of a convolution's operands and results: oneDNN's copies in its own layout
-SCRATCH = 0.0

@@ -14,6 +14,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def recompute(method: Any, which: str) -> None:
+    """For the networks of a method that `which` names: none, second (all but the student), all."""
+    networks = list(method.children()) if which != "none" else []
+    for network in networks:
+        if which == "all" or network is not method.student:
+            recompute_stages(network)
+
+
 def recompute_stages(network: nn.Module) -> int:
     """Let every stage of the planned encoders and decoders inside `network` compute anew what its backward
     pass needs; in place, returns how many. Networks without gradient keep nothing anyway."""

@@ -69,7 +69,7 @@ from nnssl.training.checkpoint import (
     versions,
 )
 from nnssl.training.console import epoch_line, start_block
-from nnssl.training.gradient_checkpointing import recompute_stages
+from nnssl.training.gradient_checkpointing import recompute
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
@@ -240,10 +240,7 @@ class SemiTrainer(nnUNetTrainer):
             )
         self.loss = self._build_loss()
         self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
-        for network in self.method.children():
-            kept = {"none": True, "second": network is self.method.student, "all": False}
-            if not kept[self.general.gradient_checkpointing]:
-                recompute_stages(network)
+        recompute(self.method, self.general.gradient_checkpointing)
         if self.general.channels_last:
             use_channels_last(self.method, len(self.configuration_manager.patch_size))
         self.network = self.method.deployed(self.general.deploy)

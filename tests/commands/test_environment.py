@@ -40,6 +40,28 @@ def test_env_shows_folders_of_nnunet_and_no_other_path(
     assert "  nnUNet_raw: /data/raw" in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.usefixtures("place")
+def test_check_predicts_what_a_step_of_a_trainer_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["check", "-d", "777", "-c", "3d_fullres", "-tr"]
+    main([*chosen, "nnUNetTrainerMeanTeacher", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    found = content["costs"]["3d_fullres"]
+    for device in ("cuda", "cpu"):
+        assert found[device]["peak"] > found[device]["fixed"] > found[device]["parameters"] > 0
+    assert found["cuda"]["peak"] < found["cpu"]["peak"]  # half precision
+    assert found["cuda"]["flops"] > 1.5 * found["supervised"]["flops"]
+    (line,) = [
+        f["found"] for f in content["findings"] if f["place"] == "3d_fullres, nnUNetTrainerMeanTeacher"
+    ]
+    assert "a step is predicted to need" in line and f"a card of {found['smallest_card_gb']} GB" in line
+    main([*chosen, "nnUNetTrainerNoSuch"])
+    assert "FAIL  -tr nnUNetTrainerNoSuch" in capsys.readouterr().out
+    main([*chosen, "nnUNetTrainer"])
+    assert "what a step costs is not predicted" in capsys.readouterr().out
+    assert main(["check", "-tr", "nnUNetTrainerSemi"]) == 1
+    assert "name the dataset with -d" in capsys.readouterr().err
+
+
 def test_absent_packages_are_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     found = environment.versions()

@@ -44,6 +44,7 @@ def test_one_trainer_on_a_planned_dataset(planned: Path, tmp_path: Path) -> None
     assert smoke["epoch"] == 1 and smoke["resumed"]["epoch"] == 2
     assert smoke["terms"].keys() == smoke["resumed"]["terms"].keys() and len(smoke["terms"]) > 1
     assert steps["step_seconds"] > 0 and steps["peak_resident_mib"] > 100
+    assert 1 < steps["predicted_peak_mib"] < steps["peak_resident_mib"]
     assert any("conv" in operation for operation in steps["profile"])
     assert not list((folder / "results").rglob("*.pth"))  # several hundred MB each on a GPU
     text = (tmp_path / "results" / "gpu.md").read_text(encoding="utf-8")

@@ -99,7 +99,7 @@ def test_report_has_a_table_per_piece_and_failures_at_the_end(raw: Path) -> None
     rows["smoke, float16: CAML"] = {"status": "failed", "traceback": "Traceback\nRuntimeError: planted"}
     rows["train: Semi_n8_s0"] = {"status": "unfinished", "progress": {"epoch": 3, "epochs": 20}}
     text = report(every, rows)
-    assert "| Semi | finished | 2 | 250 |  | 2.5 |  |  | 1 |" in text
+    assert "| Semi | finished | 2 | 250 |  | 2.5 |  |  |  | 1 |" in text
     assert "| Semi_n8_s0 | unfinished | 3 of 20 |" in text
     assert text.index("## What failed") > text.index("## train-official")
     assert "smoke, float16: CAML: failed\n\n```text\nTraceback\nRuntimeError: planted" in text
