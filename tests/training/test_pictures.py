@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nnssl.commands.cli import main
+from nnssl.methods.semi import SemiConfig
 from nnssl.training.pictures import affordable, moments, spread, view
 from tests.place import SHORT, Place, losses, run
 
@@ -72,7 +73,10 @@ def test_pictures_change_no_loss_and_end_up_in_the_report(
 
     record = json.loads((Path(trained["With"].output_folder) / "training.json").read_text(encoding="utf-8"))
     assert record["epochs_done"] == 2 and record["peak_memory"] > 2**20 and record["precision"] == "float32"
-    assert "pseudo_label_pictures" in record["changed"] and record["config"]["Semi"]["threshold"] == 0.95
+    assert (
+        "pseudo_label_pictures" in record["changed"]
+        and record["config"]["Semi"]["threshold"] == SemiConfig().threshold
+    )
     assert record["cases"] == {"labeled": 3, "unlabeled": 5, "validation": 1}
     row = losses(trained["With"])[-1]
     assert 0 <= row["accepted/background"] <= row["called/background"] <= 1
