@@ -85,7 +85,7 @@ def charts(several: Sequence[Chart | Dots]) -> str:
 def strip(shown: Strip) -> str:
     """Panels in rows, captions above and names beside them."""
     rows, strip_rows = list(shown.rows.items()), list(shown.rows.values())
-    heads = "".join(f"<th>{escape(panel.caption)}</th>" for panel in max(strip_rows, key=len))
+    heads = "".join(f"<th>{escape(panel.caption)}</th>" for panel in max(reversed(strip_rows), key=len))
     body = "".join(
         f"<tr><th>{escape(name)}</th>"
         + "".join(
