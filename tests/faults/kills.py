@@ -263,6 +263,7 @@ class Loop:
         self.kills: Counter[str] = Counter()
         self.failures: list[str] = []
         self.identical = 0
+        self.groups: list[int] = []
 
     def prepare(self) -> dict[str, Operation]:
         """The runs that are never killed."""
@@ -293,6 +294,12 @@ class Loop:
             raise RuntimeError(f"{folder.name}: {(folder / 'log').read_text()[-3000:]}")
         return Operation(command, start, results(folder), ended.seconds, ended.events)
 
+    def end_orphans(self) -> None:
+        """Workers of killed runs, which wait for work that nobody sends."""
+        while self.groups:
+            with suppress(ProcessLookupError):
+                os.killpg(self.groups.pop(), signal.SIGKILL)
+
     def round(self, name: str, operation: Operation, kind: str = "") -> None:
         """One run that is killed, sometimes twice, and then left to its end."""
         folder = self.folder / "killed"
@@ -300,7 +307,9 @@ class Loop:
         killed = 0
         for _ in range(self.random.choice((1, 1, 1, 2))):
             kill = self.draw(operation, kind)
-            ended = run(folder, operation.command, kill)
+            started = start(folder, operation.command, kill)
+            self.groups.append(started.pid)
+            ended = wait(started, kill)
             if ended.hung:
                 self.fail(name, folder, f"{kill}: stood still for {PATIENCE} s")
                 return
@@ -314,6 +323,7 @@ class Loop:
             shutil.rmtree(folder)
             return
         ended = run(folder, operation.command)
+        self.end_orphans()
         found = list(differences(results(folder), operation.wanted))
         if ended.status or found:
             self.fail(name, folder, f"{kill}: status {ended.status}; {'; '.join(found[:5])}")
