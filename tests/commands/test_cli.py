@@ -85,6 +85,7 @@ def test_wrong_usage_exits_with_status_2(arguments: list[str]) -> None:
 def test_planning_from_nothing_then_replanning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # set for trainings; nnU-Net's planner fails with it
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
