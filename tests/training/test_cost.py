@@ -68,8 +68,8 @@ def test_fake_steps_cost_what_real_ones_cost(name: str) -> None:
         rehearsal.step()
     assert predicted.peak == pytest.approx(ledger.peak, rel=0.02)
     assert predicted.flops == pytest.approx(ledger.flops, rel=0.02)
-    weights = sum(p.numel() * 4 for p in rehearsal.method.parameters())
-    assert weights <= predicted.parameters <= weights + MIB / 2
+    kept = [*rehearsal.method.parameters(), *rehearsal.method.buffers()]
+    assert predicted.parameters == pytest.approx(sum(x.numel() * x.element_size() for x in kept), rel=0.01)
     trained = sum(p.numel() * 4 for p in rehearsal.method.parameters() if p.requires_grad)
     assert predicted.fixed > predicted.parameters + 1.9 * trained  # gradient and momentum
 

@@ -77,8 +77,12 @@ def test_a_signal_stops_a_training_with_one_line(
         begin()
 
     trainer.on_epoch_start = signalled
-    with pytest.raises((KeyboardInterrupt, Terminated)):
-        trainer.run_training()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        with pytest.raises((KeyboardInterrupt, Terminated)):
+            trainer.run_training()
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err.splitlines()
     line = "stopped in epoch 2 of 4; rerun with --c to resume at epoch 2 (checkpoint_latest.pth)"
     assert [s for s in said if "stopped" in s] == [f"{TRAINER}: {line}"]
@@ -143,6 +147,7 @@ def ended(group: int, deadline: float) -> bool:
     return False
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_the_stock_command_and_its_workers(place: Place) -> None:
     """The terminal sends SIGINT to all processes of the command: one line, nothing is left behind; while it
     ran, another training was refused."""
@@ -164,6 +169,8 @@ def test_ctrl_c_ends_the_stock_command_and_its_workers(place: Place) -> None:
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,
+            # a caller in the background ignores it, and so would the command
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
