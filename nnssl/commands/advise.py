@@ -7,6 +7,7 @@ they measured, and the advice says where that ends. Time and memory come from a 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
 import os
@@ -332,12 +333,32 @@ def advise(
     for line in mirroring(dataset_id, facts, plans_name):
         print(f"Mirroring: {line}")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for line in predictions(facts, advice, plans_name, chosen):
+        print(line)
     if measure:
         for line in costs(dataset_id, facts, advice, plans_name, chosen):
             print(line)
     pilot = f"nnssl pilot -d {dataset_id} -c {facts.configuration} -f {fold}"
     print(f"Next: {pilot}" + f" -p {plans_name}" * (plans_name != "nnUNetPlans"))
     return advice
+
+
+def predictions(facts: Facts, advice: Advice, plans_name: str, device: str) -> Iterator[str]:
+    """Memory of a step of the advised and of supervised training, from the plan alone."""
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    from nnssl.training.cost import describe, predict
+
+    folder = join(nnUNet_preprocessed, facts.dataset)
+    plans, dataset_json = (read_json(join(folder, f"{name}.json")) for name in (plans_name, "dataset"))
+    on_card, on_cpu = {}, {}
+    for method in dict.fromkeys((SUPERVISED, advice.method)):
+        name = f"nnUNetTrainer{method}"
+        trainer = getattr(importlib.import_module(f"nnssl_trainers.{name}"), name)
+        on_card[method] = predict(trainer, plans, facts.configuration, dataset_json, "cuda")
+        if device == "cpu":
+            on_cpu[method] = predict(trainer, plans, facts.configuration, dataset_json, "cpu")
+        yield f"{name}: {describe(on_card[method], on_card[SUPERVISED], on_cpu.get(method))}"
 
 
 def costs(dataset_id: int, facts: Facts, advice: Advice, plans_name: str, device: str) -> Iterator[str]:
