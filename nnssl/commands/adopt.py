@@ -18,7 +18,7 @@ from functools import partial
 from os.path import basename, dirname, exists, isdir, isfile, islink, join, lexists
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -37,6 +37,7 @@ from nnssl.data.scans import OFF_GRID, Scan, inspect_labels, inspect_scans, meas
 from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, Fold, load_splits
 from nnssl.data.unlabeled import find_unlabeled_images
 from nnssl.files import copy_file, move, read_json, write_json
+from nnssl.training.lock import trainings_of
 
 Operations = list[list[str]]  # [move, from, to], [copy, from, to] or [remove, path]
 
@@ -66,6 +67,7 @@ def adopt(
     name = str(convert_id_to_dataset_name(dataset_id))
     raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
     staging = (join(raw, ADOPTION), join(preprocessed, ADOPTION))
+    _refuse_while_training(name)
     if isfile(join(staging[0], JOURNAL)):
         if dry_run:
             raise ValueError(
@@ -160,6 +162,17 @@ def _inspect(
             remedy = "Save it on the grid of its image: an editor may have turned or shifted the voxels, too"
             finding = replace(finding, level=ERROR, remedy=remedy)
         yield finding
+
+
+def _refuse_while_training(dataset: str) -> None:
+    """ValueError naming the trainings that read what an adoption moves."""
+    running = trainings_of(join(str(nnUNet_results), dataset)) if nnUNet_results.is_set() else []
+    if running:
+        raise ValueError(
+            f"{dataset} is being trained on, and an adoption moves scans that the training reads:\n"
+            + "\n".join(f"  - {line}" for line in running)
+            + "\nWait for it or end it, then adopt, and train anew."
+        )
 
 
 def _refuse_unwritable(raw: str, preprocessed: str) -> None:

@@ -1,7 +1,8 @@
 """``nnssl pseudo-label``: segmentations of all unlabeled scans, those first that most need correction.
 
 nnU-Net's own predictor averages over folds and mirrorings. Here it makes one pass after the other, so that
-what is averaged can be compared: where the passes disagree, the network is unsure.
+what is averaged can be compared: where the passes disagree, the network is unsure. A cascade's scans are
+first predicted by the same folds of its previous stage, averaged.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import csv
 import io
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os.path import isdir, isfile, join
+from os.path import basename, dirname, isdir, isfile, join
 from typing import Any
 
 import blosc2
@@ -23,6 +25,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,9 +45,13 @@ Classes = dict[str, int | tuple[int, ...]]
 
 
 class PassPredictor(nnUNetPredictor):
-    """nnU-Net's predictor, which makes one pass over a scan per fold and mirroring."""
+    """nnU-Net's predictor, which makes one pass over a scan per fold and mirroring.
+
+    previous  in a cascade, what predicts the previous stage
+    """
 
     mirrored: tuple[int, ...] = ()
+    previous: PassPredictor | None = None
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
         axes = [axis + 2 for axis in self.mirrored]
@@ -56,7 +64,8 @@ class PassPredictor(nnUNetPredictor):
 
     @property
     def num_passes(self) -> int:
-        return len(self.list_of_parameters) * len(self.mirrorings())
+        own = len(self.list_of_parameters) * len(self.mirrorings())
+        return own + (self.previous.num_passes if self.previous else 0)
 
     def passes(self, data: Tensor) -> Iterator[Tensor]:
         """Logits (heads, D, H, W) of a preprocessed scan, float32 on the CPU."""
@@ -92,12 +101,16 @@ def pseudo_label(
     if not scans:
         raise ValueError(f"{join(raw, 'imagesUn')}: no scans. Put the scans to predict there.")
     folder = str(get_output_folder(dataset, trainer, plans_name, configuration))
-    checkpoints = _checkpoints(folder, folds, checkpoint_name)
-    state = _State(output, {"model": folder, "checkpoints": {f: stamp(c) for f, c in checkpoints.items()}})
+    stages = {folder: _checkpoints(folder, folds, checkpoint_name)}
+    while before := _previous_stage(next(reversed(stages))):
+        stages[before] = _checkpoints(before, folds, checkpoint_name)
+    stamps = [{fold: stamp(file) for fold, file in files.items()} for files in stages.values()]
+    model = {"model": folder, "checkpoints": stamps[0]}
+    state = _State(output, model | ({"previous_stages": stamps[1:]} if stamps[1:] else {}))
     cases = [Case(name, tuple(files), "imagesUn") for name, files in scans.items()]
     todo = [case for case in cases if not state.holds(case)]
     if todo:
-        predictor = _load(folder, list(checkpoints), checkpoint_name, device)
+        predictor = _load(list(stages), list(stages[folder]), checkpoint_name, device)
         problems = _predict_all(todo, predictor, state)
     path = state.write_table({case.name for case in cases})
     if todo and problems:
@@ -121,16 +134,22 @@ def _checkpoints(folder: str, folds: Sequence[str], name: str) -> dict[str, str]
     return found
 
 
-def _load(folder: str, folds: list[str], checkpoint_name: str, device: str | None) -> PassPredictor:
+def _previous_stage(folder: str) -> str:
+    """Folder of the model that predicts what the one in `folder` starts from; empty outside a cascade."""
+    trainer, plans_name, configuration = basename(folder).split("__")
+    plans = PlansManager(join(folder, "plans.json"))
+    previous = plans.get_configuration(configuration).previous_stage_name
+    return join(dirname(folder), f"{trainer}__{plans_name}__{previous}") if previous else ""
+
+
+def _load(stages: list[str], folds: list[str], checkpoint_name: str, device: str | None) -> PassPredictor:
+    """stages  folders of the models, the last stage of a cascade first"""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    predictor = PassPredictor(device=torch.device(chosen), allow_tqdm=False)
     with contextlib.redirect_stdout(io.StringIO()):
-        predictor = PassPredictor(device=torch.device(chosen), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(folder, folds, checkpoint_name)
-    if predictor.configuration_manager.previous_stage_name is not None:
-        raise ValueError(
-            f"{folder}: a cascade, whose scans would need predictions of the previous stage. Take "
-            "3d_fullres, 3d_lowres or 2d."
-        )
+        predictor.initialize_from_trained_model_folder(stages[0], folds, checkpoint_name)
+    if stages[1:]:
+        predictor.previous = _load(stages[1:], folds, checkpoint_name, device)
     return predictor
 
 
@@ -157,22 +176,11 @@ def _predict(
     row of the table."""
     sources = [stamp(file) for file in case.sources]
     manager, labels = predictor.configuration_manager, predictor.label_manager
-    plans = CheckedPlans(
-        predictor.plans_manager.plans, case.images, num_channels(predictor.dataset_json), strict=True
+    data, properties = _preprocessed(case, predictor, done)
+    segmented: list[Any] = []
+    mean = _average(
+        predictor, data, done, lambda x: segmented.append(_packed(labels.convert_logits_to_segmentation(x)))
     )
-    preprocessor = manager.preprocessor_class(verbose=False)
-    data, _, properties = preprocessor.run_case(
-        list(case.images), None, plans, manager, predictor.dataset_json
-    )
-    mean: Tensor | None = None
-    segmented = []
-    for logits in predictor.passes(torch.from_numpy(data).float()):
-        segmented.append(_packed(labels.convert_logits_to_segmentation(logits)))
-        mean = logits if mean is None else mean.add_(logits)
-        done(1)
-    if mean is None:
-        raise RuntimeError("the predictor made no pass: the model has no parameters")
-    mean /= len(segmented)
     classes, spacing = classes_of(predictor.dataset_json), properties["spacing"]
     probabilities = labels.apply_inference_nonlin(mean).numpy()
     final = np.asarray(labels.convert_logits_to_segmentation(mean))
@@ -198,6 +206,61 @@ def _predict(
     row["ml"] = {n: round(float(_mask(segmentation, v).sum() * millilitres), 3) for n, v in classes.items()}
     row["sources"] = sources
     return segmentation, np.rint(100 * sure).astype(np.uint8), properties, row
+
+
+def _preprocessed(
+    case: Case, predictor: PassPredictor, done: Callable[[int], Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """What the network sees of a scan, and the reader's properties."""
+    manager, content = predictor.configuration_manager, predictor.dataset_json
+    plans = CheckedPlans(predictor.plans_manager.plans, case.images, num_channels(content), strict=True)
+    preprocessor = manager.preprocessor_class(verbose=False)
+    if predictor.previous is None:
+        data, _, properties = preprocessor.run_case(list(case.images), None, plans, manager, content)
+        return torch.from_numpy(data).float(), properties
+    with tempfile.TemporaryDirectory() as scratch:  # through a file, as nnU-Net takes it
+        file = join(scratch, case.name + content["file_ending"])
+        segmentation, properties = _segmented(case, predictor.previous, done)
+        predictor.plans_manager.image_reader_writer_class().write_seg(segmentation, file, properties)
+        data, previous, properties = preprocessor.run_case(list(case.images), file, plans, manager, content)
+    labels = predictor.label_manager.foreground_labels
+    data = np.vstack((data, convert_labelmap_to_one_hot(previous[0], labels, data.dtype)))
+    return torch.from_numpy(data).float(), properties
+
+
+def _segmented(
+    case: Case, predictor: PassPredictor, done: Callable[[int], Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The segmentation by an earlier stage on the grid of the image, and the reader's properties."""
+    data, properties = _preprocessed(case, predictor, done)
+    segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+        _average(predictor, data, done),
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.label_manager,
+        properties,
+        num_threads_torch=torch.get_num_threads(),
+    )
+    return segmentation, properties
+
+
+def _average(
+    predictor: PassPredictor,
+    data: Tensor,
+    done: Callable[[int], Any],
+    each: Callable[[Tensor], Any] = lambda logits: None,
+) -> Tensor:
+    """Mean logits of all passes; `each` sees those of every pass."""
+    total: Tensor | None = None
+    passes = 0
+    for logits in predictor.passes(data):
+        each(logits)
+        total = logits if total is None else total.add_(logits)
+        passes += 1
+        done(1)
+    if total is None:
+        raise RuntimeError("the predictor made no pass: the model has no parameters")
+    return total.div_(passes)
 
 
 def _packed(segmentation: Any) -> Any:
@@ -364,10 +427,10 @@ def _order(record: Mapping[str, Any]) -> tuple[float, float]:
 
 def unedited(folder: str, names: Sequence[str]) -> list[str]:
     """Cases whose segmentation in `folder` is still the one that was predicted there."""
-    for place in (folder, os.path.dirname(os.path.abspath(folder))):
+    for place in (folder, dirname(os.path.abspath(folder))):
         if isfile(join(place, STATE)):
             records = read_json(join(place, STATE))["cases"]
-            files = {n: join(folder, os.path.basename(records[n]["files"][0])) for n in names if n in records}
+            files = {n: join(folder, basename(records[n]["files"][0])) for n in names if n in records}
             return [n for n, file in files.items() if isfile(file) and digest(file) == records[n]["digest"]]
     return []
 

@@ -20,4 +20,7 @@ def report(args: argparse.Namespace) -> None:
         runs = runs_in_folders(args.folders, args.f)
     else:
         runs = find_runs(args.d, args.c, args.f, args.tr, args.p)
-    print(write_report(runs, args.o))
+    path = write_report(runs, args.o)
+    for note in (note for run in runs for note in run.notes):
+        print(f"WARNING: {note}")
+    print(path)

@@ -71,7 +71,6 @@ class Report:
             "soft",
         )
         sections: dict[str, Callable[[], str]] = {
-            "In short": self.in_short,
             "Scores": self.score_tables,
             "Paired differences": self.differences,
             "Cases": self.pictures_of_cases,
@@ -82,7 +81,8 @@ class Report:
             "Time and memory": self.resources,
             "Configuration": self.configuration,
         }
-        return html.page(title, lead, {name: make() for name, make in sections.items()})
+        made = {name: make() for name, make in sections.items()}
+        return html.page(title, lead, {"In short": self.in_short(), **made})  # last: what could not be read
 
     # what it comes to
 
@@ -92,10 +92,14 @@ class Report:
             items += self.comparison(model, self.models[0])
         for run in self.runs:
             items.append(("", f"{run.model}, fold {run.fold}: {run.status}."))
-        items += [("", note) for note in self.scores.notes]
+        items += [("", note) for note in (*self.scores.notes, *self.unread())]
         if not self.scores.cases:
             items.append(("", "No case is scored yet: scores appear after the final validation."))
         return html.bullets(items)
+
+    def unread(self) -> list[str]:
+        """What of the runs is damaged."""
+        return [note for run in self.runs for note in run.notes]
 
     def comparison(self, model: str, reference: str) -> list[tuple[str, str]]:
         """Whether the mean Dice differs, in a sentence."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -25,12 +24,14 @@ def saved(run: Run) -> dict[int, dict[str, np.ndarray]]:
         return {}
     files = {-1: folder / "scans.npz"}
     files |= {int(path.stem.removeprefix("epoch_")): path for path in sorted(folder.glob("epoch_*.npz"))}
-    return {epoch: _read(path) for epoch, path in files.items()}
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as content:
-        return dict(content)
+    found = {}
+    for epoch, path in files.items():
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                found[epoch] = dict(content)
+        except Exception as error:  # damaged files raise nearly anything
+            run.note(f"{path} is not read: {error}")
+    return found
 
 
 def strips(run: Run, runs: Sequence[Run]) -> list[Strip]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.data.structures import structures
-from nnssl.files import read_json
+from nnssl.files import read_json, torch_damage
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 RECORD = "training.json"
@@ -43,20 +43,38 @@ class Run:
         return read_json(self.folder.parent / "dataset.json")
 
     @cached_property
+    def notes(self) -> list[str]:
+        """What could not be read, a line each; complete once the page is made."""
+        return []
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @cached_property
     def record(self) -> dict[str, Any]:
         """training.json; empty where a trainer of nnU-Net's own or an older version of ours left none."""
         path = self.folder / RECORD
-        return read_json(path) if path.is_file() else {}
+        try:
+            return read_json(path) if path.is_file() else {}
+        except ValueError as error:
+            self.note(str(error))
+            return {}
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
-        """`logging` and `nnssl` of the newest checkpoint: read only where there is no record."""
+        """`logging` and `nnssl` of the newest sound checkpoint: read only where there is no record."""
         for name in CHECKPOINTS:
-            if (path := self.folder / name).is_file():
-                import torch
+            path = self.folder / name
+            if not os.path.lexists(path):
+                continue
+            if damage := torch_damage(path):
+                self.note(f"{path} is not read: {damage}")
+                continue
+            import torch
 
-                content = torch.load(path, map_location="cpu", weights_only=False)
-                return {key: content.get(key, {}) for key in ("logging", "nnssl")}
+            content = torch.load(path, map_location="cpu", weights_only=False)
+            return {key: content.get(key, {}) for key in ("logging", "nnssl")}
         return {}
 
     @cached_property
@@ -70,8 +88,12 @@ class Run:
         path = self.folder / "losses.csv"
         if not path.is_file():
             return []
-        with open(path, encoding="utf-8", newline="") as stream:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+        try:
+            with open(path, encoding="utf-8", newline="") as stream:
+                return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+        except (ValueError, TypeError) as error:  # a wrong or a missing value
+            self.note(f"{path} is not read: {error}")
+            return []
 
     @property
     def epochs_done(self) -> int:

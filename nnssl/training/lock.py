@@ -7,6 +7,7 @@ only a sign of life is seen: the process touches its lock again and again.
 from __future__ import annotations
 
 import atexit
+import glob
 import json
 import os
 import platform
@@ -50,15 +51,19 @@ class TrainingLock:
             found = _read(self.path)
             if found is None:
                 continue  # released meanwhile
-            who = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
-            own = _is_own(found)
-            if not own and self._lives(found, who, log, patience):
-                return f"{self.path}: {who} trains in this folder ({found.get('command', '?')})"
-            if self._remove(found) and not own:
-                log(f"Removed {self.path}: {who} is gone")
+            if holder := self._holder(found, log, patience):
+                return holder
+            if self._remove(found) and not _is_own(found):
+                log(f"Removed {self.path}: {_who(found)} is gone")
         atexit.register(self.release)
         threading.Thread(target=self._beat, name=NAME, daemon=True).start()
         return ""
+
+    def holder(self, log: Callable[[str], None] = print, patience: float = PATIENCE) -> str:
+        """Which process trains here, empty if none does; nothing is taken or removed."""
+        self._own = self._own or own_process()
+        found = _read(self.path)
+        return "" if found is None else self._holder(found, log, patience)
 
     def release(self) -> None:
         """Remove the file, if it is still this lock's. Twice does no harm."""
@@ -71,8 +76,7 @@ class TrainingLock:
     def verify(self) -> None:
         """RuntimeError if another process took this one for dead and trains here now."""
         if self.lost:
-            found = _read(self.path) or {}
-            who = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
+            who = _who(_read(self.path) or {})
             raise RuntimeError(
                 f"{self.path}: {who} took this training over, having seen no sign of life. It stops here"
             )
@@ -104,6 +108,11 @@ class TrainingLock:
             return True
         finally:
             os.rmdir(turn)
+
+    def _holder(self, found: dict[str, Any], log: Callable[[str], None], patience: float) -> str:
+        if _is_own(found) or not self._lives(found, _who(found), log, patience):
+            return ""
+        return f"{self.path}: {_who(found)} trains in this folder ({found.get('command', '?')})"
 
     def _lives(self, found: dict[str, Any], who: str, log: Callable[[str], None], patience: float) -> bool:
         if not found:
@@ -140,6 +149,12 @@ class TrainingLock:
                 continue
 
 
+def trainings_of(dataset_results: str, log: Callable[[str], None] = print) -> list[str]:
+    """The processes that train below a dataset's folder of results, a line each."""
+    locks = sorted(glob.glob(os.path.join(glob.escape(dataset_results), "*", "fold_*", NAME)))
+    return [holder for path in locks if (holder := TrainingLock(os.path.dirname(path)).holder(log))]
+
+
 def own_process() -> dict[str, Any]:
     """What tells this process from every other."""
     job = [os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))]
@@ -167,6 +182,10 @@ def started(pid: int) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def _who(found: dict[str, Any]) -> str:
+    return f"process {found.get('pid', '?')} on {found.get('host', '?')}"
 
 
 def _is_own(found: dict[str, Any]) -> bool:

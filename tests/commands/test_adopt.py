@@ -21,6 +21,7 @@ from nnssl.data.inspection import inspect_files, inspect_scans_of_training
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled, labeled_cases
 from nnssl.data.unlabeled import ensure_unlabeled
 from nnssl.files import write_json
+from nnssl.training.lock import own_process, started
 from tests.raw_dataset import SHAPE, SPACING, Tiny, write_image
 
 ENDING = ".nii.gz"
@@ -320,6 +321,26 @@ def test_trainings_do_not_start_on_half_an_adoption(
     assert adopt(folder) == 0
     assert "Finished the adoption that was interrupted" in capsys.readouterr().out
     assert not (tiny.raw / "imagesUn" / f"scan_00_0000{ENDING}").exists()
+
+
+def test_nothing_is_adopted_while_a_training_of_the_dataset_runs(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrected(tiny, tmp_path / "corrected")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    other = tmp_path / "results" / tiny.raw.name / "nnUNetTrainerSemi__nnUNetPlans__3d_fullres" / "fold_3"
+    other.mkdir(parents=True)
+    lock, parent = other / "training.lock", os.getppid()
+    lives = {**own_process(), "pid": parent, "started": started(parent), "command": "nnssl train 777"}
+    write_json(lives, lock)
+    before = tree(tmp_path)
+    for options in ((), ("--dry-run",)):
+        assert adopt(folder, *options) == 1
+        said = capsys.readouterr().err
+        assert f"process {parent} on" in said and "fold_3/training.lock" in said and "train 777" in said
+        assert tree(tmp_path) == before
+    write_json({**lives, "started": "another time"}, lock)
+    assert adopt(folder) == 0 and lock.exists()
 
 
 def test_links_move_as_links(tiny: Tiny, tmp_path: Path) -> None:

@@ -268,6 +268,29 @@ def test_a_checkpoint_without_a_log_is_no_error(results: Results) -> None:
     assert "0 epochs so far" in page.text
 
 
+def test_what_is_damaged_is_named_and_the_rest_is_on_the_page(
+    results: Results, capsys: pytest.CaptureFixture
+) -> None:
+    folder = results.begin("nnUNetTrainer")
+    results.finish(folder, 1)
+    (folder / "training.json").write_text('{"trainer": "nn')
+    (folder / "losses.csv").write_text("epoch,lr\n0,a tenth\n")
+    (folder / "pseudo_labels").mkdir()
+    (folder / "pseudo_labels" / "scans.npz").write_bytes(b"PK, and no more")
+    final, best = (folder / f"checkpoint_{name}.pth" for name in ("final", "best"))
+    torch.save({"logging": {**results.logging(), "train_losses": [0.25]}}, best)
+    final.write_bytes(final.read_bytes()[:-50])
+    page = report(results, folder.parent)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    names = ("training.json", final.name, "losses.csv", "scans.npz")
+    for line, name in zip(warned, names, strict=True):
+        assert name in line and line.removeprefix("WARNING: ") in page.text
+    assert "scores" in page.tables and "Dice: large, round" in page.text
+    best.write_bytes(b"")
+    page = report(results, folder.parent)
+    assert f"{best} is not read: it is empty" in page.text and "scores" in page.tables
+
+
 def test_accepted_is_a_share_of_what_is_called_so(results: Results) -> None:
     folder = results.begin(SEMI)
     charts = acceptance_charts([Run("Semi", folder)], {"Semi": 0})
