@@ -48,12 +48,14 @@ def divisor(count: Tensor, least: float = 1.0) -> Tensor:
     return sum_over_ranks(count.detach()).clamp_min(least) / world_size()
 
 
-def from_previous(x: Tensor) -> Tensor:
-    """x (B, ...) moved on by one sample through all ranks, as x.roll(1, 0) through one batch. No gradient."""
+def from_previous(*tensors: Tensor) -> list[Tensor]:
+    """Each (B, ...) moved on by one sample through all ranks, as x.roll(1, 0) through one batch, by one
+    exchange. No gradient."""
     if world_size() == 1:
-        return x.roll(1, 0)
+        return [x.roll(1, 0) for x in tensors]
     rank, size = dist.get_rank(), world_size()
-    last = _as_bytes(x[-1:])
+    rows = [_as_bytes(x[-1:]) for x in tensors]
+    last = torch.cat(rows)
     arriving = torch.empty_like(last)
     for work in dist.batch_isend_irecv(
         [
@@ -62,7 +64,11 @@ def from_previous(x: Tensor) -> Tensor:
         ]
     ):
         work.wait()
-    return torch.cat([arriving.view(x.dtype).view_as(x[-1:]), x[:-1]])
+    parts = arriving.split([len(row) for row in rows])
+    return [
+        torch.cat([part.clone().view(x.dtype).view_as(x[-1:]), x[:-1]])
+        for x, part in zip(tensors, parts, strict=True)
+    ]
 
 
 class Gatherer:

@@ -44,7 +44,29 @@ def cutmix_mask(
 def cutmix(x: Tensor, mask: Tensor) -> Tensor:
     """x (B, C, S) with its neighbour, the sample before it, inside each box; mask (B, 1, S) from
     `cutmix_mask`. On several ranks the first sample's neighbour is the last one of the rank before."""
-    return torch.where(mask, from_previous(x), x)
+    return cutmix_all((x, mask))[0]
+
+
+def cutmix_all(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """`cutmix` of every (x, mask), by one exchange between ranks."""
+    neighbours = from_previous(*(x for x, _ in pairs))
+    return [torch.where(mask, near, x) for near, (x, mask) in zip(neighbours, pairs, strict=True)]
+
+
+def both_ways(labeled: Sequence[Tensor], unlabeled: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Pairs for pasting both ways: every labeled sample with an unlabeled one, then every unlabeled sample
+    with the labeled one before its own, on several ranks through all of them. Batches of different sizes are
+    cycled through.
+
+    labeled: each (B, ...); unlabeled: each (U, ...). Returns both as (B + U, ...).
+    """
+    n, u = len(labeled[0]), len(unlabeled[0])
+    i, j = (torch.arange(k, device=labeled[0].device) for k in (n, u))
+    before = from_previous(*labeled)
+    return (
+        [torch.cat([x, near[j % n]]) for x, near in zip(labeled, before, strict=True)],
+        [x[torch.cat([i % u, j])] for x in unlabeled],
+    )
 
 
 def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -62,4 +84,4 @@ def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> T
     rank = draw.argsort(1).argsort(1)
     chosen = rank < (present.sum(1, keepdim=True) + 1) // 2
     pasted = (member & chosen.T.reshape(*chosen.T.shape, *[1] * (member.ndim - 2))).any(0)
-    return from_previous(pasted).unsqueeze(1)
+    return from_previous(pasted)[0].unsqueeze(1)

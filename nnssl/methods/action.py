@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from nnssl.banks import EmbeddingBank, case_numbers
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, Count, Few, NonNegative, Share, Temperature, Width
-from nnssl.data.mixing import classmix_mask, cutmix
+from nnssl.data.mixing import classmix_mask, cutmix_all
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
@@ -276,7 +276,7 @@ class ACTION(TeacherMethod):
             torch.rand(len(pasted), *[1] * (pasted.ndim - 1), device=pasted.device)
             < self.config.classmix_probability
         )
-        p_m, x_m = cutmix(p_w, pasted), cutmix(batch.strong[0], pasted)
+        p_m, x_m = cutmix_all((p_w, pasted), (batch.strong[0], pasted))
         pseudo = self.labels.harden(p_m)
 
         images = torch.cat([batch.labeled, x_m])

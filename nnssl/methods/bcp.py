@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import both_ways, cutmix_all, cutmix_mask
 from nnssl.ema import ema_update
 from nnssl.losses.deep_supervision import deep_supervision_loss
 from nnssl.method import TeacherMethod
@@ -69,30 +69,26 @@ class BCP(TeacherMethod):
             F.interpolate(box.float(), y.shape[2:], mode="nearest-exact").bool()
             for y in _as_list(batch.target)
         ]
-        target = [cutmix(y, b) for y, b in zip(_as_list(batch.target), scales, strict=True)]
-        outputs = self.student(cutmix(batch.labeled, box))
-        supervised = self.supervised_loss(outputs, target if isinstance(batch.target, list) else target[0])
+        images, *target = cutmix_all((batch.labeled, box), *zip(_as_list(batch.target), scales, strict=True))
+        supervised = self.supervised_loss(
+            self.student(images), target if isinstance(batch.target, list) else target[0]
+        )
         return {"supervised": supervised, "pseudo": 0 * supervised}
 
     def copy_paste(self, batch: SemiBatch) -> dict[str, Tensor]:
-        """Boxes between labeled and unlabeled patches, both ways; batches of different sizes are cycled
-        through."""
+        """Boxes between labeled and unlabeled patches, both ways."""
         pseudo = self.labels.harden(self.teach(batch.weak))
         onehot, known = self.labels.encode(batch.full_target())
         known = torch.ones_like(onehot[:, :1], dtype=torch.bool) if known is None else known.bool()
 
         x_l, x_u = batch.labeled, batch.strong[0]
-        i, j = torch.arange(len(x_l), device=x_l.device), torch.arange(len(x_u), device=x_l.device)
-        l, u = (
-            torch.cat([i, (j + 1) % len(x_l)]),
-            torch.cat([i % len(x_u), j]),
-        )  # the pairs of x_in, then of x_out
         from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
-        outputs = self.student(torch.where(from_unlabeled, x_u[u], x_l[l]))
+        (x_l, onehot, known), (x_u, pseudo) = both_ways((x_l, onehot, known), (x_u, pseudo))
+        outputs = self.student(torch.where(from_unlabeled, x_u, x_l))
         loss = partial(deep_supervision_loss, labels=self.labels, scale_weights=self.planned.scale_weights)
         return {
-            "supervised": loss(outputs, onehot[l], mask=(known[l] & ~from_unlabeled).float()),
-            "pseudo": loss(outputs, pseudo[u], mask=from_unlabeled.float()),
+            "supervised": loss(outputs, onehot, mask=(known & ~from_unlabeled).float()),
+            "pseudo": loss(outputs, pseudo, mask=from_unlabeled.float()),
         }
 
     def boxes(self, x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ from nnssl.config import (
     Voxels,
     Width,
 )
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import class_correlation, omni_correlation
 from nnssl.losses.pseudo_label import soft_dice_loss
@@ -142,10 +142,8 @@ class CAML(SemiMethod):
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        weak_v, weak_a = (cutmix(z, box) for z in self.weak_logits(batch))
-        images = torch.cat(
-            [batch.labeled, cutmix(batch.strong[0], box)]
-        )  # one pass for both streams: CMA looks across them
+        weak_v, weak_a, strong = cutmix_all(*((x, box) for x in (*self.weak_logits(batch), batch.strong[0])))
+        images = torch.cat([batch.labeled, strong])  # one pass for both streams: CMA looks across them
         dropout = self.config.channel_dropout
         walked_v = self.walk(self.student, images, n, dropout)
         walked_a = self.walk_auxiliary(self.auxiliary, images, self.attention, self.stage, n, dropout)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.losses.pseudo_label import cross_entropy_dice
 from nnssl.method import SUPERVISED, SemiMethod, full_resolution, inference, split_batch
 from nnssl.schedules import gaussian_ramp
@@ -67,7 +67,7 @@ class CPS(SemiMethod):
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        y_f, y_h, x_s = (cutmix(x, box) for x in (y_f, y_h, batch.strong[0]))
+        y_f, y_h, x_s = cutmix_all(*((x, box) for x in (y_f, y_h, batch.strong[0])))
 
         images = torch.cat([batch.labeled, x_s])
         labeled_f, unlabeled_f = split_batch(self.student(images), len(batch.labeled))

@@ -60,7 +60,7 @@ from nnssl.config import (
     Voxels,
     Width,
 )
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.losses.contrastive import info_nce
 from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
@@ -176,8 +176,8 @@ class DiffCL(SemiMethod):
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        probabilities_f, probabilities_g, strong = (
-            cutmix(x, box) for x in (probabilities_f, probabilities_g, batch.strong[0])
+        probabilities_f, probabilities_g, strong = cutmix_all(
+            *((x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
         )
         pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
         certain_f, certain_g = (

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.losses.pseudo_label import confidence_mask, cross_entropy_dice
 from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, split_batch
 from nnssl.schedules import gaussian_ramp
@@ -59,7 +59,7 @@ class FixMatch(TeacherMethod):
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        p_w, x_s = cutmix(p_w, box), cutmix(batch.strong[0], box)
+        p_w, x_s = cutmix_all((p_w, box), (batch.strong[0], box))
 
         labeled, unlabeled = split_batch(self.student(torch.cat([batch.labeled, x_s])), len(batch.labeled))
         certain, pseudo = self.accepted(p_w, t), self.labels.harden(p_w)

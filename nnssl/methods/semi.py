@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import both_ways, cutmix_all, cutmix_mask
 from nnssl.distributed import sum_over_ranks, world_size
 from nnssl.ema import ema_update
 from nnssl.losses.deep_supervision import deep_supervision_loss
@@ -230,7 +230,7 @@ class Semi(TeacherMethod):
         """x_l beside x_u, the latter with CutMix."""
         n = len(batch.labeled)
         box = cutmix_mask(len(x_u), x_u.shape[2:], x_u.device, self.config.cutmix_probability)
-        x_u, y, w = (cutmix(x, box) for x in (x_u, *pseudo))
+        x_u, y, w = cutmix_all((x_u, box), (pseudo.labels, box), (pseudo.weight, box))
         labeled, unlabeled = split_batch(self.student_outputs(torch.cat([batch.labeled, x_u]), n), n)
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
@@ -238,20 +238,21 @@ class Semi(TeacherMethod):
         }
 
     def pasted(self, batch: SemiBatch, x_u: Tensor, pseudo: PseudoLabels) -> dict[str, Tensor]:
-        """Boxes both ways; batches of different sizes are cycled through."""
+        """Boxes both ways."""
         onehot, known = self.labels.encode(batch.full_target())
         known = torch.ones_like(onehot[:, :1]) if known is None else known.float()
-        x_l = batch.labeled
-        i, j = torch.arange(len(x_l), device=x_l.device), torch.arange(len(x_u), device=x_l.device)
-        l, u = torch.cat([i, (j + 1) % len(x_l)]), torch.cat([i % len(x_u), j])  # x_l with boxes, then x_u
-        from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
-        outputs = self.student_outputs(torch.where(from_unlabeled, x_u[u], x_l[l]), len(x_l))
-        y = torch.where(from_unlabeled, pseudo.labels[u], onehot[l])
+        clean = len(batch.labeled)
+        from_unlabeled = torch.cat([self.boxes(batch.labeled), ~self.boxes(x_u)])
+        (x_l, onehot, known), (x_u, called, weight) = both_ways(
+            (batch.labeled, onehot, known), (x_u, *pseudo)
+        )
+        outputs = self.student_outputs(torch.where(from_unlabeled, x_u, x_l), clean)
+        y = torch.where(from_unlabeled, called, onehot)
         return {
             "supervised": deep_supervision_loss(
-                outputs, y, self.labels, known[l] * ~from_unlabeled, self.planned.scale_weights
+                outputs, y, self.labels, known * ~from_unlabeled, self.planned.scale_weights
             ),
-            "pseudo": self.unlabeled_loss(outputs, y, pseudo.weight[u] * from_unlabeled),
+            "pseudo": self.unlabeled_loss(outputs, y, weight * from_unlabeled),
         }
 
     def boxes(self, x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, Few, NonNegative, Ratio, Share, Temperature, Voxels, Width
-from nnssl.data.mixing import cutmix, cutmix_mask
+from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.distributed import Gatherer
 from nnssl.losses.affinity import (
     agreement,
@@ -156,7 +156,15 @@ class SemSim(SemiMethod):
         box_1, box_2 = (
             cutmix_mask(u, batch.weak.shape[2:], batch.weak.device, c.cutmix_probability) for _ in range(2)
         )
-        images = torch.cat([batch.labeled, cutmix(batch.strong[0], box_1), cutmix(batch.strong[1], box_2)])
+        with torch.autocast(batch.weak.device.type, enabled=False):
+            p1_w = refine(e_w, self.to_grid(p_w), c.scale)
+        x_1, x_2, p_cut, p1_w = cutmix_all(
+            (batch.strong[0], box_1),
+            (batch.strong[1], box_2),
+            (p_w, box_1),
+            (p1_w, self.to_grid(box_1.float()) > 0.5),
+        )
+        images = torch.cat([batch.labeled, x_1, x_2])
 
         # x_s2 is not decoded: only its e is looked at
         walked = self.walk(self.student, images, n, c.channel_dropout, n + u)
@@ -166,18 +174,16 @@ class SemSim(SemiMethod):
 
         supervised = self.supervised_loss(labeled, batch.target)
         with torch.autocast(images.device.type, enabled=False):
-            p1_w = refine(e_w, self.to_grid(p_w), c.scale)
             cross = self.cross_image(e_l, e_s2, e_w, p_w, self.to_grid(box_2.float()) > 0.5, batch)
-            p_w, p1_w = cutmix(p_w, box_1), cutmix(p1_w, self.to_grid(box_1.float()) > 0.5)
             # of e's voxels, the share of what they cover
-            accepted = self.accepted(p_w, t)
-            self.count_accepted(self.labels.harden(p_w), accepted)
+            accepted = self.accepted(p_cut, t)
+            self.count_accepted(self.labels.harden(p_cut), accepted)
             certain = self.to_grid(accepted)
-            self.diagnostics |= self.confident("pseudo", p_w)
+            self.diagnostics |= self.confident("pseudo", p_cut)
             self.diagnostics |= shares("intra", certain, self.foreground(p1_w))
             return {
                 "supervised": supervised,
-                "pseudo": confident_dice(p_w, p_s1, self.labels, c.threshold),
+                "pseudo": confident_dice(p_cut, p_s1, self.labels, c.threshold),
                 "intra": soft_dice_loss(
                     refine(e_s1, self.to_grid(p_s1), c.scale),
                     self.labels.harden(p1_w),
@@ -237,9 +243,8 @@ class SemSim(SemiMethod):
         p2_w = cross_image_log_probabilities(similarity(e_w, g.detach()), known).exp()  # (U, P, C, V)
         confidence, called = p2_w.max(2, keepdim=True)
         certain = (confidence >= c.threshold) & (called == self.problems(p_w, None).argmax(2, keepdim=True))
-        certain, called = (
-            cutmix(x, box.flatten(2)[:, None])[:, :, 0] for x in (certain, called)
-        )  # (U, P, V)
+        box = box.flatten(2)[:, None]
+        certain, called = (x[:, :, 0] for x in cutmix_all((certain, box), (called, box)))  # (U, P, V)
         certain = certain.float()
         m = similarity(e_s, g)
         weight = agreement(m, known, c.r)

@@ -407,10 +407,12 @@ class SemiTrainer(nnUNetTrainer):
                 make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
         if not self.method_class.needs_unlabeled:
             return train, val
+        samples = share_of_batch(self.general.unlabeled_batch_size, self.batch_size)
+        self._warn_without_neighbour(samples)
         stream = unlabeled_stream(
             unlabeled_folder(self.preprocessed_dataset_folder),
             unlabeled,
-            share_of_batch(self.general.unlabeled_batch_size, self.batch_size),
+            samples,
             self.configuration_manager,
             self.label_manager,
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size(),
@@ -422,6 +424,16 @@ class SemiTrainer(nnUNetTrainer):
             previous,
         )
         return TwoStreams(train, stream), val
+
+    def _warn_without_neighbour(self, samples: int) -> None:
+        """Mixing takes place between the unlabeled samples of a step, of all ranks."""
+        keys = ("cutmix_probability", "classmix_probability")
+        acting = [key for key in keys if getattr(self.method_config, key, 0)]
+        if acting and samples == 1 and world()[1] == 1:
+            self.print_to_log_file(
+                f"WARNING: {acting[0]} has no effect with one unlabeled patch per step, with no other to "
+                "be mixed with. Raise unlabeled_batch_size to 2 where memory allows"
+            )
 
     def _cases_read(self) -> Iterator[tuple[str, str]]:
         """Folder and name of every case of this run."""

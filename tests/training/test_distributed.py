@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl.banks import CaseBank, ClassBank, EmbeddingBank
 from nnssl.batch import SemiBatch, UnlabeledBatch
-from nnssl.data.mixing import cutmix
+from nnssl.data.mixing import both_ways, classmix_mask, cutmix
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.distributed import Gatherer, divisor, from_previous, sum_over_ranks
 from nnssl.method import SemiMethod, weighted_sum
-from nnssl.methods import bcp, caml, cps, diffcl, fixmatch, semi, semsim
+from nnssl.methods import action, bcp, caml, cps, diffcl, fixmatch, semi, semsim
 from nnssl.methods.filtermatch import FilterMatch
 from nnssl.orientations import Orientation
 from nnssl.training.checkpoint import from_all_ranks, load_method, method_state, own_buffers, restore_buffers
@@ -35,16 +35,19 @@ pytestmark = pytest.mark.slow
 
 RANKS = 2
 CPU = torch.device("cpu")
+PLAIN: dict[str, Any] = {"channel_dropout": 0.0, "turns": False, "mirrorings": False}  # of Semi
 # every trainer without randomness that depends on how the batch is divided
 CONFIG: dict[str, dict[str, Any]] = {
     "SemSim": {"channel_dropout": 0.0},
     "DiffCL": {"channel_dropout": 0.0, "denoiser_share": 1.0, "samples": 1},
     "CAML": {"channel_dropout": 0.0},
-    "ACTION": {"classmix_probability": 0.0, "channel_dropout": 0.0},
+    "ACTION": {"classmix_probability": 1.0, "channel_dropout": 0.0},
     "UAMT": {"noise": 0.0, "dropout": 0.0},
-    "Semi": {"channel_dropout": 0.0, "turns": False, "mirrorings": False, "paste_share": 0.0},
+    "Semi": {**PLAIN, "paste_share": 0.0},
+    "Semi, pasting": {**PLAIN, "paste_share": 1.0},
 }
-TIMES = {"BCP": (0.0,), "ACTION": (0.1, 0.3, 0.6)}
+CASES = {**ROWS, "Semi, pasting": ROWS["Semi"]}
+TIMES = {"BCP": (0.0, 0.5), "ACTION": (0.1, 0.3, 0.6)}
 # terms that compare drawn voxels with others of their own rank (docs/explanation/several-gpus.md)
 OF_THE_RANK = {"DiffCL": {"contrast"}, "CAML": {"correlation"}, "ACTION": {"anatomical"}}
 # CMA is the identity in the first step and looks across the rank's own samples afterwards
@@ -72,11 +75,18 @@ def box(n: int, size: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
     return mask
 
 
+def first_classes(member: Tensor) -> Tensor:
+    """ClassMix of the first half of the neighbour's classes."""
+    with mock.patch.object(torch, "rand", lambda shape, **kw: torch.linspace(0, 1, shape[1]).expand(shape)):
+        return classmix_mask(member)
+
+
 @contextlib.contextmanager
 def nothing_drawn() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (bcp, caml, cps, diffcl, fixmatch, semi, semsim):
             stack.enter_context(mock.patch.object(module, "cutmix_mask", box))
+        stack.enter_context(mock.patch.object(action, "classmix_mask", first_classes))
         turn = Orientation(((2, -2, -1),), ())
         stack.enter_context(mock.patch.object(FilterMatch, "orientation", lambda *args: turn))
         stack.enter_context(mock.patch.object(torch, "randn_like", torch.zeros_like))
@@ -89,7 +99,7 @@ def nothing_drawn() -> Iterator[None]:
 
 def train(name: str, rank: int | None) -> dict[str, Any]:
     """Terms of all steps, first gradients, and what is saved, of one rank or, with None, of one process."""
-    row, task = ROWS[name], Task()
+    row, task = CASES[name], Task()
     config = dataclasses.replace(row.config, **CONFIG.get(name, {}))
     method: SemiMethod = task.method(row.method, config, seed=0 if rank is None else rank)
     if rank is not None:  # ranks start apart: DDP brings them together
@@ -135,8 +145,9 @@ def functions(rank: int | None) -> dict[str, Tensor]:
     found = {"sum": total.detach(), "gradient": gradient(x), "divisor": divisor(torch.tensor(float(len(x))))}
     gather = Gatherer()
     with torch.no_grad():
-        found["moved"] = from_previous(x)
-        found["moved mask"] = from_previous(x > 0)
+        found["moved"], found["moved mask"] = from_previous(x, x > 0)
+        [pasted], [into] = both_ways([x], [10 * x])
+        found["from labeled"], found["from unlabeled"] = pasted[len(x) :], into[len(x) :]
         found["mixed"] = cutmix(x, box(len(x), (4, 5)))
         found["gathered"], found["gathered mask"], found["numbers"] = gather(
             x, x > 0, torch.tensor([2**40, 7])[mine]
@@ -170,7 +181,7 @@ def _worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS)
     torch.save({"all": functions(rank), "uneven": _uneven(rank)}, f"{folder}/functions_{rank}.pt")
     with nothing_drawn():
-        for name in ROWS:
+        for name in CASES:
             torch.save(train(name, rank), f"{folder}/{name}_{rank}.pt")
     kept = {"bank": torch.full((2,), float(rank))}
     method = torch.nn.Module()
@@ -194,7 +205,7 @@ def test_sums_rows_and_banks_are_those_of_the_whole_batch(ranks: Path) -> None:
     whole = functions(None)
     of_ranks = [torch.load(ranks / f"functions_{r}.pt")["all"] for r in range(RANKS)]
     for key, expected in whole.items():
-        if key in ("gradient", "moved", "moved mask", "mixed"):
+        if key in ("gradient", "moved", "moved mask", "mixed", "from labeled", "from unlabeled"):
             torch.testing.assert_close(torch.cat([found[key] for found in of_ranks]), expected)
         else:
             for found in of_ranks:
@@ -210,7 +221,7 @@ def test_ranks_may_have_different_numbers_of_rows(ranks: Path) -> None:
     assert torch.equal(joint, torch.arange(8.0).view(4, 2))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process_with_the_whole_batch(ranks: Path, name: str) -> None:
     with nothing_drawn():
         whole = train(name, None)
@@ -228,16 +239,16 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(ranks: Path, name: 
         torch.testing.assert_close(of_ranks[0]["gradients"][0][k], g, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_keep_equal_weights_and_equal_banks(ranks: Path, name: str) -> None:
     a, b = (torch.load(ranks / f"{name}_{r}.pt", weights_only=False) for r in range(RANKS))
     torch.testing.assert_close(a["parameters"], b["parameters"])
     torch.testing.assert_close(a["buffers"], b["buffers"])
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_what_two_ranks_save_continues_on_one(ranks: Path, name: str) -> None:
-    row, task = ROWS[name], Task()
+    row, task = CASES[name], Task()
     config = dataclasses.replace(row.config, **CONFIG.get(name, {}))
     method = task.method(row.method, config, seed=7)
     state = torch.load(ranks / f"{name}_0.pt", weights_only=False)["state"]

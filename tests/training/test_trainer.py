@@ -23,6 +23,7 @@ from nnssl.methods.diffcl import DiffCL
 from nnssl.training.memory_format import channels_last
 from nnssl.training.randomness import seed_everything
 from nnssl.training.trainer import SemiTrainer
+from tests.building import put
 from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses, run
 from tests.teacher_method import AveragingTrainer
 
@@ -454,6 +455,17 @@ def test_2d_with_background_workers_and_another_unlabeled_batch(
         for labeled, weak, _ in seen
     )
     assert [t for *_, t in seen] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_a_single_unlabeled_patch_is_said_to_have_nothing_to_be_mixed_with(place: Place) -> None:
+    place.plan(**SHORT, DiffCL=SMALL)
+    trainer = place.trainer()
+    said: list[str] = []
+    put(trainer, print_to_log_file=lambda line: said.append(line))
+    trainer._warn_without_neighbour(2)
+    assert not said
+    trainer._warn_without_neighbour(1)
+    assert len(said) == 1 and "cutmix_probability has no effect" in said[0]
 
 
 def test_the_averaged_teacher_can_be_deployed_and_continued(place: Place) -> None:
