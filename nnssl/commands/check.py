@@ -19,6 +19,7 @@ from nnunetv2.paths import nnUNet_extTrainer
 from tqdm import tqdm
 
 import nnssl
+from nnssl.commands.costs import step_costs
 from nnssl.commands.environment import environment
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.findings import ERROR, OK, WARNING, Finding, errors_of, listed
@@ -33,7 +34,7 @@ from nnssl.data.names import unlabeled_files
 from nnssl.data.raw import num_channels, plans_in, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
 from nnssl.files import read_json
-from nnssl.training.lookup import dataset_name, known_trainers, meant
+from nnssl.training.lookup import dataset_name
 
 PREFIX = {OK: "ok", WARNING: "warn", ERROR: "FAIL"}
 
@@ -47,7 +48,7 @@ def run_checks(
 ) -> int:
     """Print all findings, the gravest last; 1 if something must be fixed before a training, else 0.
 
-    trainer: what a step of it costs is predicted too.
+    trainer: what a step of it costs is found out too.
     """
     costs: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net's readers print
@@ -233,7 +234,7 @@ def _dataset(
     yield Finding(OK, f"plan {plans_file}", ", ".join(available))
     if trainer is not None and not errors_of(findings):
         for c in [configuration] if configuration else chosen or available:
-            yield from _cost(trainer, plans, c, dataset_json, costs)
+            yield from step_costs(trainer, plans, c, dataset_json, costs)
     if not any(isdir(folders[c]) for c in chosen):
         wanted = f" -c {configuration}" if configuration else ""
         yield Finding(
@@ -246,63 +247,6 @@ def _dataset(
     for c in chosen:
         remedy = f"nnssl plan-and-preprocess -d {dataset_id} -p {plans_name} -c {c}"
         yield from _configuration(plans_manager, c, dataset_json, raw, folders[c], remedy)
-
-
-def _cost(
-    trainer: str,
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    costs: dict[str, Any],
-) -> Iterator[Finding]:
-    """Memory and time of a step, predicted; whether the GPU at hand is large enough, what makes it so."""
-    import torch
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    from nnssl.methods.supervised import Supervised
-    from nnssl.training.cost import GIB, SAVINGS, describe, predict
-    from nnssl.training.trainer import SemiTrainer
-
-    class nnUNetTrainerSupervised(SemiTrainer):
-        method_class = Supervised
-
-    if trainer in list_trainers(trainers_folder()):
-        found = getattr(importlib.import_module(f"nnssl_trainers.{trainer}"), trainer)
-    else:
-        try:
-            found = recursive_find_trainer_class_by_name(trainer)
-        except RuntimeError:
-            yield Finding(ERROR, f"-tr {trainer}", "no such trainer", remedy=meant(trainer, known_trainers()))
-            return
-    if not issubclass(found, SemiTrainer):
-        yield Finding(OK, f"-tr {trainer}", "no trainer of ours: what a step costs is not predicted")
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_card = predict(found, plans, configuration, dataset_json, "cuda")
-    here = on_card if device == "cuda" else predict(found, plans, configuration, dataset_json, "cpu")
-    costs[configuration] = {"cuda": dataclasses.asdict(on_card), "smallest_card_gb": on_card.smallest_card}
-    costs[configuration] |= {"cpu": dataclasses.asdict(here)} if device == "cpu" else {}
-    supervised = predict(nnUNetTrainerSupervised, plans, configuration, dataset_json, "cuda")
-    costs[configuration]["supervised"] = dataclasses.asdict(supervised)
-    place = f"{configuration}, {trainer}"
-    yield Finding(OK, place, describe(on_card, supervised, here if device == "cpu" else None))
-    if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        if on_card.card > card.total_memory:
-            smaller = [
-                name
-                for name, changes in SAVINGS.items()
-                if predict(found, plans, configuration, dataset_json, "cuda", **changes).card
-                <= card.total_memory
-            ]
-            what = f"set {smaller[0]} under nnssl in the plans file" if smaller else "plan for a smaller GPU"
-            yield Finding(
-                WARNING,
-                place,
-                f"{card.name} has {card.total_memory / GIB:.1f} GiB, a step is predicted to need "
-                f"{on_card.card / GIB:.1f}",
-                remedy=f"{what[0].upper()}{what[1:]}, or lower batch_size",
-            )
 
 
 def _sound_plans(plans_file: str) -> dict[str, Any] | None:

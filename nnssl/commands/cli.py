@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("-d", type=int, metavar="ID", help="dataset ID")
     check.add_argument("-c", metavar="CONFIG", help="configuration (default: all that are preprocessed)")
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
-    check.add_argument("-tr", metavar="TRAINER", help="predict memory and time of a step of it, too; with -d")
+    check.add_argument("-tr", metavar="TRAINER", help="memory and time of a step of it, too; with -d")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.set_defaults(run=_check)
 
@@ -373,7 +373,7 @@ def _check(args: argparse.Namespace) -> int:
     from nnssl.commands.check import run_checks
 
     if args.tr is not None and args.d is None:
-        raise ValueError("-tr predicts from a plan: name the dataset with -d")
+        raise ValueError("-tr looks at a plan: name the dataset with -d")
     return run_checks(args.d, args.c, args.p, args.json, args.tr)
 
 

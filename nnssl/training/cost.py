@@ -1,4 +1,5 @@
-"""What a training step costs, predicted from the plan: nothing is computed, and no data are read.
+"""What a training step costs: memory predicted from the plan, seconds by a short trial on the device. No data
+are read.
 
 Two steps of the trainer run on PyTorch's fake tensors, which have shapes but no values. A ledger sees every
 operation, forward and backward, and keeps account of the storage that is alive, of the floating-point
@@ -15,18 +16,21 @@ import gc
 import io
 import math
 import os
+import statistics
 import tempfile
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -42,6 +46,7 @@ GIB = 2**30
 CARDS = (4, 6, 8, 10, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB that are sold
 CARD_OVERHEAD = 0.75 * GIB  # of a card: CUDA context, kernels, cuDNN's workspaces
 FRAGMENTATION = 1.10  # PyTorch's allocator reserves more than it hands out
+TRIAL_SECONDS, TRIAL_STEPS = 20.0, 5  # a trial ends after either
 PHASES = (0.5, 0.9)  # progress of a training at which one step or another does all that a method does
 # keys of nnssl that make a step smaller, by what they cost
 SAVINGS: dict[str, dict[str, Any]] = {
@@ -80,6 +85,26 @@ class Cost:
     def smallest_card(self) -> int | None:
         """GB of the smallest card that is sold and large enough; None: there is none."""
         return next((size for size in CARDS if self.card <= size * GIB), None)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Steps of a trainer on a device, measured.
+
+    seconds      of one step at the plan's patch size
+    steps        how many were timed, after one that was not
+    patch_size   that was tried
+    share        its voxels, as a share of the plan's patch; where it is not 1, `seconds` is scaled by it
+    memory       most bytes that a GPU reserved, at that patch size; 0 on a CPU
+    schedule     steps of the whole training
+    """
+
+    seconds: float
+    steps: int
+    patch_size: tuple[int, ...]
+    share: float
+    memory: int
+    schedule: int
 
 
 def describe(on_card: Cost, supervised: Cost, on_cpu: Cost | None = None) -> str:
@@ -189,6 +214,78 @@ def predict(
     return max(found, key=lambda cost: cost.peak)
 
 
+def try_steps(
+    trainer: type,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    device: str,
+    limit: float = TRIAL_SECONDS,
+) -> Trial:
+    """A trial of `trainer` on this device, uncompiled. Arguments as in `predict`.
+
+    limit: seconds that two steps of the whole patch may be expected to take; else half the patch is all.
+    """
+    patch_size, half = _halved(plans, configuration)
+    found = _timed(trainer, half, configuration, dataset_json, device, limit)
+    share = math.prod(found.patch_size) / math.prod(patch_size)
+    if share < 1 and 2 * found.seconds / share <= limit:
+        return _timed(trainer, plans, configuration, dataset_json, device, limit)
+    return replace(found, seconds=found.seconds / share, share=share)
+
+
+def _halved(plans: Mapping[str, Any], configuration: str) -> tuple[list[int], dict[str, Any]]:
+    """The patch size of the configuration, and the plan with it halved as far as the network allows."""
+    known = PlansManager(dict(plans)).get_configuration(configuration)
+    factors = [math.prod(axis) for axis in zip(*known.pool_op_kernel_sizes, strict=True)]
+    half = [
+        n // f * f if n < 4 * f else n // 2 // f * f for n, f in zip(known.patch_size, factors, strict=True)
+    ]
+    smaller = {**known.configuration, "patch_size": half}
+    return list(known.patch_size), {
+        **plans,
+        "configurations": {**plans["configurations"], configuration: smaller},
+    }
+
+
+def _timed(
+    trainer: type,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    device: str,
+    limit: float,
+) -> Trial:
+    on_gpu = device == "cuda"
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with mock.patch.dict(os.environ, {"nnUNet_compile": "f"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rehearsal = Rehearsal(trainer, plans, configuration, dataset_json, device, real=True)
+        rehearsal.step()  # the first one allocates
+        seconds: list[float] = []
+        while not seconds or (len(seconds) < TRIAL_STEPS and sum(seconds) < limit):
+            begun = now()
+            rehearsal.step()
+            seconds.append(now() - begun)
+    whole = rehearsal.trainer
+    return Trial(
+        statistics.median(seconds),
+        len(seconds),
+        tuple(whole.configuration_manager.patch_size),
+        1.0,
+        torch.cuda.max_memory_reserved() if on_gpu else 0,
+        whole.num_epochs * whole.num_iterations_per_epoch,
+    )
+
+
 class _FloatOnCuda(TorchFunctionMode):
     """Functions that autocast runs in float32 on CUDA, but in half precision on a CPU."""
 
@@ -246,13 +343,16 @@ class Rehearsal:
         configuration: str,
         dataset_json: Mapping[str, Any],
         device: str,
+        real: bool = False,
         **changes: Any,
     ) -> None:
+        """real: on this device, else as on it, for fake tensors. Others as in `predict`."""
         section = {**plans.get("nnssl", {}), **changes}
         content = {**plans, "nnssl": section, "continue_training": False}
-        self.trainer = _without_data(trainer, content, configuration, dict(dataset_json))
+        place = torch.device(device if real else "cpu")
+        self.trainer = _without_data(trainer, content, configuration, dict(dataset_json), place, real)
         self.method = self.trainer.method
-        if device == "cuda":
+        if device == "cuda" and not real:
             amp = self.trainer.general.amp
             on = amp != "float32"
             dtype = getattr(torch, amp) if on else torch.bfloat16
@@ -294,9 +394,14 @@ class Rehearsal:
 
 
 def _without_data(
-    trainer: type, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
+    trainer: type,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    device: torch.device,
+    real: bool,
 ) -> Any:
-    """The trainer, built on the CPU. nnU-Net makes its folder at once: below a temporary one."""
+    """The trainer, built. nnU-Net makes its folder at once: below a temporary one."""
     count = max(2, int(dataset_json.get("numTraining", 2)))
 
     class Alone(trainer):
@@ -307,14 +412,15 @@ def _without_data(
             return tuple(range(len(self.configuration_manager.patch_size)))
 
     Alone.__name__ = trainer.__name__
+    move = nn.Module.to if real else lambda module, *args, **kwargs: module  # fake ones cannot
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, {"nnUNet_results": folder, "nnUNet_preprocessed": folder}),
         contextlib.redirect_stdout(io.StringIO()),
         mock.patch.object(Alone, "print_to_log_file", lambda *args, **kwargs: None),
-        mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module),  # fake ones cannot move
+        mock.patch.object(nn.Module, "to", move),
     ):
-        built: Any = Alone(plans, configuration, 0, dataset_json, torch.device("cpu"))
+        built: Any = Alone(plans, configuration, 0, dataset_json, device)
         built.build()
     built._forward = built.method
     built.method.make_copies()

@@ -9,6 +9,8 @@ import pytest
 from nnssl import __version__
 from nnssl.commands import environment
 from nnssl.commands.cli import main
+from nnssl.training import cost
+from nnssl.training.console import duration
 
 
 def test_version_is_one_line_with_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,16 +52,34 @@ def test_check_predicts_what_a_step_of_a_trainer_costs(capsys: pytest.CaptureFix
         assert found[device]["peak"] > found[device]["fixed"] > found[device]["parameters"] > 0
     assert found["cuda"]["peak"] < found["cpu"]["peak"]  # half precision
     assert found["cuda"]["flops"] > 1.5 * found["supervised"]["flops"]
-    (line,) = [
+    line, tried = [
         f["found"] for f in content["findings"] if f["place"] == "3d_fullres, nnUNetTrainerMeanTeacher"
     ]
     assert "a step is predicted to need" in line and f"a card of {found['smallest_card_gb']} GB" in line
+    trial = found["trial"]
+    assert trial["seconds"] > 0 and trial["share"] == 1 and "CPU thread" in trial["device"]
+    assert f"a step takes {trial['seconds']:.2g} s on {trial['device']} ({trial['steps']} steps" in tried
+    assert f"{trial['schedule']:,} steps {duration(trial['seconds'] * trial['schedule'])};" in tried
     main([*chosen, "nnUNetTrainerNoSuch"])
     assert "FAIL  -tr nnUNetTrainerNoSuch" in capsys.readouterr().out
     main([*chosen, "nnUNetTrainer"])
     assert "what a step costs is not predicted" in capsys.readouterr().out
     assert main(["check", "-tr", "nnUNetTrainerSemi"]) == 1
     assert "name the dataset with -d" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+def test_a_failing_trial_is_told_and_the_rest_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(cost, "try_steps", full)
+    main(["check", "-d", "777", "-c", "3d_fullres", "-tr", "nnUNetTrainerSupervised"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("warn") and "CUDA out of memory. Tried to allocate" in line for line in lines)
+    assert any("a step is predicted to need" in line for line in lines)
 
 
 def test_absent_packages_are_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.speed.cost import SMALL_2D, SMALL_3D, measured, plan
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.networks import hf_mamba
-from nnssl.training.cost import CARDS, GIB, Cost, Ledger, Rehearsal, predict
+from nnssl.training.cost import CARDS, GIB, Cost, Ledger, Rehearsal, Trial, predict, try_steps
 
 TINY = SMALL_3D | {"patch": [16, 32, 32], "features": [4, 6, 8, 8, 8]}
 MIB = 2**20
@@ -95,6 +95,31 @@ def test_keys_of_the_plans_file_count() -> None:
     assert cost("CPS", device="cuda", unlabeled_batch_size=1).peak < whole.peak
     assert cost("CPS", device="cuda", amp="float32").peak > 1.3 * whole.peak
     assert cost("CPS", device="cpu").peak == cost("CPS", device="cuda", amp="float32").peak
+
+
+def test_a_trial_is_of_half_the_patch_where_the_whole_takes_too_long() -> None:
+    setting = SMALL_3D | {"patch": [32, 64, 64], "features": [4, 4, 4, 4, 4]}
+    content = plan(setting, num_epochs=10, num_iterations_per_epoch=3)
+    part = try_steps(trainer("nnUNetTrainerMeanTeacher"), *content, "cpu", limit=0)
+    assert (part.patch_size, part.share, part.steps) == ((16, 32, 32), 1 / 8, 1)
+    assert part.schedule == 30 and part.memory == 0 and part.seconds > 0
+
+
+def test_a_trial_scales_seconds_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def timed(trainer: Any, plans: Any, configuration: str, *args: Any) -> Trial:
+        patch = plans["configurations"][configuration]["patch_size"]
+        tried.append(tuple(patch))
+        return Trial(2.0, 5, tuple(patch), 1.0, 0, 30)
+
+    monkeypatch.setattr("nnssl.training.cost._timed", timed)
+    content = plan(SMALL_3D | {"patch": [32, 48, 64]})
+    assert try_steps(nn.Module, *content, "cpu", limit=15) == Trial(8.0, 5, (16, 48, 32), 0.25, 0, 30)
+    assert try_steps(nn.Module, *content, "cpu", limit=16) == Trial(2.0, 5, (32, 48, 64), 1.0, 0, 30)
+    assert tried == [(16, 48, 32), (16, 48, 32), (32, 48, 64)]
+    small = plan(SMALL_3D | {"patch": [8, 16, 16]})
+    assert try_steps(nn.Module, *small, "cpu", limit=0).share == 1
 
 
 def test_smallest_card_is_one_that_is_sold() -> None:
