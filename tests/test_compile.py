@@ -11,12 +11,14 @@ from torch._dynamo.utils import counters
 from nnssl.method import SemiMethod, weighted_sum
 from nnssl.training.trainer import compile_networks
 from tests.building import Task
+from tests.decisions import Decisions
 from tests.test_cuda import MOMENTS
 from tests.test_method_contract import ROWS, TASKS, Row
 
 pytestmark = pytest.mark.nightly  # needs a C++ compiler
 FIRST_EPOCH, SECOND_EPOCH = 4, 3
-TOLERANCE = {"DiffCL": 1e-2}  # above what the others keep, for a reason not yet known
+TOLERANCE = 1e-4
+FLIPPED = 1e-3  # share of Diff-CL's hard decisions that rounding may turn, at most
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,13 @@ def train(row: Row, task: Task, compiled: bool) -> list[dict[str, float]]:
 @pytest.mark.parametrize("task", ["3d", "2d"])
 @pytest.mark.parametrize("name", ROWS)
 def test_compiled_losses_are_those_of_uncompiled_code(name: str, task: str) -> None:
-    plain, compiled = (train(ROWS[name], TASKS[task], c) for c in (False, True))
+    decisions = Decisions()  # of Diff-CL; see test_rounding_grows_through_hard_decisions_alone
+    with decisions.recorded():
+        plain = train(ROWS[name], TASKS[task], False)
+    with decisions.compared(held=name == "DiffCL"):
+        compiled = train(ROWS[name], TASKS[task], True)
+    if name == "DiffCL":
+        assert decisions.entries > 0
+        assert sum(entries for _, entries in decisions.flips) < FLIPPED * decisions.entries
     for step, (a, b) in enumerate(zip(plain, compiled, strict=True)):
-        assert b == pytest.approx(a, abs=TOLERANCE.get(name, 1e-4)), step
+        assert b == pytest.approx(a, abs=TOLERANCE), step

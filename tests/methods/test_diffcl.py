@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from nnssl.method import weighted_sum
 from nnssl.methods import diffcl
 from nnssl.methods.diffcl import DiffCL, DiffCLConfig
 from tests.building import Task, put
+from tests.decisions import Decisions
 
 SMALL = DiffCLConfig(
     ddim_steps=2,
@@ -358,3 +360,36 @@ def test_the_weight_of_the_contrast_scales_what_reaches_the_student_and_not_its_
     norm = lambda net: torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm()  # noqa: E731
     assert norm(student[0]) / norm(student[1]) == pytest.approx(10, rel=1e-3)
     assert norm(head[0]) == pytest.approx(norm(head[1]).item(), rel=1e-3)
+
+
+def losses_of_steps(nudge: float, steps: int = 7) -> list[dict[str, float]]:
+    """Of a training whose initial weights were multiplied by 1 + nudge x noise."""
+    m, g = method(config=replace(SMALL, threshold=0.0)), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(1 + nudge * torch.randn(p.shape, generator=g))
+    optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for i in range(steps):
+        torch.manual_seed(i)
+        batch = Task().batch(seed=i)
+        terms = m(batch, 0.5)
+        optimizer.zero_grad()
+        weighted_sum(terms, m.weights(0.5)).backward()
+        optimizer.step()
+        m.after_step(batch, 0.5)
+        losses.append({k: v.item() for k, v in terms.items()})
+    return losses
+
+
+def test_rounding_grows_through_hard_decisions_alone() -> None:
+    decisions = Decisions()
+    with decisions.recorded():
+        base = losses_of_steps(0.0)
+    difference = {}
+    for held in (True, False):
+        with decisions.compared(held):
+            nudged = losses_of_steps(1e-6)
+        difference[held] = max(abs(a[k] - b[k]) for a, b in zip(base, nudged, strict=True) for k in a)
+    assert decisions.flips  # of the run that decided by itself
+    assert difference[True] < 1e-5 and difference[False] > 1e-4
