@@ -26,6 +26,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def sum_together(*tensors: Tensor) -> list[Tensor]:
+    """`sum_over_ranks` of each, by one collective. All of one dtype."""
+    if world_size() == 1:
+        return list(tensors)
+    total = sum_over_ranks(torch.cat([x.flatten() for x in tensors]))
+    parts = total.split([x.numel() for x in tensors])
+    return [part.view_as(x) for x, part in zip(tensors, parts, strict=True)]
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -43,9 +52,12 @@ class _SumOverRanks(torch.autograd.Function):
 def divisor(count: Tensor, least: float = 1.0) -> Tensor:
     """What a rank divides its sum by, so that the mean over ranks is the sum of all over the count of all:
     count, at least `least`; on several ranks its mean over them. No gradient."""
-    if world_size() == 1:
-        return count.clamp_min(least)
-    return sum_over_ranks(count.detach()).clamp_min(least) / world_size()
+    return mean_of_ranks(sum_over_ranks(count.detach()), least)
+
+
+def mean_of_ranks(total: Tensor, least: float = 1.0) -> Tensor:
+    """`divisor` of a count whose sum over ranks is known."""
+    return total.clamp_min(least) / world_size()
 
 
 def from_previous(*tensors: Tensor) -> list[Tensor]:

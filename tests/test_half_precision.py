@@ -15,7 +15,6 @@ from nnssl.banks import CaseBank, ClassBank, EmbeddingBank
 from nnssl.labels import LabelSpace
 from nnssl.losses.affinity import (
     agreement,
-    confident_dice,
     cross_image_log_probabilities,
     cross_image_loss,
     prototype_similarity,
@@ -172,12 +171,6 @@ CASES: dict[str, Callable[[Inputs, bool], Tensor]] = {
     ),
     "soft Dice": lambda x, e: soft_dice_loss(
         CLASSES.probabilities(x.logits()), label(without=2 if e else None)
-    ),
-    "confident Dice": lambda x, e: confident_dice(
-        CLASSES.probabilities(x.logits(1)).detach(),
-        CLASSES.probabilities(x.logits()),
-        CLASSES,
-        1.1 if e else 0.9,
     ),
     "confidence": lambda x, e: confidence_mask(REGIONS.probabilities(x.logits()), 0.9, REGIONS),
     "consistency": lambda x, e: mse_consistency(

@@ -7,9 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.labels import LabelSpace
-from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
-
 ABSENT = -1e30  # logarithm of the share of a class that does not take part; finite, so that gradients are
 
 
@@ -123,13 +120,6 @@ def cross_image_loss(log_p: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         mask: (U, P, V) >= 0: certainty times weight.
     """
     return -((target * log_p).sum(2) * mask).mean()
-
-
-def confident_dice(source: Tensor, prediction: Tensor, labels: LabelSpace, threshold: float) -> Tensor:
-    """dice(a -> b): soft Dice of prediction b against harden a, over the voxels where a is certain. Both (B,
-    K, S) probabilities."""
-    mask = confidence_mask(source, threshold, labels)
-    return soft_dice_loss(prediction, labels.harden(source), mask, skip_first=not labels.has_regions)
 
 
 def _wide(x: Tensor) -> Tensor:

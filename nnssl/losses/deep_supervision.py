@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl.labels import LabelSpace
-from nnssl.losses.pseudo_label import cross_entropy_dice
+from nnssl.losses.pseudo_label import Compared, cross_entropy_dices
 
 
 def deep_supervision_loss(
@@ -28,16 +28,25 @@ def deep_supervision_loss(
         mask: m (B, 1, S), weight of every voxel, at least 0. An empty mask gives a differentiable 0.
         scale_weights: a_s, at least one per scale; scales of weight 0 are not evaluated.
     """
+    return deep_supervision_losses(outputs, [(target, mask)], labels, scale_weights)[0]
+
+
+def deep_supervision_losses(
+    outputs: Tensor | Sequence[Tensor],
+    parts: Sequence[tuple[Tensor, Tensor]],
+    labels: LabelSpace,
+    scale_weights: Sequence[float],
+) -> list[Tensor]:
+    """`deep_supervision_loss` of the same outputs with each (target, mask), by one collective."""
     scales = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if len(scale_weights) < len(scales):
         raise ValueError(f"{len(scales)} scales need as many weights, found {len(scale_weights)}")
-    total = scales[0].new_zeros(()).float()
-    for logits, scale_weight in zip(scales, scale_weights, strict=False):
-        if scale_weight == 0:
-            continue
-        size = logits.shape[2:]
-        y, m = (
-            x if x.shape[2:] == size else F.interpolate(x, size, mode="nearest-exact") for x in (target, mask)
-        )
-        total = total + scale_weight * cross_entropy_dice(logits, y, labels, m)
-    return total
+    kept = [(z, a) for z, a in zip(scales, scale_weights, strict=False) if a != 0]
+    compared = [Compared(z, *(_nearest(x, z) for x in part)) for part in parts for z, _ in kept]
+    found = iter(cross_entropy_dices(compared, labels))
+    return [sum((a * next(found) for _, a in kept), scales[0].new_zeros(()).float()) for _ in parts]
+
+
+def _nearest(x: Tensor, to: Tensor) -> Tensor:
+    size = to.shape[2:]
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="nearest-exact")

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,7 +35,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import both_ways, cutmix_all, cutmix_mask
 from nnssl.ema import ema_update
-from nnssl.losses.deep_supervision import deep_supervision_loss
+from nnssl.losses.deep_supervision import deep_supervision_losses
 from nnssl.method import TeacherMethod
 
 
@@ -85,11 +84,9 @@ class BCP(TeacherMethod):
         from_unlabeled = torch.cat([self.boxes(x_l), ~self.boxes(x_u)])
         (x_l, onehot, known), (x_u, pseudo) = both_ways((x_l, onehot, known), (x_u, pseudo))
         outputs = self.student(torch.where(from_unlabeled, x_u, x_l))
-        loss = partial(deep_supervision_loss, labels=self.labels, scale_weights=self.planned.scale_weights)
-        return {
-            "supervised": loss(outputs, onehot, mask=(known & ~from_unlabeled).float()),
-            "pseudo": loss(outputs, pseudo, mask=from_unlabeled.float()),
-        }
+        parts = [(onehot, (known & ~from_unlabeled).float()), (pseudo, from_unlabeled.float())]
+        losses = deep_supervision_losses(outputs, parts, self.labels, self.planned.scale_weights)
+        return dict(zip(("supervised", "pseudo"), losses, strict=True))
 
     def boxes(self, x: Tensor) -> Tensor:
         """M (B, 1, S) bool for patches (B, C, S)."""

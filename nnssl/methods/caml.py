@@ -43,7 +43,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,7 +65,7 @@ from nnssl.config import (
 from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.losses.consistency import mse_consistency, sharpen
 from nnssl.losses.correlation import class_correlation, omni_correlation
-from nnssl.losses.pseudo_label import soft_dice_loss
+from nnssl.losses.pseudo_label import Compared, soft_dice_losses
 from nnssl.method import SUPERVISED, SemiMethod, full_resolution, split_batch
 from nnssl.networks.attention import CrossSampleAttention
 from nnssl.networks.dropout import Walk, forward_streams
@@ -164,14 +163,17 @@ class CAML(SemiMethod):
             if labeled_mask is not None:
                 right = right & labeled_mask[:, 0].bool()
                 mask = torch.cat([labeled_mask.float(), torch.ones_like(p_v[n:, :1])])
-        dice = partial(soft_dice_loss, skip_first=not self.labels.has_regions)
+        dice_v, dice_a = soft_dice_losses(
+            [Compared(p_v[n:], sharp_a[n:]), Compared(p_a[n:], sharp_v[n:])],
+            skip_first=not self.labels.has_regions,
+        )
         finest_v, finest_a = walked_v.features[-1], walked_a.features[-1]
         self.pending = self.labeled_rows(finest_v[:n], finest_a[:n], right)
         return {
             "supervised": self.supervised_loss(split_batch(walked_v.outputs, n)[0], batch.target),
             "supervised_aux": self.supervised_loss(split_batch(walked_a.outputs, n)[0], batch.target),
             "consistency": mse_consistency(p_v, sharp_a, mask) + mse_consistency(p_a, sharp_v, mask),
-            "dice": dice(p_v[n:], sharp_a[n:]) + dice(p_a[n:], sharp_v[n:]),
+            "dice": dice_v + dice_a,
             "correlation": self.correlation_term(finest_v[n:], finest_a[n:], p_v[n:].detach(), agreed[:, n:]),
         }
 

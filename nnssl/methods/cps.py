@@ -28,7 +28,7 @@ from torch import Tensor
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
 from nnssl.data.mixing import cutmix_all, cutmix_mask
-from nnssl.losses.pseudo_label import cross_entropy_dice
+from nnssl.losses.pseudo_label import Compared, cross_entropy_dices
 from nnssl.method import SUPERVISED, SemiMethod, full_resolution, inference, split_batch
 from nnssl.schedules import gaussian_ramp
 
@@ -72,11 +72,13 @@ class CPS(SemiMethod):
         images = torch.cat([batch.labeled, x_s])
         labeled_f, unlabeled_f = split_batch(self.student(images), len(batch.labeled))
         labeled_h, unlabeled_h = split_batch(self.second(images), len(batch.labeled))
+        pseudo = [(full_resolution(unlabeled_f), y_h), (full_resolution(unlabeled_h), y_f)]
+        of_f, of_h = cross_entropy_dices([Compared(*each) for each in pseudo], self.labels)
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
             "supervised_second": self.supervised_loss(labeled_h, batch.target),
-            "pseudo": cross_entropy_dice(full_resolution(unlabeled_f), y_h, self.labels),
-            "pseudo_second": cross_entropy_dice(full_resolution(unlabeled_h), y_f, self.labels),
+            "pseudo": of_f,
+            "pseudo_second": of_h,
         }
 
     def weights(self, t: float) -> dict[str, float]:

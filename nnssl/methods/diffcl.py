@@ -62,8 +62,9 @@ from nnssl.config import (
 )
 from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
+from nnssl.distributed import world_size
 from nnssl.losses.contrastive import info_nce
-from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
+from nnssl.losses.pseudo_label import Compared, confidence_mask, soft_dice_losses
 from nnssl.method import SUPERVISED, Outputs, SemiMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector, scale_gradient
@@ -212,12 +213,16 @@ class DiffCL(SemiMethod):
             "g_teaches": teach_f.mean(),
             "g_alone_certain": (certain_g * (1 - certain_f)).mean(),
         }
+        pseudo, diffusion_pseudo = self.pseudo_losses(
+            (full_resolution(unlabeled_f), pseudo_g, teach_f),
+            (full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]),
+        )
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": self.pseudo_loss(full_resolution(unlabeled_f), pseudo_g, teach_f),
+            "pseudo": pseudo,
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, target_g),
-            "diffusion_pseudo": self.pseudo_loss(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]),
+            "diffusion_pseudo": diffusion_pseudo,
         }
 
     def accepted(self, p: Tensor, t: float) -> Tensor:
@@ -270,11 +275,10 @@ class DiffCL(SemiMethod):
         k = max(1, round(n * self.config.denoiser_share))
         return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
-    def pseudo_loss(self, logits: Tensor, pseudo: Tensor, certain: Tensor) -> Tensor:
-        """Soft Dice (U, K, S) over the certain voxels (U, 1, S)."""
-        return soft_dice_loss(
-            self.probabilities(logits), pseudo, certain, skip_first=not self.labels.has_regions
-        )
+    def pseudo_losses(self, *parts: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        """Soft Dice of each (logits, pseudo-labels, where these are certain)."""
+        compared = [Compared(self.probabilities(z), y, certain) for z, y, certain in parts]
+        return soft_dice_losses(compared, skip_first=not self.labels.has_regions)
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-b, b] from the denoiser's outputs."""
@@ -309,7 +313,7 @@ class DiffCL(SemiMethod):
         member = self.labels.classes(onehot)
         if labeled_mask is not None:
             member = member & labeled_mask[:, 0].bool()
-        index, valid = sample_members(member.flatten(1), c.bank_per_step)
+        index, valid = sample_members(member.flatten(1), -(-c.bank_per_step // world_size()))
         with torch.no_grad():
             self.pending = self.projector(gather_voxels(features[:n].detach(), index)), valid
 

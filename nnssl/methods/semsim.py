@@ -55,7 +55,6 @@ from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.distributed import Gatherer
 from nnssl.losses.affinity import (
     agreement,
-    confident_dice,
     cross_image_log_probabilities,
     cross_image_loss,
     prototype_similarity,
@@ -63,7 +62,7 @@ from nnssl.losses.affinity import (
     purest,
     refine,
 )
-from nnssl.losses.pseudo_label import confidence_mask, soft_dice_loss
+from nnssl.losses.pseudo_label import Compared, confidence_mask, soft_dice_losses
 from nnssl.method import SUPERVISED, SemiMethod, full_resolution, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import stage_grids
@@ -181,15 +180,17 @@ class SemSim(SemiMethod):
             certain = self.to_grid(accepted)
             self.diagnostics |= self.confident("pseudo", p_cut)
             self.diagnostics |= shares("intra", certain, self.foreground(p1_w))
+            pseudo, intra = soft_dice_losses(
+                [
+                    Compared(p_s1, self.labels.harden(p_cut), accepted),
+                    Compared(refine(e_s1, self.to_grid(p_s1), c.scale), self.labels.harden(p1_w), certain),
+                ],
+                skip_first=not self.labels.has_regions,
+            )
             return {
                 "supervised": supervised,
-                "pseudo": confident_dice(p_cut, p_s1, self.labels, c.threshold),
-                "intra": soft_dice_loss(
-                    refine(e_s1, self.to_grid(p_s1), c.scale),
-                    self.labels.harden(p1_w),
-                    certain,
-                    skip_first=not self.labels.has_regions,
-                ),
+                "pseudo": pseudo,
+                "intra": intra,
                 "cross": cross,
             }
 

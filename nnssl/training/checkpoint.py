@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import nnssl
 from nnssl.files import copy_file, torch_damage
@@ -115,19 +115,6 @@ def _keys_of(method: nn.Module, deployed: nn.Module) -> set[str]:
     """Keys of the method's state that name the deployed network."""
     prefix = next(name for name, module in method.named_children() if module is deployed)
     return {f"{prefix}.{k}" for k in deployed.state_dict()}
-
-
-def own_buffers(method: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that are saved, banks among them."""
-    kept = method.state_dict().keys()
-    return [(k, v) for k, v in method.named_buffers() if k in kept]
-
-
-def restore_buffers(method: nn.Module, buffers: list[dict[str, Tensor]]) -> None:
-    """Put back what this rank had; a run continued on another number of GPUs keeps what the saving rank
-    had."""
-    if dist.is_available() and dist.is_initialized() and len(buffers) == dist.get_world_size():
-        method.load_state_dict(buffers[dist.get_rank()], strict=False)
 
 
 def from_all_ranks(mine: Any) -> list[Any]:

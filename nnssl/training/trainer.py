@@ -62,10 +62,8 @@ from nnssl.training.checkpoint import (
     how_to_resume,
     load_method,
     method_state,
-    own_buffers,
     read_checkpoint,
     refuse_blocked,
-    restore_buffers,
     versions,
 )
 from nnssl.training.console import epoch_line, start_block
@@ -838,12 +836,8 @@ class SemiTrainer(nnUNetTrainer):
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "nnssl": {
-                "method": method_state(self.method, self.network),
+                "method": method_state(self.method, self.network),  # banks are alike on all ranks
                 "rng": from_all_ranks(rng_state()),
-                # under DDP each rank has its own banks
-                "buffers": from_all_ranks({k: v.cpu() for k, v in own_buffers(self.method)})
-                if self.is_ddp
-                else [],
                 "history": self.history.rows,
                 "mirror_axes": self._auto_axes,
                 "agreement": None if self.agreement is None else self.agreement.state_dict(),
@@ -881,7 +875,6 @@ class SemiTrainer(nnUNetTrainer):
                 f"incompatible with this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. "
                 "Resume with the plans file that the run was started with"
             )
-        restore_buffers(self.method, state.get("buffers", []))
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -8,10 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnssl.labels import LabelSpace
 from nnssl.losses.affinity import (
     agreement,
-    confident_dice,
     cross_image_log_probabilities,
     cross_image_loss,
     prototype_similarity,
@@ -219,26 +217,3 @@ def test_masked_voxels_get_no_gradient() -> None:
     target = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
     cross_image_loss(logits.log_softmax(2), target, torch.tensor([[[1.0, 0.0, 0.0, 0.5]]])).backward()
     assert not gradient(logits)[..., 1:3].any() and gradient(logits)[..., [0, 3]].all()
-
-
-# confident Dice
-
-
-def test_confident_dice_looks_at_certain_voxels_only() -> None:
-    foreground = torch.tensor([0.99, 0.97, 0.6, 0.02, 0.4])
-    source = torch.stack([1 - foreground, foreground])[None]
-    b = torch.tensor([0.8, 0.4, 0.0, 0.3, 1.0])
-    prediction = torch.stack([1 - b, b])[None].requires_grad_()
-    loss = confident_dice(source, prediction, LabelSpace(2), 0.95)
-    loss.backward()
-    assert loss.item() == pytest.approx(1 - 2 * (0.8 + 0.4) / (2 + 0.8 + 0.4 + 0.3), abs=1e-5)
-    assert not gradient(prediction)[..., [2, 4]].any()
-
-
-def test_confident_dice_of_regions_counts_every_region() -> None:
-    source = torch.tensor([[0.99, 0.01, 0.5], [0.99, 0.99, 0.99]])[
-        None
-    ]  # (1, 2 regions, 3 voxels): the last is unsure of region 0
-    prediction = torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.5, 0.0]])[None]
-    loss = confident_dice(source, prediction, LabelSpace(2, has_regions=True), 0.95)
-    assert loss.item() == pytest.approx(1 - (1 + 2 * 1 / 3) / 2, abs=1e-4)

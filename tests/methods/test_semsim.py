@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl.losses.affinity import confident_dice
+from nnssl.losses.pseudo_label import soft_dice_loss
 from nnssl.method import full_resolution
 from nnssl.methods.semsim import SemSim, SemSimConfig
 from nnssl.networks.dropout import forward_streams
@@ -91,13 +91,13 @@ def test_pseudo_and_intra_equal_the_loops() -> None:
         weak, skips_w = m.student.eval()(batch.weak), m.student.encoder(batch.weak)
         strong, skips_s = m.student.train()(batch.strong[0]), m.student.encoder(batch.strong[0])
         p_w, p_s = (full_resolution(o).softmax(1) for o in (weak, strong))
-        assert terms["pseudo"] == pytest.approx(confident_dice(p_w, p_s, m.labels, 0.0).item(), rel=1e-5)
+        assert terms["pseudo"] == pytest.approx(soft_dice_loss(p_s, m.labels.harden(p_w)).item(), rel=1e-5)
         refined = []
         for p, skips in ((p_w, skips_w), (p_s, skips_s)):
             coarse, e = F.avg_pool3d(p, 2).flatten(2), m.fusion(skips).flatten(2)
             refined.append(reference.refine(e, coarse, STILL.scale))
         assert terms["intra"] == pytest.approx(
-            confident_dice(refined[0], refined[1], m.labels, 0.0).item(), rel=1e-4
+            soft_dice_loss(refined[1], m.labels.harden(refined[0])).item(), rel=1e-4
         )
 
 

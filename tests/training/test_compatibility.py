@@ -96,7 +96,6 @@ def test_an_old_checkpoint_continues_as_it_was(place: Place) -> None:
         "nnssl": {
             "method": {k: v for k, v in trainer.method.state_dict().items() if not k.startswith("student.")},
             "rng": [rng_state()],
-            "buffers": [],
             "history": [history],
             "config": {"general": {"seed": 0}, "method": small},
             "versions": {"nnssl": "0.1.0", "torch": "2.5.0", "numpy": "1.26.4"},

@@ -195,7 +195,6 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
         assert set(state) == {
             "method",
             "rng",
-            "buffers",
             "history",
             "agreement",
             "mirror_axes",
