@@ -213,13 +213,12 @@ def _dataset(
     plans = _sound_plans(plans_file)
     yield from _raw(name, raw, preprocessed, plans, configuration)
     if not (isfile(plans_file) and isfile(join(preprocessed, "dataset.json"))):
-        yield Finding(
-            ERROR,
-            plans_file,
-            "no plan",
-            f"a plan (found: {plans_in(preprocessed)})",
-            f"Run nnssl plan-and-preprocess -d {dataset_id}, or name one with -p",
-        )
+        command = f"nnssl plan-and-preprocess -d {dataset_id}"
+        if (found := plans_in(preprocessed)) == "none":
+            yield Finding(WARNING, name, "not planned yet", remedy=f"Next: {command}")
+        else:
+            remedy = f"Run {command}, or name one with -p"
+            yield Finding(ERROR, plans_file, "no plan", f"a plan (found: {found})", remedy)
         return
     broken, dataset_json = read_dataset_json(join(preprocessed, "dataset.json"))
     if plans is None or errors_of(broken):

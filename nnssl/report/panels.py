@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -210,7 +211,9 @@ def draw_strip(strip: Strip, path: str | os.PathLike[str]) -> None:
 
     rows = list(strip.rows.values())
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(0.6 + 2.4 * columns, 0.5 + 2.5 * len(rows)), layout="constrained")
+    width, letters = 0.6 + 2.4 * columns, 13  # an inch holds so many
+    title = textwrap.wrap(strip.title, int(letters * width))
+    figure = Figure(figsize=(width, 0.3 + 0.2 * len(title) + 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, panels) in zip(axes, strip.rows.items(), strict=True):
         for axis in line:
@@ -219,8 +222,8 @@ def draw_strip(strip: Strip, path: str | os.PathLike[str]) -> None:
             axis.set_axis_off()
         for axis, panel in zip(line, panels, strict=False):
             axis.imshow(panel.pixels, interpolation="nearest")
-            axis.set_title(panel.caption, fontsize=9)
+            axis.set_title(textwrap.fill(panel.caption, int(letters * 2.4)), fontsize=9)
         line[0].set_ylabel(name, fontsize=9)
-    figure.suptitle(strip.title, fontsize=10)
+    figure.suptitle("\n".join(title), fontsize=10)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=100)

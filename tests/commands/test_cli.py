@@ -524,6 +524,9 @@ def test_check_reports_a_dataset_that_is_not_there_or_has_no_plan(
         "no plan" in line and "nnUNetOther.json" in line
         for line in checked(capsys, "-d", "777", "-p", "nnUNetOther")[1]["FAIL"]
     )
+    tiny.plans_file.unlink()
+    status, lines = checked(capsys, "-d", "777")
+    assert status == 0 and any("not planned yet. Next: nnssl plan-and-pre" in line for line in lines["warn"])
     (tiny.raw / "imagesUn" / "scan_00_0001.nii.gz").unlink()
     assert any("scan_00*: channels _0000 found" in line for line in checked(capsys, "-d", "777")[1]["FAIL"])
 

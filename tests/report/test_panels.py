@@ -2,12 +2,24 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nnssl.report.panels import ERRORS, LOSS, Panel, case_strip, data_uri, errors, grey, rgb
+from nnssl.report.panels import (
+    ERRORS,
+    LOSS,
+    Panel,
+    Strip,
+    case_strip,
+    data_uri,
+    draw_strip,
+    errors,
+    grey,
+    rgb,
+)
 from nnssl.report.pictures import shade
 
 FOUND = {"a": (1,), "b": (2,)}
@@ -53,6 +65,17 @@ def test_planes_go_through_the_structure_and_show_every_model() -> None:
         labels, same, nothing = (panel.pixels for panel in panels)
         assert (labels == same).all() and (nothing != labels).any()
         assert (nothing == (0.75 * rgb(ERRORS["missed"])).astype(int)).all(-1).any()
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_long_titles_stay_within_the_picture(columns: int, tmp_path: Path) -> None:
+    title = "Worst case: HIPPOCAMPUS_056 (Dice Supervised, nnUNetPlans_mirrored 0.540, WWWWW 0.673 / 0.512)"
+    panels = [Panel("Supervised, nnUNetPlans_mirrored, 3d", np.full((20, 20, 3), 128, np.uint8))] * columns
+    draw_strip(Strip(title, {"x = 4": panels}), tmp_path / "strip.png")
+    found = np.asarray(Image.open(tmp_path / "strip.png").convert("L"))
+    assert (found < 100).any()
+    for edge in (found[:2], found[-2:], found[:, :2], found[:, -2:]):
+        assert (edge == 255).all()
 
 
 def test_a_picture_and_a_case_without_any_structure_are_shown_too() -> None:
