@@ -1,12 +1,14 @@
 """Memory and time of a training step: predicted from the plan (nnssl/training/cost.py) against measured; and
 the smallest card that the default plan of every trainer is predicted to fit.
 
-    python -m benchmarks.speed.cost            # both, on one CPU thread
-    python -m benchmarks.speed.cost --cards    # the table of cards alone, without measuring
+    python -m benchmarks.speed.cost            # both, on one CPU thread; --known: go on, keep what is there
+    python -m benchmarks.speed.cost --cards    # the tables of cards alone, without measuring
 
 Measured memory is resident memory at its peak in three steps beyond that before the networks were built, in a
-process that gives freed memory back at once. Measured time is processor time of the third step; predicted is
-that of a supervised step of the same setting, measured, times the ratio of the floating-point operations.
+process that gives freed memory back at once. Measured time is processor time of a step, the median of two
+behind the first. It is compared with two estimates: a supervised step of the same setting, measured, times
+the ratio of the floating-point operations; and a step with half the patch, measured, times the ratio of
+voxels, as `nnssl check` does it where a trial of the whole patch would take too long.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -28,8 +32,8 @@ import torch
 
 from benchmarks.speed.timing import RESULTS, machine, save, table
 from nnssl.commands.trainers import list_trainers, trainers_folder
-from nnssl.files import read_json
-from nnssl.training.cost import GIB, SAVINGS, Cost, Rehearsal, predict
+from nnssl.files import read_json, write_json
+from nnssl.training.cost import GIB, SAVINGS, Cost, Rehearsal, halved, predict
 
 MIB = 2**20
 # nnU-Net's default plans of the left atrium (1.25 mm) and of ACDC at half resolution
@@ -40,6 +44,15 @@ LEFT_ATRIUM = {
     "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
     "classes": 1,
 }
+# nnU-Net's usual 3D plan for 8 GB where scans are large
+LARGE = LEFT_ATRIUM | {
+    "patch": [128, 128, 128],
+    "batch": 2,
+    "features": [32, 64, 128, 256, 320, 320],
+    "strides": [[1, 1, 1], *[[2, 2, 2]] * 5],
+    "classes": 3,
+}
+CARD_PLANS = {"left atrium": LEFT_ATRIUM, "large": LARGE}
 SMALL_3D = LEFT_ATRIUM | {"patch": [32, 48, 64], "batch": 2, "features": [16, 32, 64, 128, 160]}
 SMALL_2D = {
     "patch": [96, 96],
@@ -133,13 +146,27 @@ def measure(name: str, setting: dict[str, Any], **nnssl: Any) -> dict[str, float
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
-    rehearsal = Rehearsal(trainer_class(name), *plan(setting, **nnssl), "cpu")
+    plans, configuration, dataset_json = plan(setting, **nnssl)
+    seconds = _seconds(name, plans, configuration, dataset_json)
+    peak = _resident("VmHWM") - before
+    patch, half = halved(plans, configuration)
+    ratio = math.prod(patch) / math.prod(half["configurations"][configuration]["patch_size"])
+    return {
+        "peak": peak,
+        "seconds": seconds,
+        "from_half": ratio * _seconds(name, half, configuration, dataset_json),
+    }
+
+
+def _seconds(name: str, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> float:
+    """Processor time of a step."""
+    rehearsal = Rehearsal(trainer_class(name), plans, configuration, dataset_json, "cpu")
     seconds = []
     for _ in range(3):
         start = time.process_time()
         rehearsal.step()
         seconds.append(time.process_time() - start)
-    return {"peak": _resident("VmHWM") - before, "seconds": seconds[-1]}
+    return statistics.median(seconds[1:])
 
 
 def _resident(key: str) -> int:
@@ -170,14 +197,14 @@ def accuracy(known: list[dict[str, Any]]) -> dict[str, Any]:
         cost = predicted(name, SETTINGS[kind], "cpu", **nnssl)
         same = [r for r in known if (r["trainer"], r["plan"], r["nnssl"]) == (name, kind, nnssl)]
         found = (
-            {"peak": same[0]["measured"], "seconds": same[0]["seconds"]}
+            {"peak": same[0]["measured"], **{key: same[0][key] for key in ("seconds", "from_half")}}
             if same
             else measured(name, kind, nnssl)
         )
         rows.append(
             {"trainer": name, "plan": kind, "nnssl": nnssl, "predicted": cost.peak, "flops": cost.flops}
         )
-        rows[-1] |= {"measured": found["peak"], "seconds": found["seconds"]}
+        rows[-1] |= {"measured": found["peak"], **{key: found[key] for key in ("seconds", "from_half")}}
         print(rows[-1], file=sys.stderr, flush=True)
     return {"rows": rows, "machine": machine(torch.device("cpu"))}
 
@@ -194,9 +221,11 @@ def accuracy_report(found: dict[str, Any]) -> str:
                 r["predicted"] / MIB,
                 r["measured"] / MIB,
                 f"{100 * (r['predicted'] / r['measured'] - 1):+.1f} %",
-                seconds,
                 r["seconds"],
-                f"{100 * (seconds / r['seconds'] - 1):+.1f} %",
+                seconds,
+                f"{100 * (seconds / r['seconds'] - 1):+.0f} %",
+                r["from_half"],
+                f"{100 * (r['from_half'] / r['seconds'] - 1):+.0f} %",
             ]
         )
     header = [
@@ -205,28 +234,37 @@ def accuracy_report(found: dict[str, Any]) -> str:
         "predicted, MiB",
         "measured, MiB",
         "error",
-        "predicted, s",
         "measured, s",
+        "by operations, s",
+        "error",
+        "by half the patch, s",
         "error",
     ]
     settings = "; ".join(f"{k}: {v}" for k, v in SETTINGS.items())
     return f"{found['machine']}\n\n{table(header, lines)}\n\nPlans: {settings}"
 
 
-def cards() -> dict[str, Any]:
-    """Cost of a step on a GPU at the left atrium's default plan, as it is and with each measure."""
-    found: dict[str, Any] = {}
-    for name in sorted(list_trainers(trainers_folder())):
-        short = name.removeprefix("nnUNetTrainer")
-        found[short] = {
-            key: dataclasses.asdict(predicted(short, LEFT_ATRIUM, "cuda", **changes))
-            for key, changes in {"as it is": {}, **SAVINGS}.items()
-        }
-        print(short, file=sys.stderr, flush=True)
+def cards(known: dict[str, Any]) -> dict[str, Any]:
+    """Cost of a step on a GPU at the default plans, as it is and with each measure: {plan: {trainer: ...}}.
+
+    known: what is not predicted again.
+    """
+    found: dict[str, Any] = {kind: dict(known.get(kind, {})) for kind in CARD_PLANS}
+    for kind, setting in CARD_PLANS.items():
+        for name in sorted(list_trainers(trainers_folder())):
+            short = name.removeprefix("nnUNetTrainer")
+            if short in found[kind]:
+                continue
+            found[kind][short] = {
+                key: dataclasses.asdict(predicted(short, setting, "cuda", **changes))
+                for key, changes in {"as it is": {}, **SAVINGS}.items()
+            }
+            print(kind, short, file=sys.stderr, flush=True)
+            write_json(found, RESULTS / "cost_cards.json", indent=1)
     return found
 
 
-def cards_report(found: dict[str, Any]) -> str:
+def cards_table(found: dict[str, Any]) -> str:
     """Per trainer: GiB of a card, and the smallest card that is sold; times a supervised step."""
     base = found["Supervised"]["as it is"]["flops"]
     lines = []
@@ -242,12 +280,16 @@ def cards_report(found: dict[str, Any]) -> str:
     return table(["trainer", *keys, "time, x supervised", "time with `all`"], lines)
 
 
+def cards_report(found: dict[str, Any]) -> str:
+    return "\n\n".join(f"{kind}: {CARD_PLANS[kind]}\n\n{cards_table(found[kind])}" for kind in found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", action="store_true", help="the table of cards alone")
-    parser.add_argument("--known", action="store_true", help="predict anew, keep what was measured before")
+    parser.add_argument("--known", action="store_true", help="keep what is in the results already")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -258,7 +300,8 @@ def main() -> None:
         path = RESULTS / "cost_cpu.json"
         found = accuracy(read_json(path)["rows"] if args.known and path.is_file() else [])
         save("cost_cpu", accuracy_report(found), found)
-    fitting = cards()
+    path = RESULTS / "cost_cards.json"
+    fitting = cards(read_json(path) if args.known and path.is_file() else {})
     save("cost_cards", cards_report(fitting), fitting)
 
 

@@ -226,7 +226,7 @@ def try_steps(
 
     limit: seconds that two steps of the whole patch may be expected to take; else half the patch is all.
     """
-    patch_size, half = _halved(plans, configuration)
+    patch_size, half = halved(plans, configuration)
     found = _timed(trainer, half, configuration, dataset_json, device, limit)
     share = math.prod(found.patch_size) / math.prod(patch_size)
     if share < 1 and 2 * found.seconds / share <= limit:
@@ -234,7 +234,7 @@ def try_steps(
     return replace(found, seconds=found.seconds / share, share=share)
 
 
-def _halved(plans: Mapping[str, Any], configuration: str) -> tuple[list[int], dict[str, Any]]:
+def halved(plans: Mapping[str, Any], configuration: str) -> tuple[list[int], dict[str, Any]]:
     """The patch size of the configuration, and the plan with it halved as far as the network allows."""
     known = PlansManager(dict(plans)).get_configuration(configuration)
     factors = [math.prod(axis) for axis in zip(*known.pool_op_kernel_sizes, strict=True)]
