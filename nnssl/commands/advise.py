@@ -252,7 +252,12 @@ def measure_steps(
 @contextlib.contextmanager
 def _quiet(results: str) -> Iterator[None]:
     """nnU-Net writes a log into its results, and prints."""
-    with mock.patch.dict(os.environ, {"nnUNet_results": results}), contextlib.redirect_stdout(io.StringIO()):
+    from nnssl.training.tensorboard import SILENT
+
+    with (
+        mock.patch.dict(os.environ, {"nnUNet_results": results, **SILENT}),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         yield
 
 

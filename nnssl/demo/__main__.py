@@ -1,5 +1,5 @@
-"""`python -m nnssl.demo`: from raw images to a tested model on synthetic scans, every step a command that
-works on real data too.
+"""`python -m nnssl.demo`: from raw images to a report on two trainings with synthetic scans, every step a
+command that works on real data too.
 
 Everything is written below one folder. nnU-Net's environment variables are set for the commands started here
 only, so nothing that they already point at is read or written. Finished stages are skipped on the next call;
@@ -9,7 +9,6 @@ an interrupted training resumes from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import os
 import re
@@ -18,36 +17,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnssl.commands.launch import launcher
 from nnssl.commands.trainers import trainers_folder
 from nnssl.data.parallel import usable_cores
-from nnssl.demo.figures import draw_curve, draw_overlay
 from nnssl.demo.phantoms import LABELS, write_dataset
 from nnssl.files import read_json, write_json
 
 DATASET = "Dataset900_Phantoms"
 STRUCTURES = [name for name, value in LABELS.items() if value]
 CONFIGURATION = "3d_fullres"
-SCANS = {"labeled": 6, "unlabeled": 24, "test": 6}
-EPOCHS = 24
-SCHEDULE = {"num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 4, "save_every": 1}
+BASELINE = "nnUNetTrainerSupervised"
+SCANS = {"labeled": 6, "validation": 6, "unlabeled": 24}
+EPOCHS = 8
+SCHEDULE = {"num_iterations_per_epoch": 60, "num_val_iterations_per_epoch": 4, "save_every": 1}
 FEATURES = 8  # of the first stage, doubled per stage: a quarter of nnU-Net's
 STATE = "demo.json"  # marks a demo's folder: settings and finished stages
 MOST_CORES = 8  # more do not help small patches
-OWN = (STATE, "raw", "preprocessed", "results", "predictions", "logs", "overlay.png", "curve.png")
+OWN = (STATE, "raw", "preprocessed", "results", "report", "logs")
 
 
 class Demo:
-    """One demo folder: `raw`, `preprocessed`, `results`, `predictions`, `logs`, two pictures and
-    `demo.json`."""
+    """One demo folder: `raw`, `preprocessed`, `results`, `report`, `logs` and `demo.json`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
         """`fresh` removes an earlier demo's own files. ValueError where `folder` holds anything but a demo of
@@ -77,29 +75,17 @@ class Demo:
         for name in ("raw", "preprocessed", "results", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._save()
-        self.model = (
-            self.folder / "results" / DATASET / f"{self.settings['trainer']}__nnUNetPlans__{CONFIGURATION}"
-        )
+        self.trainers = list(dict.fromkeys([BASELINE, self.settings["trainer"]]))
         self.raw = self.folder / "raw" / DATASET
-        self.plans = self.folder / "preprocessed" / DATASET / "nnUNetPlans.json"
+        self.preprocessed = self.folder / "preprocessed" / DATASET
 
     def _save(self) -> None:
         write_json({"settings": self.settings, "done": self.done}, self.folder / STATE)
 
     def run(self) -> None:
         """All stages that are not done yet, then the result."""
-        for number, stage in enumerate(
-            stages := (
-                self.generate,
-                self.plan,
-                self.shorten,
-                self.train,
-                self.predict,
-                self.evaluate,
-                self.draw,
-            ),
-            1,
-        ):
+        stages = (self.generate, self.plan, self.shorten, self.train, self.report)
+        for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.__doc__}"
             if stage.__name__ in self.done:
                 print(f"{title}: already done", flush=True)
@@ -110,29 +96,31 @@ class Demo:
             self.done.append(stage.__name__)
             self._save()
             print(f"      {time.monotonic() - start:.0f} s", flush=True)
-        self.report()
+        self.say()
 
     def generate(self) -> None:
-        """Draw the scans: 6 labeled, 24 unlabeled, 6 to test on"""
+        """Draw the scans: 6 labeled, 6 to validate on, 24 unlabeled"""
         if not self.raw.exists():
             write_dataset(
                 self.raw,
-                SCANS["labeled"],
+                SCANS["labeled"] + SCANS["validation"],
                 SCANS["unlabeled"],
-                SCANS["test"],
+                test=0,
                 seed=self.settings["seed"],
                 progress=sys.stderr.isatty(),
             )
 
     def plan(self) -> None:
         """Plan and preprocess, labeled and unlabeled"""
-        self.command(
-            "plan", "nnssl", "plan-and-preprocess", "-d", "900", "-c", CONFIGURATION, "-np", "1", "-npfp", "1"
-        )
+        few = ["-np", "1", "-npfp", "1"]  # to start more processes takes longer
+        self.commands({"plan": ["nnssl", "plan-and-preprocess", "-d", "900", "-c", CONFIGURATION, *few]})
 
     def shorten(self) -> None:
-        """Write a short schedule, a small network and a small patch into the plans file"""
-        plans = read_json(self.plans)
+        """Write the split, a short schedule, a small network and a small patch"""
+        cases = sorted(path.name.removesuffix(".nii.gz") for path in (self.raw / "labelsTr").iterdir())
+        fold = {"train": cases[: SCANS["labeled"]], "val": cases[SCANS["labeled"] :]}
+        write_json([fold], self.preprocessed / "splits_final.json")
+        plans = read_json(self.preprocessed / "nnUNetPlans.json")
         configuration = plans["configurations"][CONFIGURATION]
         network = configuration["architecture"]["arch_kwargs"]
         network["features_per_stage"] = [FEATURES * 2**i for i in range(network["n_stages"])]
@@ -140,117 +128,57 @@ class Demo:
         configuration["patch_size"] = [
             min(planned, 4 * int(s)) for planned, s in zip(configuration["patch_size"], strides, strict=True)
         ]
-        method = {"DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096}}
         plans["nnssl"] = {
             "num_epochs": self.settings["epochs"],
             **SCHEDULE,
             "seed": self.settings["seed"],
-            **method,
+            "mirror_axes": "auto",  # the lesion has its place in the organ
+            "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
         }
-        write_json(plans, self.plans)
+        write_json(plans, self.preprocessed / "nnUNetPlans.json")
 
     def train(self) -> None:
-        """Train on CPU"""
-        goes_on = ["--c"] if any((self.model / "fold_all").glob("checkpoint_*.pth")) else []
-        trainer = ["-tr", self.settings["trainer"], "-device", "cpu", *goes_on]
-        bar = (r"Epoch \d+ \(", self.settings["epochs"], "epoch")
-        self.command(
-            "train",
-            "nnUNetv2_train",
-            "900",
-            CONFIGURATION,
-            "all",
-            *trainer,
-            bar=bar,
-            environment={"nnUNet_n_proc_DA": "0"},
-        )
-
-    def predict(self) -> None:
-        """Predict the test scans"""
-        folders = ["-i", str(self.raw / "imagesTs"), "-o", str(self.folder / "predictions")]
-        model = [
-            "-d",
-            "900",
-            "-c",
-            CONFIGURATION,
-            "-f",
-            "all",
-            "-tr",
-            self.settings["trainer"],
-            "-device",
-            "cpu",
-        ]
-        bar = (r"^done with ", len(self.cases()), "scan")
-        self.command("predict", "nnUNetv2_predict", *folders, *model, "-npp", "1", "-nps", "1", bar=bar)
-
-    def evaluate(self) -> None:
-        """Compare with the ground truth"""
-        files = ["-djfile", str(self.raw / "dataset.json"), "-pfile", str(self.plans), "-np", "1"]
-        self.command(
-            "evaluate",
-            "nnUNetv2_evaluate_folder",
-            str(self.raw / "labelsTs"),
-            str(self.folder / "predictions"),
-            *files,
-        )
-
-    def draw(self) -> None:
-        """Draw overlay.png and curve.png"""
-        summary = self.summary()
-        ranked = sorted(
-            summary["metric_per_case"],
-            key=lambda case: np.nanmean([m["Dice"] for m in case["metrics"].values()]),
-        )
-        chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-        cases = {
-            name: Path(case["prediction_file"]).name.removesuffix(".nii.gz") for name, case in chosen.items()
-        }
-        draw_overlay(
-            {f"{name}, {case}": self.arrays(case) for name, case in cases.items()},
-            STRUCTURES,
-            self.folder / "overlay.png",
-        )
-        import torch
-
-        log = torch.load(
-            self.model / "fold_all" / "checkpoint_final.pth", map_location="cpu", weights_only=False
-        )["logging"]
-        with open(self.model / "fold_all" / "losses.csv", encoding="utf-8", newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        draw_curve(rows, log["dice_per_class_or_region"], STRUCTURES, self.folder / "curve.png")
+        """Train on CPU, side by side, and predict the validation scans"""
+        commands = {}
+        for trainer in self.trainers:
+            if not self.summary(trainer).is_file():
+                there = any((self.model(trainer) / "fold_0").glob("checkpoint_*.pth"))
+                flags = ["-tr", trainer, "-device", "cpu", *["--c"] * there]
+                commands[f"train_{trainer}"] = ["nnssl", "train", "900", CONFIGURATION, "0", *flags]
+        epochs = len(commands) * self.settings["epochs"]
+        self.commands(commands, epochs, {"nnUNet_n_proc_DA": "0"})
 
     def report(self) -> None:
+        """Compare them"""
+        what = ["-d", "900", "-c", CONFIGURATION, "-f", "0", "-tr", *self.trainers]
+        self.commands({"report": ["nnssl", "report", *what, "-o", str(self.folder / "report")]})
+
+    def say(self) -> None:
         """Print the Dice of every structure and where everything is."""
-        mean = {name: self.summary()["mean"][str(LABELS[name])]["Dice"] for name in STRUCTURES}
-        print(
-            f"\n{self.settings['trainer']}: Dice on {len(self.cases())} test scans, by "
-            "nnUNetv2_evaluate_folder"
-        )
-        for name, dice in {**mean, "mean": float(np.mean(list(mean.values())))}.items():
-            print(f"  {name:<8} {dice:.3f}")
-        places = {
-            "pictures": "overlay.png, curve.png",
-            "model": str(self.model.relative_to(self.folder) / "fold_all"),
-            "masks": "predictions",
+        print(f"\nDice on {SCANS['validation']} validation scans, by nnU-Net")
+        width = max(map(len, self.trainers))
+        print(f"  {'':{width}}" + "".join(f"{name:>8}" for name in [*STRUCTURES, "mean"]))
+        for trainer, dice in self.dice().items():
+            values = [*dice.values(), float(np.mean(list(dice.values())))]
+            print(f"  {trainer:{width}}" + "".join(f"{value:8.3f}" for value in values))
+        print(f"  report, pictures beside it: {self.folder / 'report' / 'report.html'}")
+        print(f"  models: {self.folder / 'results'}")
+        print(f"  output of the commands: {self.folder / 'logs'}")
+
+    def dice(self) -> dict[str, dict[str, float]]:
+        """{trainer: {structure: mean Dice}}."""
+        means = {trainer: read_json(self.summary(trainer))["mean"] for trainer in self.trainers}
+        return {
+            trainer: {name: mean[str(LABELS[name])]["Dice"] for name in STRUCTURES}
+            for trainer, mean in means.items()
         }
-        for what, where in {"folder": str(self.folder), **places, "output of the commands": "logs"}.items():
-            print(f"  {what}: {where}")
 
-    def summary(self) -> dict[str, Any]:
-        return read_json(self.folder / "predictions" / "summary.json")
+    def model(self, trainer: str) -> Path:
+        return self.folder / "results" / DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
 
-    def cases(self) -> list[str]:
-        return sorted(p.name.removesuffix(".nii.gz") for p in (self.raw / "labelsTs").glob("*.nii.gz"))
-
-    def arrays(self, case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image, truth and prediction (D, H, W) of a test case."""
-        files = (
-            self.raw / "imagesTs" / f"{case}_0000.nii.gz",
-            self.raw / "labelsTs" / f"{case}.nii.gz",
-            self.folder / "predictions" / f"{case}.nii.gz",
-        )
-        image, truth, prediction = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in files)
-        return image, truth, prediction
+    def summary(self, trainer: str) -> Path:
+        """Scores of the final validation."""
+        return self.model(trainer) / "fold_0" / "validation" / "summary.json"
 
     def environment(self) -> dict[str, str]:
         """The caller's environment without its nnU-Net variables, with those of this folder."""
@@ -269,69 +197,69 @@ class Demo:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def command(
+    def commands(
         self,
-        stage: str,
-        *command: str,
-        bar: tuple[str, int, str] | None = None,
+        commands: Mapping[str, Sequence[str]],
+        epochs: int | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run a command, its output to `logs/<stage>.log`; `bar` = (pattern of a line that means one more,
-        how many, their unit).
+        """Run commands side by side, the output of each in `logs/<name>.log`, and end all where one fails;
+        `epochs` of all of them: with a bar.
 
-        Raises RuntimeError with the last lines and the log's path where the command fails.
+        Raises RuntimeError with the last lines and the log's path where a command fails.
         """
-        print(
-            f"      $ {shlex.join([*(f'{k}={v}' for k, v in (environment or {}).items()), *command])}",
-            flush=True,
-        )
-        pattern, total, unit = bar or (r"(?!)", None, "line")
-        log = self.folder / "logs" / f"{stage}.log"
         entries = {
             entry.name: entry.value for entry in importlib.metadata.entry_points(group="console_scripts")
         } | {"nnssl": "nnssl.commands.cli:main"}
-        if command[0] not in entries:
-            raise RuntimeError(
-                f"the command {command[0]} is not installed for {sys.executable}: install this project with "
-                "pip there"
-            )
-        environment = {**self.environment(), **(environment or {})}
-        lines: list[str] = []
-        with (
-            open(log, "w", encoding="utf-8") as file,
-            tqdm(
-                total=total,
-                unit=unit,
-                desc=f"      {stage}",
-                disable=bar is None,
+        cores = max(1, min(MOST_CORES, usable_cores()) // max(1, len(commands)))
+        logs = {name: self.folder / "logs" / f"{name}.log" for name in commands}
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        with ExitStack() as stack:
+            for name, command in commands.items():
+                settings = [f"{key}={value}" for key, value in (environment or {}).items()]
+                print(f"      $ {shlex.join([*settings, *command])}", flush=True)
+                if command[0] not in entries:
+                    raise RuntimeError(
+                        f"the command {command[0]} is not installed for {sys.executable}: install this "
+                        "project with pip there"
+                    )
+                running[name] = process = subprocess.Popen(
+                    [*launcher(cores), entries[command[0]], *command],
+                    env={**self.environment(), **(environment or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stack.enter_context(open(logs[name], "wb")),
+                    stderr=subprocess.STDOUT,
+                )
+                stack.callback(process.wait)
+                stack.callback(process.terminate)
+            bar = tqdm(
+                total=epochs,
+                unit="epoch",
+                desc="      epochs",
+                disable=epochs is None,
                 mininterval=0.1 if sys.stderr.isatty() else 20,
-            ) as shown,
-            subprocess.Popen(
-                [*launcher(min(MOST_CORES, usable_cores())), entries[command[0]], *command],
-                env=environment,
-                encoding="utf-8",
-                errors="replace",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            ) as process,
-        ):
-            try:
-                for line in process.stdout or ():
-                    file.write(line)
-                    file.flush()
-                    lines = [*lines[-19:], line]
-                    if resumed := re.search(r"Epoch (\d+) \(", line) if unit == "epoch" else None:
-                        shown.update(int(resumed[1]) - shown.n)
-                    if re.search(pattern, line):
-                        shown.update()
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode:
-            raise RuntimeError(
-                f"{command[0]} failed with status {process.returncode}; the end of {log}:\n{''.join(lines)}"
             )
+            while running:
+                time.sleep(0.2)
+                bar.update(sum(map(epochs_in, logs.values())) - bar.n)
+                for name, process in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[name]
+                    if process.returncode:
+                        bar.close()
+                        end = logs[name].read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+                        raise RuntimeError(
+                            f"{commands[name][0]} failed with status {process.returncode}; the end of "
+                            f"{logs[name]}:\n" + "\n".join(end)
+                        )
+            bar.close()
+
+
+def epochs_in(log: Path) -> int:
+    """Epochs that a log has seen the end of, those before a resumption among them."""
+    found = re.findall(r"Epoch (\d+) \(", log.read_text(encoding="utf-8", errors="replace"))
+    return int(found[-1]) + 1 if found else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -22,9 +23,42 @@ def start_block(known: Mapping[str, Any]) -> str:
         f"cases: {', '.join(counts)}; structures: {', '.join(known['classes'])}",
         f"{known['network']}, patch {edges}, batch {known['batch_size']}, {known['num_epochs']} epochs",
         f"device: {known['device']}, {known['precision']}",
+        *([f"memory: {known['predicted_memory']}"] if known.get("predicted_memory") else []),
         f"not the default: {', '.join(changed) or 'nothing'}",
     ]
     return "\n".join(f"  {line}" for line in ["", *lines, ""])
+
+
+class FirstSteps:
+    """Says once, as soon as it is known, what an epoch takes and how long the training will last.
+
+    Args:
+        steps: of an epoch; epochs: that are left. An epoch as short as `WATCHED` steps tells it by itself.
+        memory: bytes at the peak so far, 0 where that is unknown.
+    """
+
+    WATCHED = 10  # after the first one, which allocates and compiles
+
+    def __init__(self, steps: int, epochs: int, memory: Callable[[], int]) -> None:
+        self.steps, self.epochs, self.memory = steps, epochs, memory
+        self._ends: list[float] = []
+        self._told = steps <= self.WATCHED
+
+    def after_step(self) -> str | None:
+        if self._told:
+            return None
+        self._ends.append(time.perf_counter())
+        if len(self._ends) <= self.WATCHED:
+            return None
+        self._told = True
+        took = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        epoch = self.steps * statistics.median(took)
+        peak = self.memory()
+        memory = f"; memory so far {peak / 2**30:.2f} GiB" if peak else ""
+        return (
+            f"By the first steps: {duration(epoch)} per epoch, {duration(epoch * self.epochs)} to the end, "
+            f"validation on top{memory}"
+        )
 
 
 def epoch_line(

@@ -23,12 +23,14 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
@@ -38,9 +40,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from nnssl.data.streams import share_of_batch
 from nnssl.losses import correlation
 from nnssl.networks import hf_mamba
 from nnssl.ssm import mamba, ssd
+from nnssl.training.randomness import restore_rng, rng_state
+from nnssl.training.tensorboard import SILENT
 
 GIB = 2**30
 CARDS = (4, 6, 8, 10, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB that are sold
@@ -118,6 +123,32 @@ def describe(on_card: Cost, supervised: Cost, on_cpu: Cost | None = None) -> str
         f"({supervised.flops / 1e12:.3g} TFLOP)"
     )
     return line + (f"; on the CPU {on_cpu.peak / GIB:.1f} GiB" if on_cpu else "")
+
+
+def predicted_memory(trainer: Any) -> str:
+    """What the steps of this run will need, in words. Random states are kept."""
+    plans = deepcopy(trainer.plans_manager.plans)
+    plans["configurations"][trainer.configuration_name]["batch_size"] = trainer.batch_size  # of this rank
+    changes, wanted = {}, trainer.general.unlabeled_batch_size
+    if wanted is not None:
+        changes["unlabeled_batch_size"] = share_of_batch(wanted, trainer.batch_size)
+    device, states = "cuda" if trainer.device.type == "cuda" else "cpu", [rng_state()]
+    try:
+        with mock.patch.object(dist, "is_initialized", lambda: False):  # alone on this rank
+            cost = predict(
+                type(trainer), plans, trainer.configuration_name, trainer.dataset_json, device, **changes
+            )
+    except Exception as error:  # a training does not end for it
+        return f"not predicted ({type(error).__name__}: {' '.join(str(error).split())})"
+    finally:
+        restore_rng(states, 0)
+    if device != "cuda":
+        return f"{cost.peak / GIB:.2f} GiB of tensors predicted"
+    there = torch.cuda.get_device_properties(trainer.device).total_memory
+    return (
+        f"{cost.card / GIB:.1f} GiB of the GPU predicted, {cost.peak / GIB:.1f} of it tensors; "
+        f"it has {there / GIB:.1f}"
+    )
 
 
 class Ledger(TorchDispatchMode):
@@ -415,7 +446,7 @@ def _without_data(
     move = nn.Module.to if real else lambda module, *args, **kwargs: module  # fake ones cannot
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(os.environ, {"nnUNet_results": folder, "nnUNet_preprocessed": folder}),
+        mock.patch.dict(os.environ, {"nnUNet_results": folder, "nnUNet_preprocessed": folder, **SILENT}),
         contextlib.redirect_stdout(io.StringIO()),
         mock.patch.object(Alone, "print_to_log_file", lambda *args, **kwargs: None),
         mock.patch.object(nn.Module, "to", move),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from nnssl.files import replacing, write_text
 
 class History:
     """Rows {"epoch", "lr", "total", "loss/<term>", "diagnostic/<name>", "gradient/<term>",
-    "accepted/<class>", "called/<class>", "weight/<term>"}; saved in the checkpoint: the file always matches
-    it.
+    "accepted/<class>", "called/<class>", "weight/<term>", "validation_loss", "dice/<structure>"}; saved in
+    the checkpoint: the file always matches it.
 
     total: the weighted sum that was minimised. called: share of the unlabeled voxels that are called a class;
     accepted: share that are called so and teach.
@@ -22,6 +23,7 @@ class History:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._next_plot = 0.0
 
     def add(self, epoch: int, lr: float, losses: dict[str, float], weights: dict[str, float]) -> None:
         """losses: epoch means keyed as in the class's docstring; weights: at the end of the epoch."""
@@ -41,14 +43,19 @@ class History:
             f"; {k.removeprefix('diagnostic/')} {row[k]:.4g}" for k in row if k.startswith("diagnostic/")
         )
 
-    def write(self, folder: str) -> None:
-        """losses.csv and losses.png into `folder`."""
+    def write(self, folder: str, last: bool = True) -> None:
+        """losses.csv and losses.png into `folder`; the picture, unless it is the `last`, so seldom that it
+        takes a five-hundredth of the time."""
         # a continued run may have other columns than it began with
         columns = list(dict.fromkeys(c for row in self.rows for c in row))
         lines = [",".join(f"{r.get(c, float('nan')):.10g}" for c in columns) for r in self.rows]
         lines.insert(0, ",".join(f'"{c}"' if "," in c else c for c in columns))  # a class's name may have one
         write_text("\n".join(lines) + "\n", os.path.join(folder, "losses.csv"))
-        self._plot(os.path.join(folder, "losses.png"))
+        begun = time.monotonic()
+        if last or begun >= self._next_plot:
+            self._plot(os.path.join(folder, "losses.png"))
+            end = time.monotonic()
+            self._next_plot = end + 500 * (end - begun)
 
     def _plot(self, path: str) -> None:
         import matplotlib.pyplot as plt

@@ -66,7 +66,7 @@ from nnssl.training.checkpoint import (
     refuse_blocked,
     versions,
 )
-from nnssl.training.console import epoch_line, start_block
+from nnssl.training.console import FirstSteps, epoch_line, start_block
 from nnssl.training.gradient_checkpointing import recompute
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
@@ -84,10 +84,13 @@ from nnssl.training.optimizer_step import OptimizationStep
 from nnssl.training.pictures import Pictures
 from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
-from nnssl.training.record import facts, write_record
+from nnssl.training.record import facts, peak_memory, write_record
 from nnssl.training.task import Trainable, geometry, preprocessed_cases
+from nnssl.training.tensorboard import TensorBoardLogger
+from nnssl.training.tensorboard import enabled as tensorboard_enabled
 
 CUDA = torch.device("cuda")
+PREDICTED_FROM = 3000  # steps of a run: memory is predicted in the time of about 30 steps of a small network
 
 watch()
 
@@ -129,6 +132,8 @@ class SemiTrainer(nnUNetTrainer):
         ):
             setattr(self, key, getattr(self.general, key))
         self.logger.plot_progress_png = whole_plot(self.logger.plot_progress_png)
+        if tensorboard_enabled() and self.local_rank == 0:
+            self.logger.loggers.append(TensorBoardLogger(self.output_folder))
         self.history = History()
         self.agreement: Agreement | None = None
         self._auto_axes: tuple[int, ...] | None = None
@@ -138,6 +143,7 @@ class SemiTrainer(nnUNetTrainer):
         self._bar: tqdm | None = None
         self._announced = ""
         self._facts: dict[str, Any] = {}
+        self._first_steps: FirstSteps | None = None
         self._pictures: Pictures | None = None
         self._lock: TrainingLock | None = None
         self._epochs_in: dict[str, int] = {}  # checkpoints of this run
@@ -204,12 +210,13 @@ class SemiTrainer(nnUNetTrainer):
         if start := sys.modules.get("nnunetv2.run.run_training"):  # which loads -pretrained_weights
             start.load_pretrained_weights = self.load_pretrained  # type: ignore[attr-defined]
         self.was_initialized = True
-        self.print_to_log_file(f"{self.method.name}: {self.general} {self.method_config}")
+        self.print_to_log_file(
+            f"{self.method.name}: {self.general} {self.method_config}", also_print_to_console=False
+        )
         if line := self.method.describe():
             self.print_to_log_file(line)
-        self.logger.update_config(
-            {"nnssl": {"general": repr(self.general), "method": repr(self.method_config)}}
-        )
+        configs = {"general": self.general, self.method.name: self.method_config}
+        self.logger.update_config({"nnssl": {k: dataclasses.asdict(v) for k, v in configs.items()}})
 
     def load_pretrained(self, network: nn.Module, path: str, verbose: bool = False) -> None:
         """In the place of nnU-Net's `load_pretrained_weights`, which refuses networks with blocks of ours."""
@@ -319,9 +326,10 @@ class SemiTrainer(nnUNetTrainer):
     ) -> tuple[Any, bool, Any, tuple[int, ...]]:
         """nnU-Net's geometry of both streams, with the mirror axes of the configuration; they are nnU-Net's
         in prediction, too."""
-        rotation, dummy_2d, initial_patch_size, axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
+        with self._in_the_log_alone():
+            rotation, dummy_2d, initial_patch_size, axes = (
+                super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            )
         if self.general.mirror_axes is not None:
             axes = self.mirror_axes()
             self.inference_allowed_mirroring_axes = axes or None
@@ -362,7 +370,8 @@ class SemiTrainer(nnUNetTrainer):
             if self.local_rank == 0 and not os.path.isfile(self._splits_file):
                 write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
         self._hidden()
-        return super().do_split()
+        with self._in_the_log_alone():
+            return super().do_split()
 
     def _hidden(self) -> list[str]:
         """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
@@ -455,8 +464,17 @@ class SemiTrainer(nnUNetTrainer):
     def _begin_record(self) -> None:
         """What `nnssl report` reads, from here on after every epoch."""
         self._facts = facts(self)
+        if self.num_epochs * self.num_iterations_per_epoch >= PREDICTED_FROM:
+            from nnssl.training.cost import predicted_memory  # imports much
+
+            self._facts["predicted_memory"] = predicted_memory(self)
         write_record(self, self._facts)
         self.print_to_log_file(start_block(self._facts), add_timestamp=False)
+        self._first_steps = FirstSteps(
+            self.num_iterations_per_epoch,
+            self.num_epochs - self.current_epoch,
+            lambda: peak_memory(self.device),
+        )
         if not (self.method_class.needs_unlabeled and self.general.pseudo_label_pictures):
             return
         if self.is_cascaded:  # a view would need the previous stage's segmentation of it
@@ -547,31 +565,37 @@ class SemiTrainer(nnUNetTrainer):
     @contextmanager
     def _in_the_log_alone(self) -> Iterator[None]:
         """nnU-Net's lines inside go into the log file and not to the console."""
-        self._loud = False
+        before, self._loud = self._loud, False
         try:
             yield
         finally:
-            self._loud = True
+            self._loud = before
 
     def print_plans(self) -> None:
         with self._in_the_log_alone():
             super().print_plans()
+
+    def plot_network_architecture(self) -> None:
+        with self._in_the_log_alone():
+            super().plot_network_architecture()
 
     def _say_epoch(self) -> None:
         """The line of an epoch that ends now, before a checkpoint is written."""
         logger, done = self.logger, self.current_epoch
         starts = logger.get_value("epoch_start_timestamps", None)[: done + 1]
         ends = [*logger.get_value("epoch_end_timestamps", None)[:done], time.time()]
-        dice = map(float, logger.get_value("dice_per_class_or_region", -1))
-        line = epoch_line(
-            done,
-            self.num_epochs,
-            self.history.rows[-1],
-            float(logger.get_value("val_losses", -1)),
-            dict(zip(structures(self.dataset_json), dice, strict=True)),
-            [end - start for start, end in zip(starts, ends, strict=True)],
-        )
-        self.print_to_log_file(line)
+        values = map(float, logger.get_value("dice_per_class_or_region", -1))
+        dice = dict(zip(structures(self.dataset_json), values, strict=True))
+        row, loss = self.history.rows[-1], float(logger.get_value("val_losses", -1))
+        seconds = [end - start for start, end in zip(starts, ends, strict=True)]
+        self.print_to_log_file(epoch_line(done, self.num_epochs, row, loss, dice, seconds))
+        row |= {"validation_loss": loss, **{f"dice/{name}": value for name, value in dice.items()}}
+        for sink in logger.loggers:  # nnU-Net's own; its local one knows its own keys alone
+            for key, value in row.items():
+                if key != "epoch":
+                    sink.log(key, value, done)
+            if isinstance(sink, TensorBoardLogger):
+                sink.flush()
 
     def _class_names(self) -> list[str]:
         """Of `LabelSpace.classes`."""
@@ -610,6 +634,8 @@ class SemiTrainer(nnUNetTrainer):
         if self.step.take(loss, list(logged.values())):
             self.method.after_step(data, t)
         self._iteration += 1
+        if self._first_steps is not None and (line := self._first_steps.after_step()):
+            self.print_to_log_file(line)
         if self._bar is not None:
             self._bar.update()
         values = dict(zip(logged, self.step.values, strict=True))
@@ -663,7 +689,7 @@ class SemiTrainer(nnUNetTrainer):
         with self._in_the_log_alone():
             super().on_epoch_end()
         if self.local_rank == 0:
-            self.history.write(self.output_folder)
+            self.history.write(self.output_folder, last=self.current_epoch == self.num_epochs)
             write_record(self, self._facts)
             epoch = self.current_epoch - 1
             if self._pictures is not None and epoch in self._pictures.epochs:

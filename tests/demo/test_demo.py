@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from nnssl.commands.trainers import trainers_folder
 from nnssl.demo import __main__ as demo
+from nnssl.files import read_json
 
 SETTINGS = {"seed": 0, "trainer": "nnUNetTrainerDiffCL", "epochs": 1}
 
@@ -60,10 +60,10 @@ def test_a_failing_command_is_reported_with_its_last_lines_and_log(tmp_path: Pat
     with pytest.raises(
         RuntimeError, match=r"nnssl failed with status 2.*logs/plan\.log[\s\S]*invalid choice: 'nonsense'"
     ):
-        running.command("plan", "nnssl", "nonsense")
+        running.commands({"plan": ["nnssl", "nonsense"]})
     assert "nonsense" in (tmp_path / "logs" / "plan.log").read_text(encoding="utf-8")
     with pytest.raises(RuntimeError, match="absent_command is not installed"):
-        running.command("plan", "absent_command")
+        running.commands({"plan": ["absent_command"]})
 
 
 def test_finished_stages_are_skipped_and_a_failed_one_is_done_again(
@@ -81,17 +81,25 @@ def test_finished_stages_are_skipped_and_a_failed_one_is_done_again(
         stage.__name__ = name
         monkeypatch.setattr(demo.Demo, name, stage)
 
-    for name in ("generate", "plan", "shorten", "train", "predict", "evaluate", "draw", "report"):
+    for name in ("generate", "plan", "shorten", "train", "report", "say"):
         stub(name)
     assert demo.main(["--folder", str(tmp_path)]) == 1
     assert ran == ["generate", "plan", "shorten", "train"]
     ran.clear()
     fails.clear()
     assert demo.main(["--folder", str(tmp_path)]) == 0
-    assert ran == ["train", "predict", "evaluate", "draw", "report"]
+    assert ran == ["train", "report", "say"]
     ran.clear()
     assert demo.main(["--folder", str(tmp_path)]) == 0
-    assert ran == ["report"]
+    assert ran == ["say"]
+
+
+def test_epochs_are_counted_from_the_log_of_a_resumed_run_too(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text("starts\n")
+    assert demo.epochs_in(log) == 0
+    log.write_text("Epoch 3 (4 of 8): supervised 0.1\nEpoch 4 (5 of 8): supervised 0.1\nEpo")
+    assert demo.epochs_in(log) == 5
 
 
 @pytest.mark.slow
@@ -102,23 +110,22 @@ def test_the_whole_demo_runs_and_touches_nothing_outside_its_folder(
     for name in ("raw", "preprocessed", "results"):
         (users / name).mkdir(parents=True)
         monkeypatch.setenv(f"nnUNet_{name}", str(users / name))
-    monkeypatch.setattr(demo, "SCANS", {"labeled": 3, "unlabeled": 2, "test": 2})
+    monkeypatch.setattr(demo, "SCANS", {"labeled": 3, "validation": 2, "unlabeled": 2})
     monkeypatch.setattr(
         demo, "SCHEDULE", {"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1}
     )
     monkeypatch.setattr(demo, "FEATURES", 4)
     folder = tmp_path / "demo"
-    assert demo.main(["--folder", str(folder), "--epochs", "2"]) == 0
+    assert demo.main(["--folder", str(folder), "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "Dice on 2 test scans" in printed
-    assert all(f"  {name}" in printed for name in ("organ", "lesion", "mean"))
-    for picture in ("overlay.png", "curve.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    plans = json.loads(
-        (folder / "preprocessed" / demo.DATASET / "nnUNetPlans.json").read_text(encoding="utf-8")
-    )
-    assert plans["nnssl"]["num_epochs"] == 2
+    assert "Dice on 2 validation scans" in printed and str(folder / "report" / "report.html") in printed
+    assert all(f"  {trainer} " in printed for trainer in (demo.BASELINE, SETTINGS["trainer"]))
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "DiffCL against Supervised: mean Dice" in page
+    assert (folder / "report" / "report_dice.png").read_bytes().startswith(b"\x89PNG")
+    plans = read_json(folder / "preprocessed" / demo.DATASET / "nnUNetPlans.json")
+    assert plans["nnssl"]["num_epochs"] == 1
     assert not contents(users)
     before = contents(folder)
-    assert demo.main(["--folder", str(folder), "--epochs", "2"]) == 0
+    assert demo.main(["--folder", str(folder), "--epochs", "1"]) == 0
     assert contents(folder) == before

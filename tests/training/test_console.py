@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
 
-from nnssl.training.console import accepted_share, duration, epoch_line, start_block
+from nnssl.training.console import FirstSteps, accepted_share, duration, epoch_line, start_block
 
 ROW: dict[str, Any] = {
     "epoch": 3,
@@ -71,3 +72,23 @@ def test_the_block_at_the_start_names_what_is_not_the_default() -> None:
     assert "patch 80 x 112 x 112, batch 2, 100 epochs" in block
     assert "not the default: num_epochs 100, Semi.threshold 0.9" in block
     assert "not the default: nothing" in start_block({**known, "changed": []})
+    assert "memory" not in block
+    assert "  memory: 3.21 GiB of tensors predicted\n" in start_block(
+        {**known, "predicted_memory": "3.21 GiB of tensors predicted"}
+    )
+
+
+def test_the_first_steps_say_once_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([100.0, *(200.0 + 2 * i for i in range(20))])  # the second step is slow, too
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ends))
+    first = FirstSteps(steps=250, epochs=1000, memory=lambda: 3 * 2**29)
+    lines = [line for _ in range(15) if (line := first.after_step())]
+    assert lines == [
+        "By the first steps: 8 min per epoch, 138 h 53 min to the end, validation on top; "
+        "memory so far 1.50 GiB"
+    ]
+
+
+def test_an_epoch_as_short_as_the_first_steps_tells_it_by_itself() -> None:
+    first = FirstSteps(steps=10, epochs=2, memory=lambda: 0)
+    assert [first.after_step() for _ in range(20)] == [None] * 20

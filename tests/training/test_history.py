@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,22 @@ def test_columns_that_come_or_go_where_a_run_continues_are_all_written(tmp_path:
     history.write(str(tmp_path))
     lines = (tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()
     assert lines == ["epoch,lr,loss/a,gradient/a,weight/a", "0,0.01,0.5,2,1", "1,0.01,0.4,nan,1"]
+
+
+def test_the_picture_takes_a_five_hundredth_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, drawn, clock = History(), [], [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def plot(path: str) -> None:
+        drawn.append(clock[0])
+        clock[0] += 0.5
+
+    monkeypatch.setattr(history, "_plot", plot)
+    for epoch in range(10):
+        history.add(epoch, 0.01, {"loss/a": 0.5}, {"a": 1.0})
+        history.write(str(tmp_path), last=epoch == 9)
+        clock[0] += 100
+    assert drawn == [1000.0, 1300.5, 1601.0, 1901.5]
+    assert len((tmp_path / "losses.csv").read_text(encoding="utf-8").splitlines()) == 11
