@@ -8,6 +8,7 @@ processes itself, as nnU-Net does.
 from __future__ import annotations
 
 import argparse
+import io
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from os.path import isfile, join
 from typing import Any
 
@@ -25,6 +26,9 @@ from nnssl.errors import told_line
 from nnssl.interruption import Terminated, interruptible
 from nnssl.training.arguments import FINAL, check_data, check_names
 from nnssl.training.lookup import trainer_paths
+
+# nnU-Net's lines, one per trainer that it looks at: for the log file
+SEARCH = ("Trainer '", "Searching ", "  Inspecting ", "Found class ", "Using trainer ")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -90,9 +94,17 @@ def _train(args: argparse.Namespace) -> None:
     device = _prepare(args.device)
     fold = args.fold if args.fold == "all" else int(args.fold)
     with _process_group(device):
-        trainer: Any = get_trainer_from_args(
-            args.dataset_name_or_id, args.configuration, fold, args.tr, args.p, args.c, device
-        )
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):
+                trainer: Any = get_trainer_from_args(
+                    args.dataset_name_or_id, args.configuration, fold, args.tr, args.p, args.c, device
+                )
+        finally:
+            lines = said.getvalue().splitlines()
+            print("\n".join(line for line in lines if not line.startswith(SEARCH)))
+        search = "\n".join(line for line in lines if line.startswith(SEARCH))
+        trainer.print_to_log_file(search, also_print_to_console=False, add_timestamp=False)
         trainer.disable_checkpointing = args.disable_checkpointing
         if not (args.c or args.val) and isfile(join(trainer.output_folder, FINAL)):
             trainer.print_to_log_file(
