@@ -30,6 +30,13 @@ METRICS = {
 }
 
 
+BASES = {
+    "supervised": NAMES["supervised"],
+    "continued": "supervised, continued",
+    "self_training": NAMES["self_training"],
+}  # what the others are compared with
+
+
 def read_rows(suite: Suite, results: Path) -> list[dict[str, Any]]:
     """The rows of the suite that are on disk, in its order; SuiteError if there is none, or one of other
     settings."""
@@ -96,14 +103,13 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     values = [r["metrics"][name] for r in found]
                     entry[name] = float(np.mean(values))
                     entry[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            for base in ("supervised", "self_training"):
-                if base in here and base != method:
-                    difference = paired(found, here[base])
-                    if difference.size:
-                        entry[f"dice_minus_{base}"] = float(difference.mean())
-                        entry[f"dice_minus_{base}_interval"] = bounds = interval(difference)
-                        entry[f"against_{base}"] = compared(bounds)
-                        entry[f"seeds_{base}"] = len(difference)
+            for base, name in bases(suite, method).items():
+                difference = paired(found, here.get(name, []))
+                if name != method and difference.size:
+                    entry[f"dice_minus_{base}"] = float(difference.mean())
+                    entry[f"dice_minus_{base}_interval"] = bounds = interval(difference)
+                    entry[f"against_{base}"] = compared(bounds)
+                    entry[f"seeds_{base}"] = len(difference)
             gap = paired(upper, here.get("supervised", []))
             if gap.size and "dice_minus_supervised" in entry:  # a share of nothing says nothing
                 share = entry["dice_minus_supervised"] / float(gap.mean())
@@ -113,6 +119,12 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                 entry["cpu_seconds_per_step"] = entry["cpu_seconds"] / steps(found[0])
             table.append(entry)
     return table
+
+
+def bases(suite: Suite, method: str) -> dict[str, str]:
+    """Methods that this one is compared with; `continued` only where it started from a row itself."""
+    found = {"supervised": "supervised", "self_training": "self_training"}
+    return found | ({"continued": suite.continued} if suite.continued and suite.started(method) else {})
 
 
 def steps(row: Mapping[str, Any]) -> int:
@@ -132,7 +144,10 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
     """Lines of a Markdown table of one budget, best Dice first, the upper bound last."""
     heads = ["method", "seeds", *METRICS.values()]
     if not suffix:
-        heads += ["− supervised", "verdict", "− self-training", "gap closed %", "core min", "s / step"]
+        compared_with = [b for b in BASES if any(f"dice_minus_{b}" in e for e in entries)]
+        for base in compared_with:
+            heads += [f"− {BASES[base].removesuffix(' only')}", "verdict"]
+        heads += ["gap closed %", "core min", "s / step"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for e in sorted(
         entries, key=lambda e: (e["method"] == "supervised_all", -e[f"dice{suffix}"], e["method"])
@@ -145,10 +160,8 @@ def budget_table(entries: Sequence[Mapping[str, Any]], suffix: str = "") -> list
                 )
             )
         if not suffix:
-            for base in ("supervised", "self_training"):
-                cells.append(difference_cell(e, base))
-                if base == "supervised":
-                    cells.append(e.get("against_supervised", ""))
+            for base in compared_with:
+                cells += [difference_cell(e, base), e.get(f"against_{base}", "")]
             cells.append("" if e.get("gap_closed") is None else f"{100 * e['gap_closed']:.0f}")
             cells += [number(e.get("cpu_seconds"), 1 / 60), number(e.get("cpu_seconds_per_step"))]
         lines.append(f"| {' | '.join(cells)} |")
@@ -171,13 +184,13 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         (e for e in entries if e["method"] not in NAMES), key=lambda e: (-e["dice"], e["method"])
     )
     sentences = []
-    for base in ("supervised", "self_training"):
+    for base in BASES:
         for word in ("above", "not distinguishable", "below"):
             if found := [e for e in methods if e.get(f"against_{base}") == word]:
                 names = ", ".join(
                     f"{e['method']} ({number(e[f'dice_minus_{base}'], 100, signed=True)})" for e in found
                 )
-                what = f"{word.capitalize()}{' from' * (word[0] == 'n')} {NAMES[base]}"
+                what = f"{word.capitalize()}{' from' * (word[0] == 'n')} {BASES[base]}"
                 sentences.append(f"**{what}**: {names}.")
     if sentences and (share := methods[0].get("gap_closed")) is not None:
         sentences.append(

@@ -46,6 +46,7 @@ else:
 from nnssl.config import Config, Count, Few, GeneralConfig, NonNegative, Positive, Range, build
 
 FOLDER = Path(__file__).parent
+SUPERVISED = "nnUNetTrainerSupervised"
 SPECIAL = ("supervised", "supervised_all", "self_training")
 Percent = Annotated[float, Range(0, 100)]
 METHOD_KEYS = {
@@ -133,6 +134,17 @@ class Suite:
     environment: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # of the trainings, e.g. nnUNet_n_proc_DA
+
+    @property
+    def continued(self) -> str | None:
+        """The method that goes on from a supervised row without unlabeled scans, if any: what rows with a
+        `start` are to be compared with."""
+        own = (m for m, s in self.method.items() if "start" in s and s.get("trainer") == SUPERVISED)
+        return next(own, None)
+
+    def started(self, method: str) -> bool:
+        """Whether its rows start from another row's network."""
+        return any("start" in s for m, s in self.method.items() if m.removeprefix("nnUNetTrainer") == method)
 
     @property
     def iterations(self) -> int:

@@ -154,7 +154,7 @@ def test_markdown_says_setting_numbers_sources_and_links_pictures(written: Path)
     ):
         assert part in text
     assert "| DiffCL | 2 | 71.75 ± 0.71 |" in text
-    assert "+10.00 [+10.00, +10.00] | above | +5.00 [+5.00, +5.00] | 50 | 2.00 | 20.00 |" in text
+    assert "+10.00 [+10.00, +10.00] | above | +5.00 [+5.00, +5.00] | above | 50 | 2.00 | 20.00 |" in text
     assert "| DiffCL | 2 | 81.5 |  |  |  | 71.75 | " in text
     assert "a paper; best checkpoint" in text
     assert "Not finished" not in text
@@ -182,6 +182,26 @@ def test_the_report_says_which_methods_do_not_beat_the_baselines(written: Path, 
     below = "**Below supervised only**: DiffCL (-3.00). **Below self-training**: DiffCL (-8.00)."
     assert f"{below} The best, DiffCL, closes -15 % of the gap to all labels." in text
     assert "**Above supervised only**: DiffCL (+10.00)" in text  # with 4 labels
+
+
+def test_rows_with_a_start_are_compared_with_supervised_training_that_went_on_as_well(tmp_path: Path) -> None:
+    own: dict[str, Mapping[str, Any]] = {
+        "more": {"trainer": "nnUNetTrainerSupervised", "start": "supervised"},
+        "nnUNetTrainerDiffCL": {"start": "supervised"},
+    }
+    methods = ["supervised", "more", "nnUNetTrainerDiffCL", "nnUNetTrainerFixMatch"]
+    which = dataclasses.replace(suite(), budgets=[2], published=[], methods=methods, method=own)
+    for row in which.rows():
+        gain = {"supervised": 0.0, "more": 0.2, "DiffCL": 0.15, "FixMatch": 0.1}[row.method]
+        target = tmp_path / "smoke" / f"{row.name}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(content(row, gain)), encoding="utf-8")
+    text = report.write_report(which, tmp_path)
+    found = entries(tmp_path)
+    assert found[2, "DiffCL"]["dice_minus_continued"] == pytest.approx(-0.05)
+    assert found[2, "DiffCL"]["against_supervised"] == "above"
+    assert all("dice_minus_continued" not in found[2, m] for m in ("FixMatch", "more", "supervised"))
+    assert "**Below supervised, continued**: DiffCL (-5.00)." in text
 
 
 def test_seeds_are_never_mixed_within_a_difference(tmp_path: Path) -> None:
