@@ -25,7 +25,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from torch import Tensor, nn
 
-from benchmarks.quality.pseudo_labels import central_patch, foreground_dice
+from benchmarks.quality.pseudo_labels import central_patches, foreground_dice
 from nnssl.batch import SemiBatch
 from nnssl.config import Config
 from nnssl.diffusion.gaussian import GaussianDiffusion
@@ -161,17 +161,20 @@ def main() -> None:
     scores: dict[str, list[float]] = {}
     for i in range(0, len(hidden), 4):
         pairs = [dataset.load_case(case)[:2] for case in hidden[i : i + 4]]
-        image = torch.stack([torch.from_numpy(central_patch(data, patch, 0)).float() for data, _ in pairs])
-        labels = [central_patch(seg, patch, 0) for _, seg in pairs]
+        image = torch.cat([torch.from_numpy(central_patches(data, patch, 0)).float() for data, _ in pairs])
+        labels = [central_patches(seg, patch, 0) for _, seg in pairs]
         onehot = (
-            F.one_hot(torch.from_numpy(np.stack(labels))[:, 0].clamp(min=0).long(), method.labels.channels)
+            F.one_hot(
+                torch.from_numpy(np.concatenate(labels))[:, 0].clamp(min=0).long(), method.labels.channels
+            )
             .movedim(-1, 1)
             .float()
         )
         for name, probabilities in pseudo_labels(method, image, onehot).items():
             hard = method.labels.harden(probabilities)
             scores.setdefault(name, []).extend(
-                foreground_dice(hard[j : j + 1], label) for j, label in enumerate(labels)
+                foreground_dice(part, label)
+                for part, label in zip(hard.split([len(x) for x in labels]), labels, strict=True)
             )
     print(f"{len(hidden)} hidden cases\n| pseudo-label | mean Dice | sd |\n|---|---|---|")
     for name, values in scores.items():

@@ -3,7 +3,8 @@ noised estimate of f and from noise) against the labels that the split hid.
 
     python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p PLANS --checkpoint checkpoint_final.pth
 
-Looks at one central patch of every hidden case; nothing here feeds back into a training.
+Looks at one central patch of every hidden case, in 2D of every slice; nothing here feeds back into a
+training.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ STEPS = (1, 2, 4, 10)
 STARTS = (0.25, 1.0)  # `sampling_start`; 1: noise
 
 
-def central_patch(array: np.ndarray, size: list[int], fill: float) -> np.ndarray:
-    box = [[(n - p) // 2, (n - p) // 2 + p] for n, p in zip(array.shape[1:], size, strict=True)]
-    return crop_and_pad_nd(array, box, fill)
+def central_patches(array: np.ndarray, size: list[int], fill: float) -> np.ndarray:
+    """(C, Z, Y, X) to (1, C, *size), or to (Z, C, *size) where the size is that of a slice."""
+    box = [[(n - p) // 2, (n - p) // 2 + p] for n, p in zip(array.shape[-len(size) :], size, strict=True)]
+    if len(size) == 2:
+        return np.moveaxis(crop_and_pad_nd(array, [[0, array.shape[1]], *box], fill), 1, 0)
+    return crop_and_pad_nd(array, box, fill)[None]
 
 
 def foreground_dice(hard: torch.Tensor, label: np.ndarray) -> float:
-    """Mean Dice of the foreground classes that are present; hard (1, K, S)."""
-    predicted = hard[0].argmax(0).numpy()
+    """Mean Dice of the foreground classes that are present; hard (B, K, S), label (B, 1, S)."""
+    predicted = hard.argmax(1).numpy()
     scores = []
     for k in range(1, hard.shape[1]):
-        a, b = predicted == k, label[0] == k
+        a, b = predicted == k, label[:, 0] == k
         if b.any():
             scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
     return float(np.mean(scores))
@@ -67,8 +71,8 @@ def main() -> None:
     seed_everything(0)
     for case in tqdm(hidden):
         data, seg, _, _ = dataset.load_case(case)
-        image = torch.from_numpy(central_patch(data, patch, 0)).float()[None]
-        label = central_patch(seg, patch, 0)
+        image = torch.from_numpy(central_patches(data, patch, 0)).float()
+        label = central_patches(seg, patch, 0)
         with inference(method.student, method.denoiser):
             p_f = method.probabilities(full_resolution(method.student(image)))
             record("y_f", p_f)
@@ -79,7 +83,9 @@ def main() -> None:
                     x = (
                         noise
                         if share == 1
-                        else method.diffusion.q_sample(method.label_map(p_f), torch.tensor(taus[:1]), noise)
+                        else method.diffusion.q_sample(
+                            method.label_map(p_f), torch.full((len(p_f),), taus[0]), noise
+                        )
                     )
                     x = method.diffusion.ddim_sample(
                         lambda x, tau, i=image: method.estimate(method.denoiser(x, tau, i)), x, taus
