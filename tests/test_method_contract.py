@@ -56,7 +56,7 @@ def _ramp(t: float, end: float = 0.4) -> float:
 
 
 def _diffcl_weights(t: float) -> dict[str, float]:
-    mu = _ramp(t)
+    mu = 0.5 * _ramp(t)
     return {"supervised": 1, "pseudo": mu, "contrast": mu, "diffusion": 1, "diffusion_pseudo": mu}
 
 

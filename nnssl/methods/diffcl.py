@@ -3,9 +3,10 @@
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,    x_tau from x_0 = b (2 onehot(y_l) - 1)
-    L_p(f)   = Dice of f(x_s) against y_g = harden p_g, where p_g is certain and p_f not certain of another
-    L_p(g)   = Dice of g(x_tau, tau, x_s) against y_f = harden p_f, x_tau from x_0 = b (2 y_f - 1), where p_f
-               is certain
+    L_p(f)   = CE + Dice of f(x_s) against y_f = harden p_f where p_f is certain, against y_g = harden p_g
+               where p_g alone is, over the voxels where they are not certain of different labels
+    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f, x_tau from x_0 = b (2 y_f - 1), where p_f is
+               certain
     L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k of middling similarity to
                c_k, negatives from those called otherwise
 
@@ -23,8 +24,8 @@ mu(t)       Gaussian ramp over the first 40 % of training
 Differs from the paper:
 - Strong views with CutMix and channel dropout (Yang et al., CVPR 2023) instead of independent augmentation:
   planned networks have no dropout layers.
-- Pseudo-labels teach by Dice alone over certain voxels: the few foreground voxels of a scan unlike the
-  labeled ones then weigh as much as its background.
+- f also learns its own certain labels, as in FixMatch; where g contradicts it, nothing is learned. By g's
+  labels alone f became as poor as g, which begins from nothing.
 - No moving averages: in short schedules they lag behind f.
 - Label maps are scaled by b < 1: at b = 1 a blur of x_tau finds the labels again at most noise levels, and g
   need not look at the image.
@@ -32,7 +33,7 @@ Differs from the paper:
 - Positives are of middling similarity, negatives all voxels called otherwise: the most and the least similar
   ones, the paper's, soon teach nothing.
 - Similarities are computed on a random subset of the certain voxels of each class: for the cost.
-- g learns from a share of the patches of a step: for the cost.
+- g learns from a share of the patches of a step, and labels no others: for the cost.
 - Regions are independent +-b channels. Ignored voxels are 0 in x_0 and carry no loss.
 """
 
@@ -64,7 +65,7 @@ from nnssl.data.mixing import cutmix_all, cutmix_mask
 from nnssl.diffusion.gaussian import GaussianDiffusion
 from nnssl.distributed import world_size
 from nnssl.losses.contrastive import info_nce
-from nnssl.losses.pseudo_label import Compared, confidence_mask, soft_dice_losses
+from nnssl.losses.pseudo_label import Compared, confidence_mask, cross_entropy_dices
 from nnssl.method import SUPERVISED, Outputs, SemiMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.heads import VoxelProjector, scale_gradient
@@ -76,16 +77,18 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig(Config):
-    weight_pseudo: NonNegative = 1.0  # mu: largest weight of L_p, of both networks (ours)
+    weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (UniMatch)
     # eta: share of L_cl's gradient that reaches the features of f (ours; at 0.1 it moves f as much as L_sup)
     weight_contrast: Share = 0.01
+    # whether f also learns its own certain labels, unless g is certain of others (FixMatch)
+    self_teaching: bool = True
     threshold: Share = 0.95  # confidence above which a pseudo-label of f or g counts (ours)
     # share of channels that f's encoder features of x_s lose (UniMatch)
     channel_dropout: Share = 0.5
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
-    ddim_steps: Count = 2  # S: sampling steps (ours)
+    ddim_steps: Count = 1  # S: sampling steps (ours)
     samples: Annotated[int, Range(1, 16)] = 2  # DDIM samples whose mean is p_g (ours)
     # (tau_0 + 1) / T: 1: sampling starts from pure noise, as published; below: from p_f with as much noise
     sampling_start: PositiveShare = 1.0
@@ -129,16 +132,16 @@ class DiffCL(SemiMethod):
     config_class = DiffCLConfig
     meaning: ClassVar[Mapping[str, str]] = {
         "supervised": SUPERVISED,
-        "pseudo": "Dice loss of the student against the diffusion network's pseudo-labels, where those "
-        "are certain and the student is not certain of another class.",
+        "pseudo": "Cross-entropy and Dice of the student on the strong view against what it is certain of on "
+        "the weak view or the diffusion network alone is, where they do not contradict each other.",
         "contrast": "InfoNCE: voxels of a class are pulled together and away from voxels of other classes.",
         "diffusion": "nnU-Net's loss of the diffusion network on labeled patches.",
-        "diffusion_pseudo": "Dice loss of the diffusion network against the student's certain pseudo-labels.",
+        "diffusion_pseudo": "Cross-entropy and Dice of the diffusion network against the student's certain "
+        "pseudo-labels.",
         "f_certain": "Share of the unlabeled voxels of which the student is certain.",
-        "g_certain": "Share of the unlabeled voxels of which the diffusion network is certain.",
-        "g_teaches": "Share of the unlabeled voxels at which the diffusion network teaches the student.",
-        "g_alone_certain": "Share of the unlabeled voxels of which the diffusion network is certain and the "
-        "student is not.",
+        "g_certain": "Share of the voxels that the diffusion network looked at of which it is certain.",
+        "g_alone_certain": "Share of those of which it is certain and the student is not: it teaches there.",
+        "g_contradicts": "Share of those of which both are certain, of different labels: nothing is learned.",
     }
     config: DiffCLConfig
     fresh_blocks = (".hfm.",)
@@ -173,26 +176,24 @@ class DiffCL(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        probabilities_f, probabilities_g = self.pseudo_probabilities(batch.weak)
+        i, j = (self.denoised(len(x)).to(x.device, non_blocking=True) for x in (batch.labeled, batch.weak))
+        probabilities = self.pseudo_probabilities(batch.weak, j)
+        pseudo_f, pseudo_g = (self.labels.harden(p) for p in probabilities)
+        certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in probabilities)
+        pseudo_g, certain_g = (spread(x, j, len(batch.weak)) for x in (pseudo_g, certain_g))
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        probabilities_f, probabilities_g, strong = cutmix_all(
-            *((x, box) for x in (probabilities_f, probabilities_g, batch.strong[0]))
+        pseudo_f, certain_f, pseudo_g, certain_g, strong = cutmix_all(
+            *((x, box) for x in (pseudo_f, certain_f, pseudo_g, certain_g, batch.strong[0]))
         )
-        pseudo_f, pseudo_g = self.labels.harden(probabilities_f), self.labels.harden(probabilities_g)
-        certain_f, certain_g = (
-            confidence_mask(p, self.config.threshold, self.labels) for p in (probabilities_f, probabilities_g)
-        )
-        agree = (pseudo_f == pseudo_g).all(1, keepdim=True).float()
-        teach_f = certain_g * torch.maximum(agree, 1 - certain_f)
+        pseudo, teaches = self.taught(pseudo_f, certain_f, pseudo_g, certain_g)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        i, j = (self.denoised(m).to(images.device, non_blocking=True) for m in (n, len(strong)))
         x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
         if labeled_mask is not None:
             x_0[: len(i)] *= labeled_mask[i]
@@ -206,20 +207,21 @@ class DiffCL(SemiMethod):
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
             contrast = inactive(self.projector.parameters())
-        self.count_accepted(pseudo_g, teach_f)
+        self.count_accepted(pseudo, teaches)
+        looked_at = len(j) / len(batch.weak)
         self.diagnostics = {
             "f_certain": certain_f.mean(),
-            "g_certain": certain_g.mean(),
-            "g_teaches": teach_f.mean(),
-            "g_alone_certain": (certain_g * (1 - certain_f)).mean(),
+            "g_certain": certain_g.mean() / looked_at,
+            "g_alone_certain": (certain_g * (1 - certain_f)).mean() / looked_at,
+            "g_contradicts": (certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)).mean()
+            / looked_at,
         }
-        pseudo, diffusion_pseudo = self.pseudo_losses(
-            (full_resolution(unlabeled_f), pseudo_g, teach_f),
-            (full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]),
-        )
+        of_f = Compared(full_resolution(unlabeled_f), pseudo, teaches)
+        of_g = Compared(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j])
+        pseudo_loss, diffusion_pseudo = cross_entropy_dices([of_f, of_g], self.labels)
         return {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": pseudo,
+            "pseudo": pseudo_loss,
             "contrast": contrast,
             "diffusion": self.supervised_loss(labeled_g, target_g),
             "diffusion_pseudo": diffusion_pseudo,
@@ -250,15 +252,17 @@ class DiffCL(SemiMethod):
     def describe(self) -> str:
         return describe_hfm(self.student, self.planned.patch_size)
 
-    def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient.
+    def pseudo_probabilities(
+        self, weak: Tensor, j: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """p_f (U, K, S) for weak views (U, C, S) and p_g (J, K, S) for those at `j`, without gradient.
 
-        noise: (samples U, K, S), where the chains start; drawn if None.
+        noise: (samples J, K, S), where the chains start; drawn if None.
         """
         c = self.config
         with inference(self.student, self.denoiser):
             p_f = self.probabilities(full_resolution(self.student(weak)))
-            p, images = (torch.cat([x] * c.samples) for x in (p_f, weak))
+            p, images = (torch.cat([x[j]] * c.samples) for x in (p_f, weak))
             start = torch.randn_like(p) if noise is None else noise
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
             if c.sampling_start < 1:
@@ -275,10 +279,13 @@ class DiffCL(SemiMethod):
         k = max(1, round(n * self.config.denoiser_share))
         return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
-    def pseudo_losses(self, *parts: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """Soft Dice of each (logits, pseudo-labels, where these are certain)."""
-        compared = [Compared(self.probabilities(z), y, certain) for z, y, certain in parts]
-        return soft_dice_losses(compared, skip_first=not self.labels.has_regions)
+    def taught(self, y_f: Tensor, certain_f: Tensor, y_g: Tensor, certain_g: Tensor) -> tuple[Tensor, Tensor]:
+        """What f learns, and where: (U, K, S), (U, 1, S)."""
+        agree = (y_f == y_g).all(1, keepdim=True).float()
+        if not self.config.self_teaching:
+            return y_g, certain_g * torch.maximum(agree, 1 - certain_f)
+        conflict = certain_f * certain_g * (1 - agree)
+        return torch.where(certain_f.bool(), y_f, y_g), torch.maximum(certain_f, certain_g) * (1 - conflict)
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-b, b] from the denoiser's outputs."""
@@ -343,6 +350,11 @@ class DiffCL(SemiMethod):
             negative_valid,
             c.temperature,
         )
+
+
+def spread(x: Tensor, index: Tensor, n: int) -> Tensor:
+    """(J, ...) at `index` of n zeros."""
+    return x.new_zeros(n, *x.shape[1:]).index_copy_(0, index, x)
 
 
 def _sample_middle_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:

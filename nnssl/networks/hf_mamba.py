@@ -3,15 +3,14 @@
     h   = x - low-pass(x)                       box of low frequencies removed, in physical units
     u   = h / rms(h)                            per image and channel, over the voxels (h has mean 0)
     u  <- u + Mamba2Mixer_a(lines of u along a) for every axis a in turn, forward and backward
-    out = x (1 + tanh(10 gate u))
+    out = x (1 + tanh(gate u))
 
 After the last axis every voxel has seen the whole grid through short scans of linear cost: the gradient at 16
 voxels along an axis is at least 0.03 of a neighbour's, because memories of the heads start spread from two
 voxels to the longest axis. gate (C,) starts at zero: at step 0 the network is the planned network. The gate
-has a gradient there, opens with the first step, and then everything behind it learns; the factor 10 lets it
-learn 100 times as fast as a convolution would. Where the paper leaves it open these are our choices:
-attention by multiplication, Mamba-2 form, scans along lines, no convolution inside the mixer (the planned
-network has its own).
+has a gradient there, opens with the first step, and then everything behind it learns. Where the paper leaves
+it open these are our choices: attention by multiplication, Mamba-2 form, scans along lines, no convolution
+inside the mixer (the planned network has its own).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from nnssl.networks.features import stage_grids
 from nnssl.ssm import Mamba2Mixer
 
 HEAD = 8  # channels that share one memory, at most; there are at least two memories
-GATE_RATE = 10.0
 
 
 def box_radii(grid: Sequence[int], spacing: Sequence[float], cutoff: float) -> tuple[int, ...]:
@@ -169,7 +167,7 @@ class HighFrequencyMamba(nn.Module):
         for axis, mixer in enumerate(self.mixers, start=1):
             lines = u.movedim(axis, -2)
             u = u + mixer.bidirectional(lines.flatten(0, -3)).reshape(lines.shape).movedim(-2, axis)
-        return x * (1 + torch.tanh(GATE_RATE * self.gate * u).movedim(-1, 1)).to(x.dtype)
+        return x * (1 + torch.tanh(self.gate * u).movedim(-1, 1)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"spacing={self.spacing}, cutoff={self.cutoff}"

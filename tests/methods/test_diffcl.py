@@ -23,6 +23,8 @@ SMALL = DiffCLConfig(
     num_negatives=32,
 )
 
+BOTH = torch.arange(2)  # the patches that g looks at
+
 
 def method(task: Task = Task(), config: DiffCLConfig = SMALL) -> DiffCL:  # noqa: B008
     built = task.method(DiffCL, config)
@@ -50,7 +52,7 @@ def test_without_hfm_the_student_is_the_planned_network_for_good() -> None:
 def test_pseudo_probabilities_are_normalised_and_repeatable_from_the_same_noise() -> None:
     m, weak = method(), Task().batch().weak
     noise = torch.randn(4, 2, 8, 12, 16)
-    first, second = m.pseudo_probabilities(weak, noise), m.pseudo_probabilities(weak, noise)
+    first, second = (m.pseudo_probabilities(weak, BOTH, noise) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
         torch.testing.assert_close(a.sum(1), torch.ones(2, 8, 12, 16))
@@ -71,25 +73,54 @@ def test_a_contrast_without_weight_costs_nothing(monkeypatch: pytest.MonkeyPatch
     assert m(Task().batch(), 0.5)["contrast"].item() == 0
 
 
-def test_g_teaches_where_it_is_certain_and_f_is_not_certain_of_another_label() -> None:
-    m, batch = method(config=replace(SMALL, cutmix_probability=0.0)), Task().batch()
-    sure, unsure = torch.zeros(2, 2, 8, 12, 16), torch.full((2, 2, 8, 12, 16), 0.5)
-    sure[:, 1] = 1
-    for p_f, p_g, f_learns, g_learns in (
-        (sure, sure, True, True),
-        (unsure, sure, True, False),
-        (sure.flip(1), sure, False, True),
-        (sure, unsure, False, True),
-    ):
-        put(m, pseudo_probabilities=lambda weak, p=(p_f, p_g): p)
-        values = []
-        for bias in ([0.0, 100.0], [100.0, 0.0]):  # both networks call everything 1, then 0
-            with torch.no_grad():
-                for network in (m.student, m.denoiser.network):
-                    network.decoder.seg_layers[-1].bias.copy_(torch.tensor(bias))
-            values.append([m(batch, 0.5)[key].item() for key in ("pseudo", "diffusion_pseudo")])
-        moved = [abs(a - b) > 0.9 for a, b in zip(*values, strict=True)]
-        assert moved == [f_learns, g_learns]
+SURE, UNSURE = torch.zeros(2, 2, 8, 12, 16), torch.full((2, 2, 8, 12, 16), 0.5)
+SURE[:, 1] = 1
+
+
+@pytest.mark.parametrize("self_teaching", [True, False])
+@pytest.mark.parametrize(
+    ("p_f", "p_g", "f_learns", "f_learns_of_g", "g_learns"),
+    [
+        (SURE, SURE, True, True, True),
+        (UNSURE, SURE, True, True, False),
+        (SURE.flip(1), SURE, False, False, True),
+        (SURE, UNSURE, True, False, True),
+        (UNSURE, UNSURE, False, False, False),
+    ],
+)
+def test_f_learns_what_either_is_certain_of_unless_they_differ_and_g_what_f_is_certain_of(
+    p_f: torch.Tensor,
+    p_g: torch.Tensor,
+    f_learns: bool,
+    f_learns_of_g: bool,
+    g_learns: bool,
+    self_teaching: bool,
+) -> None:
+    config = replace(SMALL, cutmix_probability=0.0, denoiser_share=1.0, self_teaching=self_teaching)
+    m, batch = method(config=config), Task().batch()
+    put(m, pseudo_probabilities=lambda weak, j: (p_f, p_g))
+    values = []
+    for bias in ([0.0, 100.0], [100.0, 0.0]):  # both networks call everything 1, then 0
+        with torch.no_grad():
+            for network in (m.student, m.denoiser.network):
+                network.decoder.seg_layers[-1].bias.copy_(torch.tensor(bias))
+        values.append([m(batch, 0.5)[key].item() for key in ("pseudo", "diffusion_pseudo")])
+    moved = [abs(a - b) > 0.9 for a, b in zip(*values, strict=True)]
+    assert moved == [f_learns if self_teaching else f_learns_of_g, g_learns]
+
+
+def test_g_is_asked_about_the_patches_it_learns_from_alone() -> None:
+    m = method(config=replace(SMALL, cutmix_probability=0.0, denoiser_share=0.5))
+    batch, asked = Task().batch(unlabeled=4), []
+
+    def answer(weak: torch.Tensor, j: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(j)
+        return UNSURE.repeat(2, 1, 1, 1, 1), SURE
+
+    put(m, pseudo_probabilities=answer)
+    m(batch, 0.5)
+    assert len(asked[0]) == 2
+    assert m.diagnostics["g_alone_certain"].item() == m.diagnostics["g_certain"].item() == 1
 
 
 def test_channel_dropout_perturbs_the_strong_stream_of_f_alone() -> None:
@@ -113,7 +144,7 @@ def test_sampling_starts_from_the_noised_estimate_or_from_noise(start: float, se
 
     put(m.denoiser, forward=forward)
     noise = torch.randn(4, 2, 8, 12, 16)
-    p_f, _ = m.pseudo_probabilities(Task().batch().weak, noise)
+    p_f, _ = m.pseudo_probabilities(Task().batch().weak, BOTH, noise)
     x, tau = seen[0]
     assert tau.tolist() == [round(start * 1000) - 1] * 4
     assert (
@@ -132,7 +163,7 @@ def test_boxes_cut_images_and_pseudo_labels_alike(monkeypatch: pytest.MonkeyPatc
     without boxes."""
     values = []
     for fill in (torch.zeros, torch.ones):
-        m = method(config=replace(SMALL, threshold=0.0, channel_dropout=0.0, samples=1))
+        m = method(config=replace(SMALL, threshold=0.0, channel_dropout=0.0, samples=1, denoiser_share=1.0))
         monkeypatch.setattr(
             "nnssl.methods.diffcl.cutmix_mask",
             lambda n, size, *a, f=fill, **k: f(n, 1, *size, dtype=torch.bool),
@@ -296,7 +327,7 @@ def test_label_maps_have_the_configured_scale_in_training_and_sampling() -> None
     assert torch.equal(seen[0].abs(), torch.full_like(seen[0], 0.25))
     call = torch.tensor([1e3, -1e3]).view(-1, 1, 1, 1)
     put(m.denoiser, forward=lambda x, tau, image: call.expand_as(x))
-    _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16))
+    _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16), BOTH)
     torch.testing.assert_close(p_g, torch.tensor([1.0, 0.0]).view(-1, 1, 1, 1).expand_as(p_g))
 
 
@@ -305,7 +336,7 @@ def test_samples_that_disagree_are_not_certain() -> None:
     put(m.denoiser, forward=lambda x, tau, image: torch.sign(x) * 1e3)
     noise = torch.ones(4, 2, 8, 12, 16)
     noise[:2, 1], noise[2:, 0] = -1, -1  # the first sample calls every voxel 0, the second 1
-    _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16), noise)
+    _, p_g = m.pseudo_probabilities(torch.randn(2, 1, 8, 12, 16), BOTH, noise)
     torch.testing.assert_close(p_g, torch.full_like(p_g, 0.5))
 
 
@@ -389,7 +420,7 @@ def test_rounding_grows_through_hard_decisions_alone() -> None:
     difference = {}
     for held in (True, False):
         with decisions.compared(held):
-            nudged = losses_of_steps(1e-6)
+            nudged = losses_of_steps(3e-6)
         difference[held] = max(abs(a[k] - b[k]) for a, b in zip(base, nudged, strict=True) for k in a)
     assert decisions.flips  # of the run that decided by itself
-    assert difference[True] < 1e-5 and difference[False] > 1e-4
+    assert difference[True] < 3e-5 and difference[False] > 1e-4
