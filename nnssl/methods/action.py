@@ -23,7 +23,6 @@ Differs from the paper:
 - One learning rate schedule over the whole run: nnU-Net has one.
 - Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
 - ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
-- The encoder features of x_m lose channels: planned networks have no dropout layers.
 - z itself is a row, which the student has to tell from the others: without it, L_g falls to 0 as all
   embeddings become the same.
 - Crops are the cells of a regular grid, pooled to 8 x 8 or 4 x 4 x 4 logits each: as many in any plan.
@@ -79,7 +78,7 @@ class ACTIONConfig(Config):
     crops_per_axis: Few = 2  # cells per axis of the grid of L_l (ours)
     embedding: Width = 128  # width of s, z and of the representation of L_a (ACTION)
     classmix_probability: Share = 0.5  # probability of ClassMix in a sample of x_m (ours; published: always)
-    channel_dropout: Share = 0.5  # share of channels that f's encoder features of x_m lose in phase 3 (ours)
+    channel_dropout: Share = 0.0  # share of channels that f's encoder features of x_m lose in phase 3 (ours)
     threshold_pseudo: Share = 0.97  # confidence above which a voxel counts towards w of L_u (ACTION)
     threshold_contrast: Share = 0.7  # confidence above which an unlabeled voxel has a class in L_a (ACTION)
     threshold_hard: Share = 0.97  # probability of its own class below which a voxel is hard (ACTION)

@@ -85,7 +85,7 @@ class CAMLConfig(Config):
     # share of the training over which r rises (CAML with 4 labeled cases; 0.2 with 8, 0.15 with 16)
     ramp_fraction: Share = 0.4
     # share of channels that both encoders' features of x_s lose (ours; the papers' V-Nets drop channels, too)
-    channel_dropout: Share = 0.5
+    channel_dropout: Share = 0.0
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample of x_s (ours)
     # form of L_o: over the rows of each class (ours), or over single rows (CAML)
     correlation: Literal["classes", "rows"] = "classes"
