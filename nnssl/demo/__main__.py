@@ -133,7 +133,7 @@ class Demo:
             **SCHEDULE,
             "seed": self.settings["seed"],
             "mirror_axes": "auto",  # the lesion has its place in the organ
-            "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
+            "DiffCL": {"hfm_max_tokens": 4096},
         }
         write_json(plans, self.preprocessed / "nnUNetPlans.json")
 
