@@ -297,7 +297,7 @@ def test_a_training_moves_from_one_process_to_two_and_back(ranks: Path, name: st
             assert found["terms"][0][k] == pytest.approx(v, abs=1e-5), k
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_page_states_how_often_ranks_exchange_in_a_step(ranks: Path, name: str) -> None:
     number = torch.load(ranks / f"{name}_0.pt", weights_only=False)["exchanged"]
     page = (ROOT / "docs" / "explanation" / "several-gpus.md").read_text(encoding="utf-8")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -25,6 +29,8 @@ from nnssl.data.streams import FailedElsewhere, on_first_rank
 from nnssl.interruption import Terminated
 from nnssl.training.checkpoint import how_to_resume
 from nnssl.training.lock import NAME, own_process, started
+from nnssl.training.trainer import SemiTrainer
+from tests.building import put
 from tests.place import SHORT, SMALL, Place, losses
 
 pytestmark = pytest.mark.slow
@@ -198,23 +204,30 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def as_rank(rank: int, port: str, act: Callable[[], Any], results: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def as_rank(rank: int, number: int, port: str, act: Callable[[], Any], results: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     results.put((rank, act()))
 
 
-def on_two_ranks(act: Callable[[], Any]) -> list[Any]:
-    """What two forked processes, placed as torchrun places them, return."""
+def on_ranks(number: int, act: Callable[[], Any]) -> list[Any]:
+    """What so many forked processes, placed as torchrun places them, return."""
     context: Any = multiprocessing.get_context("fork")
     results, port = context.Queue(), free_port()
-    ranks = [context.Process(target=as_rank, args=(rank, port, act, results)) for rank in range(2)]
+    ranks = [
+        context.Process(target=as_rank, args=(rank, number, port, act, results)) for rank in range(number)
+    ]
     for process in ranks:
         process.start()
-    found = dict(results.get(timeout=600) for _ in ranks)
+    found: dict[int, Any] = {}
+    while len(found) < number:
+        try:
+            found |= [results.get(timeout=5)]
+        except queue.Empty:
+            assert all(process.exitcode in (None, 0) for process in ranks), "a rank failed"
     for process in ranks:
         process.join()
-    return [found[rank] for rank in range(2)]
+    return [found[rank] for rank in range(number)]
 
 
 def test_two_ranks_train_together_on_cpu(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +242,7 @@ def test_two_ranks_train_together_on_cpu(place: Place, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(nnUNetTrainer, "on_train_end", end)
     command = ["train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
-    first, second = on_two_ranks(lambda: (main(command), weights))
+    first, second = on_ranks(2, lambda: (main(command), weights))
     assert first[0] == second[0] == 0
     assert first[1] == second[1] and any(first[1])
     fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
@@ -253,7 +266,7 @@ def test_what_fails_on_rank_0_ends_all_ranks(capfd: pytest.CaptureFixture[str]) 
             return str(error)
         return "nothing"
 
-    first, second = on_two_ranks(act)
+    first, second = on_ranks(2, act)
     assert first == "told once"
     assert second == "relayed: rank 0: ValueError('told once')"
 
@@ -270,16 +283,106 @@ def test_more_ranks_than_samples_are_refused_in_one_line(
     assert capsys.readouterr().err == ""  # told by the first process of this computer
 
 
+def torchrun(place: Place, *launches: Sequence[str]) -> None:
+    """`nnssl train` to its end, under torchrun started with each of these options, all at once."""
+    command = ["-m", "nnssl.commands.cli", "train", "777", "3d_fullres", "0", "-tr", TRAINER]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    logs = [place.results.parent / f"node_{i}" for i in range(len(launches))]
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for options, log in zip(launches, logs, strict=True):
+            launcher = [sys.executable, "-m", "torch.distributed.run", *options, *command, "-device", "cpu"]
+            out = stack.enter_context(open(log, "w"))
+            nodes.append(
+                stack.enter_context(subprocess.Popen(launcher, env=environment, stdout=out, stderr=out))
+            )
+        try:
+            for node, log in zip(nodes, logs, strict=True):
+                assert node.wait(900) == 0, log.read_text(encoding="utf-8")[-3000:]
+        finally:
+            for node in nodes:
+                node.terminate()  # which ends its ranks
+    fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists() and not (fold / NAME).exists()
+    assert (fold / "validation" / "summary.json").exists()
+    assert [row["epoch"] for row in losses(place.trainer(TRAINER))] == [0, 1]
+
+
 @pytest.mark.nightly
 def test_torchrun_trains_and_validates_on_two_ranks(place: Place) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = ["nnssl.commands.cli", "train", "777", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, *command], env=environment, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
-    fold = place.results / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
-    assert (fold / "validation" / "summary.json").exists()
-    assert not (fold / NAME).exists()
+    torchrun(place, ["--standalone", "--nproc_per_node", "2"])
+
+
+@pytest.mark.nightly
+def test_torchrun_trains_and_validates_on_two_nodes(place: Place) -> None:
+    """A launcher per node, both on this computer."""
+    meeting = f"localhost:{free_port()}"
+    nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7", "--rdzv_backend", "c10d"]
+    torchrun(place, *[[*nodes, "--rdzv_endpoint", meeting]] * 2)
+
+
+def train_until(trainer: str, epoch: int | None) -> dict[str, Any]:
+    """`nnssl train` until before this epoch, as if interrupted there, or to the end of the training; what the
+    method's state was in the beginning and in the end. For a process of its own."""
+    states: dict[str, Any] = {}
+    begin, go_on = SemiTrainer.on_train_start, SemiTrainer.on_epoch_start
+
+    def state(self: SemiTrainer) -> dict[str, Any]:
+        return {k: np.array(v) for k, v in self.method.state_dict().items()}
+
+    def on_train_start(self: SemiTrainer) -> None:
+        begin(self)
+        states["start"] = state(self)
+
+    def on_epoch_start(self: SemiTrainer) -> None:
+        if self.current_epoch == epoch:
+            states["end"] = state(self)
+            raise KeyboardInterrupt
+        go_on(self)
+
+    def perform_actual_validation(self: SemiTrainer, save_probabilities: bool) -> None:
+        states["end"] = state(self)
+
+    put(
+        SemiTrainer,
+        on_train_start=on_train_start,
+        on_epoch_start=on_epoch_start,
+        perform_actual_validation=perform_actual_validation,
+    )
+    resume = ["--c"] if epoch != 1 else []
+    assert main(["train", "777", "3d_fullres", "0", "-tr", trainer, "-device", "cpu", *resume]) == (
+        130 if epoch else 0
+    )
+    return states
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["DiffCL", "CAML", "ACTION", "Semi", "FilterMatch"])
+def test_a_training_moves_to_two_ranks_and_back_with_its_banks(place: Place, name: str) -> None:
+    small = {
+        "DiffCL": SMALL,
+        "CAML": {"embedding": 8, "rows": 16, "queries": 64},
+        "FilterMatch": {"filter_every": 1.0},  # no choice among the scans in so short a training
+    }
+    place.plan(**{**SHORT, "num_epochs": 3, **small})
+    trainer = f"nnUNetTrainer{name}"
+    first, *both, last = (
+        state
+        for epoch, number in ((1, 1), (2, 2), (None, 1))
+        for state in on_ranks(number, partial(train_until, trainer, epoch))
+    )
+    for before, after in [*((first, rank) for rank in both), *((rank, last) for rank in both)]:
+        for key, value in before["end"].items():
+            np.testing.assert_array_equal(after["start"][key], value, err_msg=key)
+    kept = [
+        key
+        for key in first["end"]
+        if key.split(".")[0] in ("bank", "distillation_global", "observed", "seen")
+    ]
+    assert kept and any((last["end"][key] != first["end"][key]).any() for key in kept)
+    fold = place.results / f"{trainer}__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists()
+    assert [row["epoch"] for row in losses(place.trainer(trainer))] == [0, 1, 2]
 
 
 LAUNCHER = """
