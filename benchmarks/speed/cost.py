@@ -2,7 +2,7 @@
 the smallest card that the default plan of every trainer is predicted to fit.
 
     python -m benchmarks.speed.cost            # both, on one CPU thread; --known: go on, keep what is there
-    python -m benchmarks.speed.cost --cards    # the tables of cards alone, without measuring
+    python -m benchmarks.speed.cost --cards    # the table of cards alone, without measuring
 
 Measured memory is resident memory at its peak in three steps beyond that before the networks were built, in a
 process that gives freed memory back at once. Measured time is processor time of a step, the median of two
@@ -36,6 +36,7 @@ from nnssl.files import read_json, write_json
 from nnssl.training.cost import GIB, SAVINGS, Cost, Rehearsal, halved, predict
 
 MIB = 2**20
+AS_IT_IS = "as it is"
 # nnU-Net's default plans of the left atrium (1.25 mm) and of ACDC at half resolution
 LEFT_ATRIUM = {
     "patch": [48, 80, 96],
@@ -44,15 +45,6 @@ LEFT_ATRIUM = {
     "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
     "classes": 1,
 }
-# nnU-Net's usual 3D plan for 8 GB where scans are large
-LARGE = LEFT_ATRIUM | {
-    "patch": [128, 128, 128],
-    "batch": 2,
-    "features": [32, 64, 128, 256, 320, 320],
-    "strides": [[1, 1, 1], *[[2, 2, 2]] * 5],
-    "classes": 3,
-}
-CARD_PLANS = {"left atrium": LEFT_ATRIUM, "large": LARGE}
 SMALL_3D = LEFT_ATRIUM | {"patch": [32, 48, 64], "batch": 2, "features": [16, 32, 64, 128, 160]}
 SMALL_2D = {
     "patch": [96, 96],
@@ -66,14 +58,14 @@ MEASURED: list[tuple[str, str, dict[str, Any]]] = [
     ("Supervised", "3D", {}),
     ("Semi", "3D", {}),
     ("CPS", "3D", {}),
-    ("CAML", "3D", {}),
-    ("DiffCL", "3D", {}),
-    ("SemSim", "3D", {}),
-    ("CPS", "3D", {"gradient_checkpointing": "all"}),
     ("Supervised", "2D", {}),
     ("FixMatch", "2D", {}),
     ("ACTION", "2D", {}),
+    ("CPS", "3D", {"gradient_checkpointing": "all"}),
     ("Semi", "3D", {"unlabeled_batch_size": 1}),
+    ("SemSim", "3D", {}),
+    ("CAML", "3D", {}),
+    ("DiffCL", "3D", {}),
 ]
 
 
@@ -192,11 +184,11 @@ def measured(name: str, kind: str, nnssl: dict[str, Any]) -> dict[str, float]:
 
 def accuracy(known: list[dict[str, Any]]) -> dict[str, Any]:
     """Predicted and measured; what is `known` is predicted anew, but not measured."""
-    rows: list[dict[str, Any]] = []
+    rows, left = list[dict[str, Any]](), list(known)
     for name, kind, nnssl in MEASURED:
         cost = predicted(name, SETTINGS[kind], "cpu", **nnssl)
         same = [r for r in known if (r["trainer"], r["plan"], r["nnssl"]) == (name, kind, nnssl)]
-        found = (
+        costs = (
             {"peak": same[0]["measured"], **{key: same[0][key] for key in ("seconds", "from_half")}}
             if same
             else measured(name, kind, nnssl)
@@ -204,12 +196,15 @@ def accuracy(known: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {"trainer": name, "plan": kind, "nnssl": nnssl, "predicted": cost.peak, "flops": cost.flops}
         )
-        rows[-1] |= {"measured": found["peak"], **{key: found[key] for key in ("seconds", "from_half")}}
+        rows[-1] |= {"measured": costs["peak"], **{key: costs[key] for key in ("seconds", "from_half")}}
         print(rows[-1], file=sys.stderr, flush=True)
-    return {"rows": rows, "machine": machine(torch.device("cpu"))}
+        left = [r for r in left if r not in same]
+        found = {"rows": [*rows, *left], "machine": machine(torch.device("cpu"))}
+        write_json(found, RESULTS / "cost_cpu.json", indent=1)
+    return {**found, "rows": rows}
 
 
-def accuracy_report(found: dict[str, Any]) -> str:
+def accuracy_table(found: dict[str, Any]) -> str:
     base = {r["plan"]: r for r in reversed(found["rows"]) if r["trainer"] == "Supervised"}
     lines = []
     for r in found["rows"]:
@@ -240,48 +235,46 @@ def accuracy_report(found: dict[str, Any]) -> str:
         "by half the patch, s",
         "error",
     ]
+    return table(header, lines)
+
+
+def accuracy_report(found: dict[str, Any]) -> str:
     settings = "; ".join(f"{k}: {v}" for k, v in SETTINGS.items())
-    return f"{found['machine']}\n\n{table(header, lines)}\n\nPlans: {settings}"
+    return f"{found['machine']}\n\n{accuracy_table(found)}\n\nPlans: {settings}"
 
 
 def cards(known: dict[str, Any]) -> dict[str, Any]:
-    """Cost of a step on a GPU at the default plans, as it is and with each measure: {plan: {trainer: ...}}.
+    """Cost of a step on a GPU at the left atrium's default plan, as it is and with each measure, per trainer.
 
     known: what is not predicted again.
     """
-    found: dict[str, Any] = {kind: dict(known.get(kind, {})) for kind in CARD_PLANS}
-    for kind, setting in CARD_PLANS.items():
-        for name in sorted(list_trainers(trainers_folder())):
-            short = name.removeprefix("nnUNetTrainer")
-            if short in found[kind]:
-                continue
-            found[kind][short] = {
-                key: dataclasses.asdict(predicted(short, setting, "cuda", **changes))
-                for key, changes in {"as it is": {}, **SAVINGS}.items()
-            }
-            print(kind, short, file=sys.stderr, flush=True)
-            write_json(found, RESULTS / "cost_cards.json", indent=1)
+    found = dict(known)
+    for name in sorted(list_trainers(trainers_folder())):
+        short = name.removeprefix("nnUNetTrainer")
+        if short in found:
+            continue
+        found[short] = {
+            key: dataclasses.asdict(predicted(short, LEFT_ATRIUM, "cuda", **changes))
+            for key, changes in {AS_IT_IS: {}, **SAVINGS}.items()
+        }
+        print(short, file=sys.stderr, flush=True)
+        write_json(found, RESULTS / "cost_cards.json", indent=1)
     return found
 
 
 def cards_table(found: dict[str, Any]) -> str:
     """Per trainer: GiB of a card, and the smallest card that is sold; times a supervised step."""
-    base = found["Supervised"]["as it is"]["flops"]
+    base, checkpointed = found["Supervised"][AS_IT_IS]["flops"], list(SAVINGS)[1]
     lines = []
     for name, costs in found.items():
         line = [name]
         for values in costs.values():
             cost = Cost(**values)
             line.append(f"{cost.card / GIB:.1f} ({cost.smallest_card} GB)")
-        line.append(f"{costs['as it is']['flops'] / base:.1f}")
-        line.append(f"{costs[list(SAVINGS)[1]]['flops'] / base:.1f}")
+        line += [f"{costs[key]['flops'] / base:.1f}" for key in (AS_IT_IS, checkpointed)]
         lines.append(line)
-    keys = [key if key == "as it is" else f"`{key}`" for key in next(iter(found.values()))]
-    return table(["trainer", *keys, "time, x supervised", "time with `all`"], lines)
-
-
-def cards_report(found: dict[str, Any]) -> str:
-    return "\n\n".join(f"{kind}: {CARD_PLANS[kind]}\n\n{cards_table(found[kind])}" for kind in found)
+    keys = [f"`{key}`".replace('"gradient_checkpointing": ', "") for key in SAVINGS]
+    return table(["trainer", AS_IT_IS, *keys, "time, x supervised", 'time with `"all"`'], lines)
 
 
 def main() -> None:
@@ -302,7 +295,7 @@ def main() -> None:
         save("cost_cpu", accuracy_report(found), found)
     path = RESULTS / "cost_cards.json"
     fitting = cards(read_json(path) if args.known and path.is_file() else {})
-    save("cost_cards", cards_report(fitting), fitting)
+    save("cost_cards", f"{cards_table(fitting)}\n\nPlan: {LEFT_ATRIUM}", fitting)
 
 
 if __name__ == "__main__":
