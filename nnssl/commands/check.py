@@ -173,8 +173,8 @@ def _devices() -> Iterator[Finding]:
             WARNING,
             "device",
             "no GPU",
-            remedy=f"Train with -device cpu, {torch.get_num_threads()} threads; expect hours to days with "
-            "nnU-Net's default plan",
+            remedy=f"Train with -device cpu, {torch.get_num_threads()} threads, and on few cores with "
+            "nnUNet_n_proc_DA=0 (set after planning); expect hours to days with nnU-Net's default plan",
         )
     try:
         from nnssl.ssm import available_backends

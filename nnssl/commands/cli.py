@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from nnssl.commands.environment import version_line
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given
     args = build_parser().parse_args([argument for argument in given if argument != "--traceback"])
+    # PyTorch to itself: nothing a user could do about
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
         check_numbers()
         with interruptible():

@@ -142,6 +142,8 @@ def comparison(found: Mapping[str, Mapping[str, Mapping[str, float]]], share: fl
     difference = np.where(both, b - a, 0.0)[kept].sum(axis=1) / both[kept].sum(axis=1)
     if not kept.any():
         return "\n".join([*lines, "No validation case has a class that both trainings could be compared by."])
+    if not a[both].any() and not b[both].any():
+        lines.append("Neither training has found a structure yet: take a longer pilot (--share).")
     number = len(difference)
     if number < FEWEST:
         points = f"difference {100 * difference.mean():+.1f} points over {number} validation case"

@@ -211,10 +211,11 @@ def draw_strip(strip: Strip, path: str | os.PathLike[str]) -> None:
 
     rows = list(strip.rows.values())
     columns = max(len(row) for row in rows)
-    width, letters = 0.6 + 2.4 * columns, 13  # an inch holds so many
+    width, letters = 0.6 + 2.4 * columns, 13.5  # an inch holds so many
     title = textwrap.wrap(strip.title, int(letters * width))
-    figure = Figure(figsize=(width, 0.3 + 0.2 * len(title) + 2.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    heights = [0.4 + 2.4 * max(p.pixels.shape[0] / p.pixels.shape[1] for p in panels) for panels in rows]
+    figure = Figure(figsize=(width, 0.3 + 0.2 * len(title) + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for line, (name, panels) in zip(axes, strip.rows.items(), strict=True):
         for axis in line:
             axis.set(xticks=[], yticks=[])

@@ -154,6 +154,9 @@ def test_the_comparison_is_paired_and_leaves_out_what_is_not_there() -> None:
         c: {"a": v["a"] + float(n), "b": math.nan} for (c, v), n in zip(first.items(), noise, strict=True)
     }
     assert "Undecided" in pilot.comparison({"nnUNetTrainerX": first, "nnUNetTrainerY": third}, 0.1)
+    nothing = {case: {"a": 0.0, "b": math.nan} for case in first}
+    assert "Neither" in pilot.comparison({"nnUNetTrainerX": nothing, "nnUNetTrainerY": nothing}, 0.1)
+    assert "Neither" not in pilot.comparison({"nnUNetTrainerX": nothing, "nnUNetTrainerY": first}, 0.1)
 
 
 def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
