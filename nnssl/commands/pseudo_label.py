@@ -441,5 +441,7 @@ def summary(path: str, shown: int = 5) -> str:
         rows = list(csv.DictReader(stream))
     single = all(not row["agreement"] for row in rows)
     by = "confidence (one fold and no mirroring: nothing to compare)" if single else "agreement"
+    if rows and all(float(v) == 0 for row in rows for k, v in row.items() if k.startswith("ml ")):
+        return f"{path}: {len(rows)} scans, and the network found nothing in any of them: train it longer"
     worst = listed([row["case"] for row in rows[:shown]])
     return f"{path}: {len(rows)} scans by {by}, worst first: {worst}{', ...' * (len(rows) > shown)}"

@@ -249,3 +249,12 @@ def test_the_measures_are_what_they_say() -> None:
     assert dice(np.array([True, False]), np.array([False, False])) == 0
     regions = classes_of({"labels": {"background": 0, "core": 2, "whole": [1, 2]}})
     assert regions == {"core": 2, "whole": (1, 2)}
+
+
+def test_the_summary_says_where_nothing_was_found(tmp_path: Path) -> None:
+    file = tmp_path / "quality.csv"
+    text = "rank,case,agreement,confidence,ml a\n1,x,0.0,0.0,0\n2,y,0.5,0.5,{}\n"
+    file.write_text(text.format(0))
+    assert "found nothing in any of them" in pseudo_label.summary(str(file))
+    file.write_text(text.format(0.3))
+    assert "worst first: x, y" in pseudo_label.summary(str(file))
