@@ -95,8 +95,8 @@ class DiffCLConfig(Config):
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
     # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
     noise_power: Annotated[float, Range(0.1, 100)] = 1.0
-    # share of a step's labeled and of its unlabeled patches that g learns from: its cost (ours)
-    denoiser_share: PositiveShare = 0.5
+    # share of a step's labeled and of its unlabeled patches that g looks at: its cost; 0: no diffusion (ours)
+    denoiser_share: Share = 0.5
     denoiser_divisor: Annotated[int, Range(1, 64)] = 1  # planned features over those of g (ours)
     embedding: Width = 64  # E: width of q (ours)
     bank_size: Count = 1024  # labeled embeddings per class in the bank (ours)
@@ -194,37 +194,41 @@ class DiffCL(SemiMethod):
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
-        if labeled_mask is not None:
-            x_0[: len(i)] *= labeled_mask[i]
-        tau = self.diffusion.draw_steps(len(x_0), x_0.device, self.config.noise_power)
-        noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
-        outputs_g = self.denoiser(noisy, tau, images[torch.cat([i, n + j])])
-        labeled_g, unlabeled_g = split_batch(outputs_g, len(i))
-        target_g = [y[i] for y in batch.target] if isinstance(batch.target, list) else batch.target[i]
+        compared = [Compared(full_resolution(unlabeled_f), pseudo, teaches)]
+        if len(j):
+            x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
+            if labeled_mask is not None:
+                x_0[: len(i)] *= labeled_mask[i]
+            tau = self.diffusion.draw_steps(len(x_0), x_0.device, self.config.noise_power)
+            noisy = self.diffusion.q_sample(x_0, tau, torch.randn_like(x_0))
+            outputs_g = self.denoiser(noisy, tau, images[torch.cat([i, n + j])])
+            labeled_g, unlabeled_g = split_batch(outputs_g, len(i))
+            target_g = [y[i] for y in batch.target] if isinstance(batch.target, list) else batch.target[i]
+            compared.append(Compared(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j]))
 
         if self.config.weight_contrast > 0:
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
             contrast = inactive(self.projector.parameters())
         self.count_accepted(pseudo, teaches)
-        looked_at = len(j) / len(batch.weak)
-        self.diagnostics = {
-            "f_certain": certain_f.mean(),
-            "g_certain": certain_g.mean() / looked_at,
-            "g_alone_certain": (certain_g * (1 - certain_f)).mean() / looked_at,
-            "g_contradicts": (certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)).mean()
-            / looked_at,
-        }
-        of_f = Compared(full_resolution(unlabeled_f), pseudo, teaches)
-        of_g = Compared(full_resolution(unlabeled_g), pseudo_f[j], certain_f[j])
-        pseudo_loss, diffusion_pseudo = cross_entropy_dices([of_f, of_g], self.labels)
-        return {
+        self.diagnostics = {"f_certain": certain_f.mean()}
+        of_f, *of_g = cross_entropy_dices(compared, self.labels)
+        terms = {
             "supervised": self.supervised_loss(labeled_f, batch.target),
-            "pseudo": pseudo_loss,
+            "pseudo": of_f,
             "contrast": contrast,
+        }
+        if not len(j):
+            off = inactive(self.denoiser.parameters())
+            return {**terms, "diffusion": off, "diffusion_pseudo": off}
+        seen, alone = len(j) / len(batch.weak), certain_g * (1 - certain_f)
+        contradicts = certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)
+        for name, where in {"certain": certain_g, "alone_certain": alone, "contradicts": contradicts}.items():
+            self.diagnostics[f"g_{name}"] = where.mean() / seen
+        return {
+            **terms,
             "diffusion": self.supervised_loss(labeled_g, target_g),
-            "diffusion_pseudo": diffusion_pseudo,
+            "diffusion_pseudo": of_g[0],
         }
 
     def accepted(self, p: Tensor, t: float) -> Tensor:
@@ -240,8 +244,8 @@ class DiffCL(SemiMethod):
             "supervised": 1.0,
             "pseudo": mu,
             "contrast": mu if self.config.weight_contrast > 0 else 0.0,
-            "diffusion": 1.0,
-            "diffusion_pseudo": mu,
+            "diffusion": float(self.config.denoiser_share > 0),
+            "diffusion_pseudo": mu * (self.config.denoiser_share > 0),
         }
 
     def after_step(self, batch: SemiBatch, t: float) -> None:
@@ -262,6 +266,8 @@ class DiffCL(SemiMethod):
         c = self.config
         with inference(self.student, self.denoiser):
             p_f = self.probabilities(full_resolution(self.student(weak)))
+            if not len(j):
+                return p_f, p_f[j]
             p, images = (torch.cat([x[j]] * c.samples) for x in (p_f, weak))
             start = torch.randn_like(p) if noise is None else noise
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
@@ -276,7 +282,8 @@ class DiffCL(SemiMethod):
     def denoised(self, n: int) -> Tensor:
         """Which of n patches g learns from in this step: drawn, because their places in a batch differ (the
         last ones hold foreground)."""
-        k = max(1, round(n * self.config.denoiser_share))
+        share = self.config.denoiser_share
+        k = max(1, round(n * share)) if share > 0 else 0
         return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
     def taught(self, y_f: Tensor, certain_f: Tensor, y_g: Tensor, certain_g: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,20 @@ def test_g_is_asked_about_the_patches_it_learns_from_alone() -> None:
     assert m.diagnostics["g_alone_certain"].item() == m.diagnostics["g_certain"].item() == 1
 
 
+def test_without_diffusion_f_learns_its_own_certain_labels_and_g_nothing() -> None:
+    terms = {}
+    for share in (0.0, 1.0):
+        m = method(config=replace(SMALL, cutmix_probability=0.0, channel_dropout=0.0, denoiser_share=share))
+        put(m, pseudo_probabilities=lambda weak, j: (SURE, UNSURE[j]))
+        torch.manual_seed(0)
+        terms[share] = m(Task().batch(), 0.5)
+        assert (m.weights(0.5)["diffusion"] > 0) == (m.weights(0.5)["diffusion_pseudo"] > 0) == (share > 0)
+        assert ("g_certain" in m.diagnostics) == (share > 0)
+    for key in ("supervised", "pseudo"):
+        assert terms[0.0][key].item() == pytest.approx(terms[1.0][key].item(), rel=1e-5)
+    assert terms[0.0]["diffusion"].item() == terms[0.0]["diffusion_pseudo"].item() == 0
+
+
 def test_channel_dropout_perturbs_the_strong_stream_of_f_alone() -> None:
     batch = Task().batch()
     terms = []
