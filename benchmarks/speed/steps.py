@@ -122,7 +122,7 @@ class Row:
 
 def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
     diffcl = {"ddim_steps": ddim_steps, "hfm_max_tokens": max_tokens}
-    diffcl_floor = {"train 2B": 1, "infer B": 1, "train branch 2B": 1, "infer branch B": ddim_steps}
+    diffcl_floor = {"train 2B": 1, "infer B": 1, "train branch B": 1, "infer branch B": ddim_steps}
     one_teacher = {"train 2B": 1, "infer B": 1}
     return {
         "Supervised": Row("supervised", {"train B": 1}),
@@ -157,7 +157,7 @@ def passes(setting: Setting, context: Callable[[], Any]) -> dict[str, Callable[[
         "train 2B": partial(training_pass, student, context, torch.cat([image] * 2)),
         "train 3B": partial(training_pass, student, context, torch.cat([image] * 3)),
         "infer B": partial(forward_pass, student, context, image),
-        "train branch 2B": partial(training_pass, branch, context, torch.cat([noisy] * 2)),
+        "train branch B": partial(training_pass, branch, context, noisy),
         "infer branch B": partial(forward_pass, branch, context, noisy),
         "train interpolating 2B": partial(training_pass, interpolating, context, torch.cat([image] * 2)),
         "infer interpolating 2B": partial(forward_pass, interpolating, context, torch.cat([image] * 2)),
@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, nargs=3, default=[24, 40, 48])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--spacing", type=float, default=2.5)
-    parser.add_argument("--ddim-steps", type=int, default=2)
+    parser.add_argument("--ddim-steps", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
     command("steps", parser, measure, report, 5, suffix)
