@@ -188,7 +188,9 @@ def case_dice(row: Mapping[str, Any]) -> list[float | None]:
 
 def save(figure: Figure, stem: Path, svg: bool = True) -> None:
     with replacing(stem.with_suffix(".png")) as partial:
-        figure.savefig(partial, dpi=110, metadata={"Software": None})
+        # strips keep their aspect, so their labels may end outside of the figure
+        bounds = None if svg else "tight"
+        figure.savefig(partial, dpi=110, metadata={"Software": None}, bbox_inches=bounds)
     if svg:
         with replacing(stem.with_suffix(".svg")) as partial:
             figure.savefig(partial, metadata={"Date": None, "Creator": None})
