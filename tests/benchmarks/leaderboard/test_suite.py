@@ -215,7 +215,7 @@ def test_a_method_that_is_no_table_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_suite_lists_those_there_are() -> None:
     with pytest.raises(
         SuiteError,
-        match=r"nothing\.toml does not exist. Suites here: acdc_cpu, hippocampus_bf16, hippocampus_cpu, la_bf16, la_cpu, .*smoke",
+        match=r"nothing\.toml does not exist. Suites here: acdc_cpu, .*hippocampus_cpu, .*la_cpu, .*smoke",
     ):
         load_suite("nothing")
 
