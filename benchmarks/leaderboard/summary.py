@@ -35,9 +35,19 @@ def columns(suites: Sequence[Suite], results: Path) -> dict[str, list[dict[str, 
                 if e["budget"] == budget and e["method"] != "supervised_all"
                 if e["method"] == "supervised" or "dice_minus_supervised" in e
             ]
-            if len(entries) > 1 and any(e["method"] == "supervised" for e in entries):
+            by_method = {e["method"]: e for e in entries}
+            if len(entries) > 1 and "supervised" in by_method:
+                for entry in entries:
+                    base = suite.continued if suite.started(entry["method"]) else None
+                    entry["cost"] = cost(entry, by_method.get(base or "supervised", {}))
                 found[f"{suite.name}, {budget} labels"] = entries
     return found
+
+
+def cost(entry: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+    """Of a step, in steps of a base that ran for as long: start and validation are shared alike."""
+    ours, theirs = (e.get("cpu_seconds_per_step") for e in (entry, base))
+    return ours / theirs if ours and theirs else None
 
 
 def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -45,14 +55,13 @@ def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
     methods: dict[str, dict[str, Any]] = {}
     for column, entries in by_column.items():
         gains = [e.get("dice_minus_supervised", 0.0) for e in entries]
-        base = next(e for e in entries if e["method"] == "supervised").get("cpu_seconds_per_step")
         for entry, gain, rank in zip(entries, gains, rankdata([-g for g in gains]), strict=True):
             own = methods.setdefault(entry["method"], {"ranks": {}, "gains": {}, "costs": []})
             own["ranks"][column], own["gains"][column] = float(rank), float(gain)
             if "against_supervised" in entry:
                 own.setdefault("verdicts", {})[column] = entry["against_supervised"]
-            if base and entry.get("cpu_seconds_per_step"):
-                own["costs"].append(entry["cpu_seconds_per_step"] / base)
+            if entry.get("cost"):
+                own["costs"].append(entry["cost"])
     table = [
         {
             "method": method,
