@@ -66,6 +66,17 @@ def test_the_citation_is_of_this_version() -> None:
     assert read("CHANGELOG.md").partition("\n## ")[2].startswith(__version__)
 
 
+def test_every_picture_of_a_page_exists() -> None:
+    shown = [
+        (page, path)
+        for page in PROSE
+        for path in re.findall(r"!\[[^\]]*\]\(([^)#]+)\)", page.read_text("utf-8"))
+    ]
+    assert len(shown) > 20
+    local = [(page, path) for page, path in shown if not path.startswith("http")]
+    assert not [f"{page.name}: {path}" for page, path in local if not (page.parent / path).is_file()]
+
+
 def test_every_committed_picture_is_shown_by_a_page_or_by_the_table_beside_it() -> None:
     """The strips in `panels` are what `report` makes the overlays of."""
     shown = "".join(page.read_text(encoding="utf-8") for page in PROSE)

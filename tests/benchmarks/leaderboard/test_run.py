@@ -297,7 +297,7 @@ def test_self_training_halves_the_steps_and_draws_half_of_each_batch_from_the_la
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 labeled cases, 20 unlabeled: each labeled case stands four times in the list of round two."""
-    suite = load_suite("hippocampus_cpu")
+    suite = load_suite("hippocampus_bf16")
     row = next(r for r in suite.rows() if r.name == "self_training_n5_s0")
     one = Job(suite, row, tmp_path, tmp_path / "results")
     space, names = one.space, [f"h_{k:02d}" for k in range(28)]
