@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if place + 7 + length > len(data):  # still being written
+            return
         piece += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last piece
@@ -41,6 +44,17 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record.ParseFromString(piece)
             yield record
             piece = b""
+
+
+def finished_records(file: Path, seconds: float = 60.0) -> list[Any]:
+    """wandb's own process writes the file, and may be behind."""
+    until = time.monotonic() + seconds
+    while True:
+        records = list(wandb_records(file))
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            return records
+        assert time.monotonic() < until, f"{file} has no last record after {seconds:g} s"
+        time.sleep(0.2)
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
@@ -90,7 +104,7 @@ def test_all_numbers_arrive_and_the_training_does_not_notice(
     in_tensorboard = scalars(Path(trainer.output_folder) / "tensorboard")
     file = next((Path(trainer.output_folder) / "wandb").glob("offline-run-*/*.wandb"))
     in_wandb: dict[int, dict[str, float]] = {}
-    for record in wandb_records(file):
+    for record in finished_records(file):
         values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
         if values:
             step = in_wandb.setdefault(int(values["_step"]), {})
