@@ -24,8 +24,8 @@ mu(t)       Gaussian ramp over the first 40 % of training
 Differs from the paper:
 - Strong views with CutMix and channel dropout (Yang et al., CVPR 2023) instead of independent augmentation:
   planned networks have no dropout layers.
-- f also learns its own certain labels, as in FixMatch; where g contradicts it, nothing is learned. By g's
-  labels alone f became as poor as g, which begins from nothing.
+- f also learns its own certain labels, as in FixMatch; where g contradicts it, nothing is learned: g, which
+  begins from nothing, is certain before it knows.
 - No moving averages: in short schedules they lag behind f.
 - Label maps are scaled by b < 1: at b = 1 a blur of x_tau finds the labels again at most noise levels, and g
   need not look at the image.
@@ -292,7 +292,9 @@ class DiffCL(SemiMethod):
         if not self.config.self_teaching:
             return y_g, certain_g * torch.maximum(agree, 1 - certain_f)
         conflict = certain_f * certain_g * (1 - agree)
-        return torch.where(certain_f.bool(), y_f, y_g), torch.maximum(certain_f, certain_g) * (1 - conflict)
+        return torch.where(certain_g > certain_f, y_g, y_f), torch.maximum(certain_f, certain_g) * (
+            1 - conflict
+        )
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-b, b] from the denoiser's outputs."""

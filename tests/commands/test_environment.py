@@ -28,8 +28,8 @@ def test_env_shows_folders_of_nnunet_and_no_other_path(
 ) -> None:
     monkeypatch.setenv("nnUNet_raw", "/data/raw")
     monkeypatch.setenv("nnUNet_compile", "f")
-    monkeypatch.setenv("TORCH_LOGS", "/home/someone/logs")
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("TORCH_LOGS", "/users/someone/logs")
+    monkeypatch.setenv("HOME", "/users/someone")
     monkeypatch.setenv("API_KEY", "secret")
     assert main(["env", "--json"]) == 0
     text = capsys.readouterr().out

@@ -121,6 +121,11 @@ def test_g_is_asked_about_the_patches_it_learns_from_alone() -> None:
     m(batch, 0.5)
     assert len(asked[0]) == 2
     assert m.diagnostics["g_alone_certain"].item() == m.diagnostics["g_certain"].item() == 1
+    called = m.labels.harden(UNSURE)
+    y, where = m.taught(
+        called, torch.zeros(2, 1, 8, 12, 16), torch.zeros_like(called), torch.zeros(2, 1, 8, 12, 16)
+    )
+    assert torch.equal(y, called) and not where.any()  # what nobody is certain of is still called by f
 
 
 def test_without_diffusion_f_learns_its_own_certain_labels_and_g_nothing() -> None:
