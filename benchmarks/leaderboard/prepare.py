@@ -185,7 +185,11 @@ def tail(log: Path, lines: int = 20) -> str:
 
 def folds(suite: Suite, cases: Sequence[str]) -> list[dict[str, list[str]]]:
     """One fold per budget, and one with all labels: the first names are labeled, the others unlabeled,
-    validation apart."""
+    validation apart; of `cases` only."""
+    if suite.cases:
+        if missing := sorted(set(suite.cases) - set(cases)):
+            raise SuiteError(f"cases: no case {', '.join(missing)} in {suite.dataset}")
+        cases = [case for case in cases if suite.cases[0] <= case <= suite.cases[1]]
     val = list(cases[-suite.validation :]) if isinstance(suite.validation, int) else sorted(suite.validation)
     if unknown := sorted(set(val) - set(cases)):
         raise SuiteError(f"validation: no case {', '.join(unknown[:5])} in {suite.dataset}")

@@ -4,6 +4,7 @@
     dataset = "Dataset501_LeftAtrium"        # an nnU-Net raw dataset below --data
     configuration = "3d_fullres"
     validation = 20                          # the last so many names; or a list of names
+    cases = ["LA_021", "LA_060"]             # optional: only these are used, first and last name
     budgets = [2, 4]                         # labeled cases, the first in name order; the others: unlabeled
     seeds = [0]
     methods = ["supervised", "supervised_all", "self_training", "nnUNetTrainerDiffCL"]
@@ -124,6 +125,7 @@ class Suite:
     budgets: list[int]
     seeds: list[int]
     methods: list[str]
+    cases: list[str] = dataclasses.field(default_factory=list)  # first and last name; empty: all
     device: str = "cpu"  # or cuda
     converter: str = ""  # how a missing dataset is made: a name of `convert`
     note: str = ""  # printed below the table
@@ -179,6 +181,8 @@ class Suite:
                         labeled,
                         deciding,
                     ]
+                    if self.cases:
+                        decides.append({"cases": self.cases})
                     start = None
                     if "start" in own:
                         start = row_name(own["start"].removeprefix("nnUNetTrainer"), labeled, seed)
@@ -230,6 +234,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         "methods": list,
     }
     optional = {
+        "cases": list,
         "device": str,
         "converter": str,
         "note": str,
@@ -250,6 +255,12 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         _check_numbers([suite.validation], 1, "validation")
     elif not all(isinstance(case, str) for case in suite.validation):
         raise SuiteError(f"validation must be a number or a list of names, found {suite.validation}")
+    if suite.cases and not (
+        len(suite.cases) == 2
+        and all(isinstance(case, str) for case in suite.cases)
+        and suite.cases == sorted(suite.cases)
+    ):
+        raise SuiteError(f"cases must be the first and the last name, in order, found {suite.cases}")
     if not all(isinstance(value, str) for value in suite.environment.values()):
         raise SuiteError(f"[environment] must hold texts, found {suite.environment}")
     if (

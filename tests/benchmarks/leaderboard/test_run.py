@@ -231,6 +231,15 @@ def test_folds_are_one_per_budget_and_one_with_all_labels() -> None:
         prepare.folds(suite, cases[:22])
 
 
+def test_a_suite_may_use_a_stretch_of_the_cases_only() -> None:
+    suite = dataclasses.replace(load_suite("la_cpu"), cases=["LA_021", "LA_060"])
+    cases = [f"LA_{k:03d}" for k in range(1, 81)]
+    two, *_ = prepare.folds(suite, cases)
+    assert two == {"train": cases[20:22], "unlabeled": cases[22:40], "val": cases[40:60]}
+    with pytest.raises(SuiteError, match="no case LA_021 in Dataset501_LeftAtrium"):
+        prepare.folds(suite, cases[30:])
+
+
 def plans() -> dict[str, Any]:
     network = {"features_per_stage": [32, 64, 128], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
     return {

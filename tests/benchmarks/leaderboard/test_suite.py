@@ -87,6 +87,7 @@ def test_seeds_by_budget_leave_the_other_budgets_at_the_seeds_of_the_suite(tmp_p
         ("num_epochs = 4", "num_epochs = 4\nchannels_last = true", True),
         ("spacing = [2.5", "spacing = [3.5", True),
         ("validation = 2", "validation = 3", True),
+        ("validation = 2", 'validation = 2\ncases = ["a", "b"]', True),
     ],
 )
 def test_fingerprints_change_with_what_decides_numbers_and_with_nothing_else(
@@ -143,6 +144,8 @@ def test_a_start_from_what_is_no_single_training_of_that_budget_and_seed_is_refu
         ),
         ("budgets = [1, 2]", "budgets = [1, 1]", "budgets: expected different whole numbers from 1"),
         ("budgets = [1, 2]", "budgets = []", "budgets: expected different whole numbers"),
+        ("budgets = [1, 2]", 'budgets = [1, 2]\ncases = ["b", "a"]', "cases must be the first and the last"),
+        ("budgets = [1, 2]", 'budgets = [1, 2]\ncases = ["a"]', "cases must be the first and the last"),
         ("seeds = [0, 1]\nm", "seeds = [-1]\nm", "seeds: expected different whole numbers from 0"),
         ("Dataset900_Phantoms", "Phantoms", "dataset must be named like"),
         ("validation = 2", 'validation = 2\ndevice = "tpu"', "device must be cpu or cuda"),
