@@ -23,8 +23,8 @@
 
 `supervised` is nnUNetTrainerSupervised on the labeled cases, `supervised_all` on all but the validation cases
 (the upper bound), `self_training` what a user of stock nnU-Net would do (run.py). Any other method is a
-trainer; a second row of the same trainer with other settings takes any name and says `trainer =
-"nnUNetTrainer..."`.
+trainer; a second row of the same trainer, or of self-training, with other settings takes any name and says
+`trainer = "nnUNetTrainer..."` or `"self_training"`.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ class Suite:
         fingerprints: dict[str, str] = {}
         for method in sorted(self.methods, key=lambda m: "start" in self.method.get(m, {})):
             own = self.method.get(method, {})
-            kind = method if method in SPECIAL[1:] else "trainer"
-            trainer = own.get("trainer", "nnUNetTrainerSupervised" if method in SPECIAL else method)
+            named = own.get("trainer", method)
+            kind = named if named in SPECIAL[1:] else "trainer"
+            trainer = SUPERVISED if named in SPECIAL else named
             budgets = [None] if kind == "supervised_all" else own.get("budgets", self.budgets)
             for labeled in budgets:
                 fold = len(self.budgets) if labeled is None else self.budgets.index(labeled)
@@ -305,15 +306,15 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
         trained = method_classes().get(own.get("trainer", method).removeprefix("nnUNetTrainer"))
         if trained is not None:
             build(trained.config_class, own.get("options", {}), f"[method.{method}] options")
-        if method not in SPECIAL and not own.get("trainer", method).startswith("nnUNetTrainer"):
+        named = own.get("trainer", method)
+        if named != "self_training" and method not in SPECIAL and not named.startswith("nnUNetTrainer"):
             raise SuiteError(
                 f"methods: {method!r} is neither {', '.join(SPECIAL)} nor a trainer (nnUNetTrainer...), and "
                 "names no trainer"
             )
-    halved = {**suite.schedule, **suite.method.get("self_training", {}).get("schedule", {})}
-    if "self_training" in suite.methods and halved["num_epochs"] < 2:
-        raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
     rows = suite.rows()
+    if any(row.kind == "self_training" and row.settings["num_epochs"] < 2 for row in rows):
+        raise SuiteError("[schedule] num_epochs must be at least 2: self-training halves it")
     names = [row.name for row in rows]
     beginnings = {row.name for row in rows if row.start is None and row.kind == "trainer"}
     if lost := [row for row in rows if row.start is not None and row.start not in beginnings]:

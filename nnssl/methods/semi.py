@@ -54,7 +54,7 @@ class SemiConfig(Config):
     mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
     # whether a voxel weighs its confidence times the passes' agreement; else 1 above the threshold (ours)
     soft_weights: bool = True
-    threshold: Share = 0.9  # T: confidence that suffices for every class; 0: every voxel teaches (ours)
+    threshold: Share = 0.0  # T: confidence that suffices for every class; 0: every voxel teaches (ours)
     # whether a class's own mean confidence, where lower, is its threshold (after FreeMatch)
     adaptive_thresholds: bool = False
     deep_supervision: bool = True  # whether L_u acts at every scale; else at the finest alone (nnFilterMatch)
