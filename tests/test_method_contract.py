@@ -208,7 +208,9 @@ ROWS = {
     "FilterMatch": Row(FilterMatch, FilterMatchConfig(), {"joint": {"student"}}, lambda t: {"joint": 1.0}),
     "Semi": Row(
         Semi,
-        SemiConfig(paste_share=0.5, adaptive_thresholds=True, channel_dropout=0.5),  # every ingredient
+        SemiConfig(
+            paste_share=0.5, threshold=0.9, adaptive_thresholds=True, channel_dropout=0.5
+        ),  # every ingredient
         {"supervised": {"student"}, "pseudo": {"student"}},
         lambda t: {"supervised": 1.0, "pseudo": _ramp(t)},
         frozen={"teacher"},

@@ -54,7 +54,8 @@ class SemiConfig(Config):
     mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
     # whether a voxel weighs its confidence times the passes' agreement; else 1 above the threshold (ours)
     soft_weights: bool = True
-    threshold: Share = 0.0  # T: confidence that suffices for every class; 0: every voxel teaches (ours)
+    # T: confidence below which a voxel does not teach; 0: every voxel does, by its weight (ours)
+    threshold: Share = 0.0
     # whether a class's own mean confidence, where lower, is its threshold (after FreeMatch)
     adaptive_thresholds: bool = False
     deep_supervision: bool = True  # whether L_u acts at every scale; else at the finest alone (nnFilterMatch)
@@ -64,6 +65,11 @@ class SemiConfig(Config):
     cutmix_probability: Share = 0.5  # probability of a CutMix box, in the other steps (UniMatch)
     box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
     channel_dropout: Share = 0.0  # dropout of encoder channels in the unlabeled stream (UniMatch)
+
+    def check(self) -> None:
+        """`adaptive_thresholds` only with a `threshold` to lower."""
+        if self.adaptive_thresholds and not self.threshold:
+            raise ValueError("adaptive_thresholds lowers the threshold, which is 0: set threshold, e.g. 0.9")
 
 
 class PseudoLabels(NamedTuple):

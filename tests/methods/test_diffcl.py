@@ -50,7 +50,7 @@ def test_without_hfm_the_student_is_the_planned_network_for_good() -> None:
 
 
 def test_pseudo_probabilities_are_normalised_and_repeatable_from_the_same_noise() -> None:
-    m, weak = method(), Task().batch().weak
+    m, weak = method(config=replace(SMALL, samples=2)), Task().batch().weak
     noise = torch.randn(4, 2, 8, 12, 16)
     first, second = (m.pseudo_probabilities(weak, BOTH, noise) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -155,7 +155,10 @@ def test_channel_dropout_perturbs_the_strong_stream_of_f_alone() -> None:
 
 @pytest.mark.parametrize(("start", "sees_estimate"), [(0.002, True), (1.0, False)])
 def test_sampling_starts_from_the_noised_estimate_or_from_noise(start: float, sees_estimate: bool) -> None:
-    m, seen = method(config=replace(SMALL, sampling_start=start, ddim_steps=1, label_scale=1.0)), []
+    m, seen = (
+        method(config=replace(SMALL, sampling_start=start, ddim_steps=1, samples=2, label_scale=1.0)),
+        [],
+    )
 
     def forward(x: torch.Tensor, tau: torch.Tensor, image: torch.Tensor) -> list[torch.Tensor]:
         seen.append((x, tau))
@@ -351,7 +354,7 @@ def test_label_maps_have_the_configured_scale_in_training_and_sampling() -> None
 
 
 def test_samples_that_disagree_are_not_certain() -> None:
-    m = method(config=replace(SMALL, ddim_steps=1))
+    m = method(config=replace(SMALL, ddim_steps=1, samples=2))
     put(m.denoiser, forward=lambda x, tau, image: torch.sign(x) * 1e3)
     noise = torch.ones(4, 2, 8, 12, 16)
     noise[:2, 1], noise[2:, 0] = -1, -1  # the first sample calls every voxel 0, the second 1

@@ -106,7 +106,9 @@ def test_thresholds_follow_each_class_up_to_the_common_one() -> None:
     m.after_step(task.batch(), 0.5)
     assert m.confidence[0].item() == pytest.approx(5 / 6 * 0.99 + 1 / 6 * 0.88)
     assert torch.equal(m.confidence[1:], before[1:]) and m.observed.tolist() == [6, 5, 0]
-    assert method(task).class_thresholds().tolist() == pytest.approx([0.9] * 3)
+    assert method(task, threshold=0.9).class_thresholds().tolist() == pytest.approx([0.9] * 3)
+    with pytest.raises(ValueError, match="adaptive_thresholds lowers the threshold, which is 0"):
+        method(task, adaptive_thresholds=True)
 
 
 def test_images_labels_and_weights_move_together() -> None:
