@@ -13,8 +13,8 @@
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion
             step tau; never ships
-p_f, p_g    probabilities(f(x_w)); DDIM_S(g, x_w) from pure noise, or the mean of several, each from its own;
-            certain: max_k p >= threshold
+p_f, p_g    probabilities(f(x_w)); mean of several DDIM_S(g, x_w), each from its own noise, so that g's doubt
+            shows as disagreement; certain: max_k p >= threshold
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
             pseudo-labels cut alike
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of
@@ -89,7 +89,7 @@ class DiffCLConfig(Config):
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
     ddim_steps: Count = 1  # S: sampling steps (ours)
-    samples: Annotated[int, Range(1, 16)] = 1  # DDIM samples whose mean is p_g (ours)
+    samples: Annotated[int, Range(1, 16)] = 2  # DDIM samples whose mean is p_g (ours)
     # (tau_0 + 1) / T: 1: sampling starts from pure noise, as published; below: from p_f with as much noise
     sampling_start: PositiveShare = 1.0
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
