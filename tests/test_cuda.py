@@ -30,7 +30,8 @@ MOMENTS = {"ACTION": (0.0, 0.3, 0.5), "BCP": (0.0, 0.5), "FilterMatch": (0.0, 0.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "side by side": ("Semi", {"paste_share": 0.0}),
     "pasted": ("Semi", {"paste_share": 1.0, "deep_supervision": False}),
-    "one pass": ("Semi", {"mirrored_pass": False, "turns": False, "mirrorings": False}),
+    "two passes": ("Semi", {"mirrored_pass": True}),
+    "unmoved": ("Semi", {"turns": False, "mirrorings": False}),
     "rows": ("CAML", {"correlation": "rows"}),
     "from an estimate": ("DiffCL", {"sampling_start": 0.5, "weight_contrast": 0.0}),
     "averaged teacher": ("FixMatch", {"ema_decay": 0.99}),

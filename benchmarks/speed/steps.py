@@ -135,7 +135,7 @@ def rows(ddim_steps: int, max_tokens: int) -> dict[str, Row]:
         "ACTION, phase 3": Row("action", one_teacher, t=0.9),
         "FixMatch": Row("fixmatch", one_teacher),
         "FilterMatch": Row("filtermatch", one_teacher),
-        "Semi": Row("semi", {"train 2B": 1, "infer B": 2}),
+        "Semi": Row("semi", one_teacher),
         "MeanTeacher": Row("mean_teacher", one_teacher),
         "UAMT": Row("uamt", {"train 2B": 1, "infer B": 9}),
         "CPS": Row("cps", {"train 2B": 2, "infer B": 2}),

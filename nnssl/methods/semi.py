@@ -1,21 +1,23 @@
-"""Semi: the trainer to start with (ours). An averaged teacher labels what it is sure of, whichever way it
-looks; the student learns it at every scale, in another orientation, mixed with other patches.
+"""Semi: the trainer to start with (ours). An averaged teacher labels every voxel and says how sure it is; the
+student learns it at every scale, in another orientation, mixed with other patches.
 
     L    = L_sup + lambda(t) L_u
-    p    = (p_1 + p_2) / 2,  p_1 = probabilities(f_ema(x_w)),  p_2 = F^-1 probabilities(f_ema(F x_w))
-    w    = c (1 - d) [c >= T],  c = max p,  d = total variation of p_1 and p_2
+    p    = probabilities(f_ema(x_w))
+    w    = c [c >= T],  c = max p
     L_u  = sum_s a_s (CE + Dice)(f_s(x); y, w) over the voxels that come from unlabeled patches, y = harden p
 
 f        student, the planned network; deployed
 f_ema    teacher: average of f over the last 1 % of all steps, bias-corrected; eval mode, no gradient; may be
          deployed instead ("deploy": "teacher")
-x_w, x_s weak and strong view of the same unlabeled patch; F: a random mirroring among `mirror_axes`
+x_w, x_s weak and strong view of the same unlabeled patch
 R        a draw per unlabeled sample: quarter turns in planes of equal spacing and size, and mirrorings, both
          of allowed axes only; x_s, y and w are moved alike
 s, a_s   deep supervision scales and nnU-Net's weights of them
 x        x_l beside R x_s, the latter with CutMix boxes between its samples
 
 Every ingredient is a key of its own and can be switched off; those below are off unless asked for.
+mirrored_pass        p is the mean with F^-1 probabilities(f_ema(F x_w)), F a random mirroring among
+                     `mirror_axes`; w is also multiplied by 1 - the total variation of both
 paste_share          in that share of the steps x is x_l with a box of R x_s, and R x_s with a box of x_l, and
                      L_sup the weighted form of nnU-Net's loss over the voxels that come from x_l
 adaptive_thresholds  T_k = min(T, running mean of c over the voxels of class k = argmax p) instead of T
@@ -51,8 +53,8 @@ class SemiConfig(Config):
     # share of all steps that teacher and class confidences average over; 0: the student itself (ours)
     teacher_share: Share = 0.01
     max_decay: Share = 0.999  # decay of the teacher in long runs (ours)
-    mirrored_pass: bool = True  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
-    # whether a voxel weighs its confidence times the passes' agreement; else 1 above the threshold (ours)
+    mirrored_pass: bool = False  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
+    # whether a voxel weighs its confidence (times the passes' agreement); else 1 above the threshold (ours)
     soft_weights: bool = True
     # T: confidence below which a voxel does not teach; 0: every voxel does, by its weight (ours)
     threshold: Share = 0.0

@@ -56,7 +56,7 @@ def test_the_average_scales_with_the_run(steps: int, share: float, limit: float)
 
 
 def test_weights_are_confidence_times_agreement_of_the_passes() -> None:
-    m = method(planned={"mirror_axes": (2,)}, threshold=0.0)
+    m = method(planned={"mirror_axes": (2,)}, mirrored_pass=True)
     p_1 = torch.tensor([[0.9, 0.9], [0.1, 0.1]]).view(1, 2, 1, 1, 2)
     p_2 = torch.tensor([[0.5, 0.9], [0.5, 0.1]]).view(1, 2, 1, 1, 2)  # of the mirrored view
     answer(m, p_1, p_2)
@@ -64,11 +64,12 @@ def test_weights_are_confidence_times_agreement_of_the_passes() -> None:
     # voxel 0: 0.9 twice; voxel 1: 0.9 and 0.5, hence p = 0.7, d = 0.4
     assert weight.flatten().tolist() == pytest.approx([0.9, 0.7 * 0.6])
     assert labels[:, 0].flatten().tolist() == [1, 1]
-    assert method(planned={"mirror_axes": ()}).random_mirroring(3) is None
+    assert method(planned={"mirror_axes": ()}, mirrored_pass=True).random_mirroring(3) is None
+    assert method().random_mirroring(3) is None
 
 
 def test_regions_take_the_least_certain_channel_and_the_widest_gap() -> None:
-    m = method(Task(channels=2, regions=True), {"mirror_axes": (0,)}, threshold=0.0)
+    m = method(Task(channels=2, regions=True), {"mirror_axes": (0,)}, mirrored_pass=True)
     p_1, p_2 = (torch.tensor(v).view(1, 2, 1, 1, 1) for v in ([0.9, 0.2], [0.7, 0.1]))
     answer(m, p_1, p_2)
     labels, weight = m.pseudo_labels(torch.zeros(1, 1, 1, 1, 1))
@@ -78,7 +79,7 @@ def test_regions_take_the_least_certain_channel_and_the_widest_gap() -> None:
 
 def test_the_mirrored_pass_is_undone_for_every_draw() -> None:
     """A teacher that looks at voxels alone gives the same either way."""
-    m = method()
+    m = method(mirrored_pass=True)
     m.teach = lambda images: torch.cat([images, -images], 1).softmax(1)
     weak = Task().batch().weak
     drawn = set()
