@@ -345,7 +345,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     if measured := [r["seconds"] for r in results.values() if "agreement" in r["seconds"]]:
         shares = ", ".join(f"{s['agreement'] / EVERY / s['step Supervised']:.3f}" for s in measured)
         parts.append(
-            f"The key agreement, which Semi has on, adds {shares} supervised steps per step on average: one "
+            f"The key agreement adds {shares} supervised steps per step on average, in Semi: one "
             f"measurement in {EVERY} steps."
         )
     if split:
