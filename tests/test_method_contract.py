@@ -209,7 +209,11 @@ ROWS = {
     "Semi": Row(
         Semi,
         SemiConfig(
-            paste_share=0.5, threshold=0.9, adaptive_thresholds=True, channel_dropout=0.5
+            mirrored_pass=True,
+            paste_share=0.5,
+            threshold=0.9,
+            adaptive_thresholds=True,
+            channel_dropout=0.5,
         ),  # every ingredient
         {"supervised": {"student"}, "pseudo": {"student"}},
         lambda t: {"supervised": 1.0, "pseudo": _ramp(t)},

@@ -70,6 +70,19 @@ def test_rows_carry_fold_trainer_and_their_own_settings(tmp_path: Path) -> None:
     assert rows["ours_n1_s1"].settings["initial_lr"] == 0.1
 
 
+def test_self_training_may_have_a_second_row_of_its_own_schedule(tmp_path: Path) -> None:
+    text = GOOD.replace('"self_training"', '"self_training", "self-training, twice as long"')
+    text += '\n[method."self-training, twice as long"]\ntrainer = "self_training"\nschedule = { num_epochs = 8 }\n'
+    rows = {row.name: row for row in load_suite(write(tmp_path, text)).rows()}
+    once, twice = rows["self_training_n1_s0"], rows["self-training-twice-as-long_n1_s0"]
+    assert (
+        (twice.kind, twice.trainer)
+        == (once.kind, once.trainer)
+        == ("self_training", "nnUNetTrainerSupervised")
+    )
+    assert twice.settings["num_epochs"] == 2 * once.settings["num_epochs"]
+
+
 def test_seeds_by_budget_leave_the_other_budgets_at_the_seeds_of_the_suite(tmp_path: Path) -> None:
     text = GOOD.replace("seeds = [7]\nbudgets = [2]", "seeds = { 2 = [7, 8, 9] }")
     assert text != GOOD
