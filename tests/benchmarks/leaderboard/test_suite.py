@@ -71,10 +71,10 @@ def test_rows_carry_fold_trainer_and_their_own_settings(tmp_path: Path) -> None:
 
 
 def test_self_training_may_have_a_second_row_of_its_own_schedule(tmp_path: Path) -> None:
-    text = GOOD.replace('"self_training"', '"self_training", "self-training, twice as long"')
-    text += '\n[method."self-training, twice as long"]\ntrainer = "self_training"\nschedule = { num_epochs = 8 }\n'
+    text = GOOD.replace('"self_training"', '"self_training", "self-training, longer"')
+    text += '\n[method."self-training, longer"]\ntrainer = "self_training"\nschedule = { num_epochs = 8 }\n'
     rows = {row.name: row for row in load_suite(write(tmp_path, text)).rows()}
-    once, twice = rows["self_training_n1_s0"], rows["self-training-twice-as-long_n1_s0"]
+    once, twice = rows["self_training_n1_s0"], rows["self-training-longer_n1_s0"]
     assert (
         (twice.kind, twice.trainer)
         == (once.kind, once.trainer)
