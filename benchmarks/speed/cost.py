@@ -258,6 +258,7 @@ def cards(known: dict[str, Any]) -> dict[str, Any]:
             for key, changes in {AS_IT_IS: {}, **SAVINGS}.items()
         }
         print(short, file=sys.stderr, flush=True)
+        found = dict(sorted(found.items()))
         write_json(found, RESULTS / "cost_cards.json", indent=1)
     return found
 
