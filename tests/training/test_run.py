@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -204,6 +206,38 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def forked_children_learn() -> bool:
+    """Not in a process whose autograd has started threads, as some tests before this one may have done."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            torch.ones(1, requires_grad=True).sum().backward()
+            os._exit(0)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def forks(test: Callable[..., None]) -> Callable[..., None]:
+    """For tests that fork ranks which train: where children cannot, the test runs in a process of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if forked_children_learn():
+            test(*args, **kwargs)
+            return
+        node = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", node],
+            cwd=Path(__file__).parents[2],
+            env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "nnUNet_"))},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
 def as_rank(rank: int, number: int, port: str, act: Callable[[], Any], results: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -230,6 +264,7 @@ def on_ranks(number: int, act: Callable[[], Any]) -> list[Any]:
     return [found[rank] for rank in range(number)]
 
 
+@forks
 def test_two_ranks_train_together_on_cpu(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts them, but for the final validation."""
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: None)
@@ -358,6 +393,7 @@ def train_until(trainer: str, epoch: int | None) -> dict[str, Any]:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["DiffCL", "CAML", "ACTION", "Semi", "FilterMatch"])
+@forks
 def test_a_training_moves_to_two_ranks_and_back_with_its_banks(place: Place, name: str) -> None:
     small = {
         "DiffCL": SMALL,
