@@ -147,7 +147,8 @@ class Semi(TeacherMethod):
         certain = self.certainty(p)
         labels = self.labels.harden(p)
         member = self.labels.classes(labels)
-        self.pending = self.class_confidence(certain, member)
+        if self.config.adaptive_thresholds:
+            self.pending = self.class_confidence(certain, member)
         weight = (certain >= self.thresholds(member)).float()
         if self.config.soft_weights:
             weight = weight * certain * (1 - disagreement)
