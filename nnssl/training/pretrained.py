@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnssl.training.checkpoint import read_checkpoint
@@ -16,10 +17,12 @@ def load_pretrained(
     method: nn.Module, deployed: nn.Module, path: str, dataset_json: Mapping[str, Any], fresh: Sequence[str]
 ) -> str:
     """The weights of the checkpoint into the deployed network, and into other networks of the method as far
-    as names and shapes agree, but for their segmentation layers. Returns what was done, in one line.
+    as names and shapes agree. Returns what was done, in one line.
 
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
-    trained on the same labels.
+    trained on the same labels. A second network that sees the same keeps its own, so that the two differ. One
+    that sees further channels takes them as well, and starts blind to those channels: with the function of
+    the source.
 
     dataset_json  of the training that starts
     fresh         parts of the names of tensors that no stock network has; left as they are
@@ -43,20 +46,32 @@ def load_pretrained(
     others = {
         name: count
         for name, network in method.named_children()
-        if network is not deployed and (count := _take_what_fits(network, source))
+        if network is not deployed and (count := _take_what_fits(network, source, heads))
     }
     said = f"pretrained weights: {path}, {len(wanted)} of {len(target)} tensors; segmentation layers "
     said += "taken over (same labels)" if heads else "fresh (other labels)"
     return said + "".join(f"; {name}: {count} tensors" for name, count in others.items())
 
 
-def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor]) -> int:
+def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: bool) -> int:
     own = network.state_dict()
-    fits = {
-        key: source[name]
-        for key, value in own.items()
-        if (name := key.removeprefix("network.")) in source
-        if source[name].shape == value.shape and HEADS not in key
-    }
+    shared = {key: name for key in own if (name := key.removeprefix("network.")) in source}
+    further = {key for key, name in shared.items() if _sees_further_channels(own[key], source[name])}
+    fits: dict[str, Tensor] = {}
+    for key, name in shared.items():
+        if key in further:
+            fits[key] = torch.zeros_like(own[key])
+            fits[key][:, : source[name].shape[1]] = source[name]
+        elif source[name].shape == own[key].shape and (HEADS not in key or (heads and further)):
+            fits[key] = source[name]
     network.load_state_dict({**own, **fits})
     return len(fits)
+
+
+def _sees_further_channels(own: Tensor, source: Tensor) -> bool:
+    """Whether they are weights of convolutions that differ in their input channels alone."""
+    return (
+        own.ndim == source.ndim > 2
+        and own.shape[1] > source.shape[1]
+        and (own.shape[0], *own.shape[2:]) == (source.shape[0], *source.shape[2:])
+    )
