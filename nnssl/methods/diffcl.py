@@ -3,18 +3,16 @@
     L   = L_sup(f) + mu(t) (L_p(f) + eta L_cl)  +  L_s(g) + mu(t) L_p(g)
     L_sup(f) = nnU-Net's loss of f(x_l) against y_l
     L_s(g)   = nnU-Net's loss of g(x_tau, tau, x_l) against y_l,    x_tau from x_0 = b (2 onehot(y_l) - 1)
-    L_p(f)   = CE + Dice of f(x_s) against y_f = harden p_f where p_f is certain, against y_g = harden p_g
-               where p_g alone is, over the voxels where they are not certain of different labels
-    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f, x_tau from x_0 = b (2 y_f - 1), where p_f is
-               certain
+    L_p(f)   = CE + Dice of f(x_s) against harden p, p = (p_f + p_g) / 2, where p is certain
+    L_p(g)   = CE + Dice of g(x_tau, tau, x_s) against y_f = harden p_f, x_tau from x_0 = b (2 y_f - 1),
+               where p_f is certain
     L_cl     = InfoNCE, anchor c_k, positives from the unlabeled voxels called k of middling similarity to
                c_k, negatives from those called otherwise
 
 f           student, the planned network with a high-frequency Mamba (HFM) behind one encoder stage; deployed
 g           the planned architecture again, input image + noisy label channels, conditioned on the diffusion
             step tau; never ships
-p_f, p_g    probabilities(f(x_w)); mean of several DDIM_S(g, x_w), each from its own noise, so that g's doubt
-            shows as disagreement; certain: max_k p >= threshold
+p_f, p_g    probabilities(f(x_w)); DDIM_S(g, x_w) from pure noise; certain: max_k p >= threshold
 x_w, x_s    weak and strong view of the same unlabeled patch, voxels in correspondence; x_s with CutMix boxes,
             pseudo-labels cut alike
 q           unit embeddings of the last decoder stage of f; c_k = mean of a bank of labeled embeddings of
@@ -24,8 +22,9 @@ mu(t)       Gaussian ramp over the first 40 % of training
 Differs from the paper:
 - Strong views with CutMix and channel dropout (Yang et al., CVPR 2023) instead of independent augmentation:
   planned networks have no dropout layers.
-- f also learns its own certain labels, as in FixMatch; where g contradicts it, nothing is learned: g, which
-  begins from nothing, is certain before it knows.
+- f learns what both say together instead of y_g: where they differ, their mean is undecided. In short
+  schedules g is certain before it knows; `self_teaching` false: y_g alone, where p_g is certain.
+- From a pretrained network g starts as that network, blind to the noisy labels, instead of afresh.
 - No moving averages: in short schedules they lag behind f.
 - Label maps are scaled by b < 1: at b = 1 a blur of x_tau finds the labels again at most noise levels, and g
   need not look at the image.
@@ -33,7 +32,7 @@ Differs from the paper:
 - Positives are of middling similarity, negatives all voxels called otherwise: the most and the least similar
   ones, the paper's, soon teach nothing.
 - Similarities are computed on a random subset of the certain voxels of each class: for the cost.
-- g learns from a share of the patches of a step, and labels no others: for the cost.
+- g learns from a share of the patches of a step: for the cost.
 - Regions are independent +-b channels. Ignored voxels are 0 in x_0 and carry no loss.
 """
 
@@ -80,7 +79,7 @@ class DiffCLConfig(Config):
     weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (UniMatch)
     # eta: share of L_cl's gradient that reaches the features of f (ours; at 0.1 it moves f as much as L_sup)
     weight_contrast: Share = 0.01
-    # whether f also learns its own certain labels, unless g is certain of others (FixMatch)
+    # whether f learns from the mean of p_f and p_g; otherwise from p_g alone (ours)
     self_teaching: bool = True
     threshold: Share = 0.95  # confidence above which a pseudo-label of f or g counts (ours)
     # share of channels that f's encoder features of x_s lose (UniMatch)
@@ -89,13 +88,12 @@ class DiffCLConfig(Config):
     ramp_fraction: Share = 0.4  # t_ramp: share of the training over which mu rises (ours, as in CAML)
     diffusion_steps: Annotated[int, Range(1, 10_000)] = 1000  # T: steps of the diffusion (Diff-CL)
     ddim_steps: Count = 1  # S: sampling steps (ours)
-    samples: Annotated[int, Range(1, 16)] = 2  # DDIM samples whose mean is p_g (ours)
     # (tau_0 + 1) / T: 1: sampling starts from pure noise, as published; below: from p_f with as much noise
     sampling_start: PositiveShare = 1.0
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
     # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
     noise_power: Annotated[float, Range(0.1, 100)] = 1.0
-    # share of a step's labeled and of its unlabeled patches that g looks at: its cost; 0: no diffusion (ours)
+    # share of a step's labeled and unlabeled patches that g learns from: its cost; 0: no diffusion (ours)
     denoiser_share: Share = 0.5
     denoiser_divisor: Annotated[int, Range(1, 64)] = 1  # planned features over those of g (ours)
     embedding: Width = 64  # E: width of q (ours)
@@ -109,7 +107,7 @@ class DiffCLConfig(Config):
     temperature: Temperature = 0.1  # temperature of L_cl (Diff-CL)
     hfm_stages: Annotated[int, Range(0, 64)] = 1  # encoder stages with an HFM; 0: none (Diff-CL)
     # the first stage with at most this many voxels in a patch gets an HFM (ours)
-    hfm_max_tokens: Voxels = 32_768
+    hfm_max_tokens: Voxels = 8192
     # share of Nyquist along the finest axis below which frequencies are removed (ours)
     hfm_cutoff: OpenShare = 0.25
     hfm_state: Width = 8  # state per channel of Mamba (ours; Mamba: 16)
@@ -132,16 +130,18 @@ class DiffCL(SemiMethod):
     config_class = DiffCLConfig
     meaning: ClassVar[Mapping[str, str]] = {
         "supervised": SUPERVISED,
-        "pseudo": "Cross-entropy and Dice of the student on the strong view against what it is certain of on "
-        "the weak view or the diffusion network alone is, where they do not contradict each other.",
+        "pseudo": "Cross-entropy and Dice of the student on the strong view against what the student and the "
+        "diffusion network, on the weak view, are certain of together.",
         "contrast": "InfoNCE: voxels of a class are pulled together and away from voxels of other classes.",
         "diffusion": "nnU-Net's loss of the diffusion network on labeled patches.",
         "diffusion_pseudo": "Cross-entropy and Dice of the diffusion network against the student's certain "
         "pseudo-labels.",
         "f_certain": "Share of the unlabeled voxels of which the student is certain.",
-        "g_certain": "Share of the voxels that the diffusion network looked at of which it is certain.",
-        "g_alone_certain": "Share of those of which it is certain and the student is not: it teaches there.",
-        "g_contradicts": "Share of those of which both are certain, of different labels: nothing is learned.",
+        "g_certain": "Share of those of which the diffusion network is certain.",
+        "g_adds": "Share of those of which the two are certain together, and the student alone is not.",
+        "g_withholds": "Share of those of which the student alone is certain, and the two together are not: "
+        "nothing is learned.",
+        "g_outvotes": "Share of those that the two together call otherwise than the student alone does.",
     }
     config: DiffCLConfig
     fresh_blocks = (".hfm.",)
@@ -176,26 +176,23 @@ class DiffCL(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         n = len(batch.labeled)
-        i, j = (self.denoised(len(x)).to(x.device, non_blocking=True) for x in (batch.labeled, batch.weak))
-        probabilities = self.pseudo_probabilities(batch.weak, j)
-        pseudo_f, pseudo_g = (self.labels.harden(p) for p in probabilities)
-        certain_f, certain_g = (confidence_mask(p, self.config.threshold, self.labels) for p in probabilities)
-        pseudo_g, certain_g = (spread(x, j, len(batch.weak)) for x in (pseudo_g, certain_g))
+        p_f, p_g = self.pseudo_probabilities(batch.weak)
         box = cutmix_mask(
             len(batch.weak), batch.weak.shape[2:], batch.weak.device, self.config.cutmix_probability
         )
-        pseudo_f, certain_f, pseudo_g, certain_g, strong = cutmix_all(
-            *((x, box) for x in (pseudo_f, certain_f, pseudo_g, certain_g, batch.strong[0]))
-        )
-        pseudo, teaches = self.taught(pseudo_f, certain_f, pseudo_g, certain_g)
+        p_f, p_g, strong = cutmix_all(*((x, box) for x in (p_f, p_g, batch.strong[0])))
+        p = self.taught(p_f, p_g)
+        pseudo_f, certain_f = self.labels.harden(p_f), self.accepted(p_f, t)
+        pseudo, certain = self.labels.harden(p), self.accepted(p, t)
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         images = torch.cat([batch.labeled, strong])  # one pass for both streams, through f and through g
 
         walked = self.walk(self.student, images, n, self.config.channel_dropout)
         labeled_f, unlabeled_f = split_batch(walked.outputs, n)
 
-        compared = [Compared(full_resolution(unlabeled_f), pseudo, teaches)]
-        if len(j):
+        compared = [Compared(full_resolution(unlabeled_f), pseudo, certain)]
+        if self.config.denoiser_share > 0:
+            i, j = (self.denoised(len(x)).to(x.device, non_blocking=True) for x in (batch.labeled, strong))
             x_0 = self.label_map(torch.cat([onehot[i], pseudo_f[j]]))
             if labeled_mask is not None:
                 x_0[: len(i)] *= labeled_mask[i]
@@ -210,7 +207,7 @@ class DiffCL(SemiMethod):
             contrast = self.contrast(walked.features[-1], n, onehot, labeled_mask, pseudo_f, certain_f)
         else:
             contrast = inactive(self.projector.parameters())
-        self.count_accepted(pseudo, teaches)
+        self.count_accepted(pseudo, certain)
         self.diagnostics = {"f_certain": certain_f.mean()}
         of_f, *of_g = cross_entropy_dices(compared, self.labels)
         terms = {
@@ -218,13 +215,16 @@ class DiffCL(SemiMethod):
             "pseudo": of_f,
             "contrast": contrast,
         }
-        if not len(j):
+        if self.config.denoiser_share == 0:
             off = inactive(self.denoiser.parameters())
             return {**terms, "diffusion": off, "diffusion_pseudo": off}
-        seen, alone = len(j) / len(batch.weak), certain_g * (1 - certain_f)
-        contradicts = certain_f * certain_g * (pseudo_f != pseudo_g).any(1, keepdim=True)
-        for name, where in {"certain": certain_g, "alone_certain": alone, "contradicts": contradicts}.items():
-            self.diagnostics[f"g_{name}"] = where.mean() / seen
+        differs = (pseudo != pseudo_f).any(1, keepdim=True)
+        self.diagnostics |= {
+            "g_certain": self.accepted(p_g, t).mean(),
+            "g_adds": (certain * (1 - certain_f)).mean(),
+            "g_withholds": (certain_f * (1 - certain)).mean(),
+            "g_outvotes": differs.float().mean(),
+        }
         return {
             **terms,
             "diffusion": self.supervised_loss(labeled_g, target_g),
@@ -256,28 +256,25 @@ class DiffCL(SemiMethod):
     def describe(self) -> str:
         return describe_hfm(self.student, self.planned.patch_size)
 
-    def pseudo_probabilities(
-        self, weak: Tensor, j: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """p_f (U, K, S) for weak views (U, C, S) and p_g (J, K, S) for those at `j`, without gradient.
+    def pseudo_probabilities(self, weak: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """p_f and p_g (U, K, S) for weak views (U, C, S), without gradient; p_f twice without diffusion.
 
-        noise: (samples J, K, S), where the chains start; drawn if None.
+        noise: (U, K, S), where the chains start; drawn if None.
         """
         c = self.config
         with inference(self.student, self.denoiser):
             p_f = self.probabilities(full_resolution(self.student(weak)))
-            if not len(j):
-                return p_f, p_f[j]
-            p, images = (torch.cat([x[j]] * c.samples) for x in (p_f, weak))
-            start = torch.randn_like(p) if noise is None else noise
+            if c.denoiser_share == 0:
+                return p_f, p_f
+            x_tau = torch.randn_like(p_f) if noise is None else noise
             taus = self.diffusion.trailing_steps(c.ddim_steps, c.sampling_start)
             if c.sampling_start < 1:
-                first = torch.full((len(p),), taus[0], device=p.device)
-                start = self.diffusion.q_sample(self.label_map(p), first, start)
+                first = torch.full((len(p_f),), taus[0], device=p_f.device)
+                x_tau = self.diffusion.q_sample(self.label_map(p_f), first, x_tau)
             x_0 = self.diffusion.ddim_sample(
-                lambda x, tau: self.estimate(self.denoiser(x, tau, images)), start, taus
+                lambda x, tau: self.estimate(self.denoiser(x, tau, weak)), x_tau, taus
             )
-            return p_f, self.shares(x_0).unflatten(0, (c.samples, -1)).mean(0)
+            return p_f, self.shares(x_0)
 
     def denoised(self, n: int) -> Tensor:
         """Which of n patches g learns from in this step: drawn, because their places in a batch differ (the
@@ -286,15 +283,9 @@ class DiffCL(SemiMethod):
         k = max(1, round(n * share)) if share > 0 else 0
         return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
-    def taught(self, y_f: Tensor, certain_f: Tensor, y_g: Tensor, certain_g: Tensor) -> tuple[Tensor, Tensor]:
-        """What f learns, and where: (U, K, S), (U, 1, S)."""
-        agree = (y_f == y_g).all(1, keepdim=True).float()
-        if not self.config.self_teaching:
-            return y_g, certain_g * torch.maximum(agree, 1 - certain_f)
-        conflict = certain_f * certain_g * (1 - agree)
-        return torch.where(certain_g > certain_f, y_g, y_f), torch.maximum(certain_f, certain_g) * (
-            1 - conflict
-        )
+    def taught(self, p_f: Tensor, p_g: Tensor) -> Tensor:
+        """What f learns, before it is hardened: (U, K, S)."""
+        return (p_f + p_g) / 2 if self.config.self_teaching else p_g
 
     def estimate(self, outputs: Outputs) -> Tensor:
         """x0_hat in [-b, b] from the denoiser's outputs."""
@@ -359,11 +350,6 @@ class DiffCL(SemiMethod):
             negative_valid,
             c.temperature,
         )
-
-
-def spread(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """(J, ...) at `index` of n zeros."""
-    return x.new_zeros(n, *x.shape[1:]).index_copy_(0, index, x)
 
 
 def _sample_middle_share(score: Tensor, member: Tensor, fraction: float, n: int) -> tuple[Tensor, Tensor]:

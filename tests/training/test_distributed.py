@@ -43,7 +43,7 @@ PLAIN: dict[str, Any] = {"channel_dropout": 0.0, "turns": False, "mirrorings": F
 # every trainer without randomness that depends on how the batch is divided
 CONFIG: dict[str, dict[str, Any]] = {
     "SemSim": {"channel_dropout": 0.0},
-    "DiffCL": {"channel_dropout": 0.0, "denoiser_share": 1.0, "samples": 1},
+    "DiffCL": {"channel_dropout": 0.0, "denoiser_share": 1.0},
     "CAML": {"channel_dropout": 0.0, "query_share": 1.0, "queries": 10**6},
     "ACTION": {"classmix_probability": 1.0, "channel_dropout": 0.0},
     "UAMT": {"noise": 0.0, "dropout": 0.0},
