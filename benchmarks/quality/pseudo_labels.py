@@ -1,5 +1,5 @@
-"""How good are Diff-CL's pseudo-labels? Dice of y_f and of y_g (one sample in S = 1, 2, 4, 10 steps, from the
-noised estimate of f and from noise) against the labels that the split hid.
+"""How good are Diff-CL's pseudo-labels? Dice of y_f, of y_g (in S = 1, 2, 4, 10 steps, from the noised
+estimate of f and from noise) and of what both say together against the labels that the split hid.
 
     python -m benchmarks.quality.pseudo_labels 501 3d_fullres 0 -p PLANS --checkpoint checkpoint_final.pth
 
@@ -92,6 +92,7 @@ def main() -> None:
                     )
                     origin = "noise" if share == 1 else f"p_f at tau = {taus[0]}"
                     record(f"y_g from {origin}, S = {steps}", method.shares(x))
+                    record(f"both, y_g from {origin}, S = {steps}", (p_f + method.shares(x)) / 2)
     print("| pseudo-label | mean Dice | sd |\n|---|---|---|")
     for key, values in scores.items():
         print(f"| {key} | {100 * np.mean(values):.2f} | {100 * np.std(values):.2f} |")
