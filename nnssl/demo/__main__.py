@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=0, help="of the scans and of the training (default: %(default)s)"
     )
     parser.add_argument(
-        "--trainer", default="nnUNetTrainerDiffCL", help="any of `nnssl trainers` (default: %(default)s)"
+        "--trainer", default="nnUNetTrainerSemi", help="any of `nnssl trainers` (default: %(default)s)"
     )
     parser.add_argument(
         "--epochs",
