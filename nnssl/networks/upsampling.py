@@ -37,6 +37,12 @@ class InterpolatingUpsample(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=self.stride, mode=self.mode)
 
 
+def as_interpolating(weight: Tensor) -> Tensor:
+    """The weight (C', C, 1, ...) of `InterpolatingUpsample.conv` nearest to a transposed convolution's (C, C',
+    *kernel): its mean over the kernel. On a constant it gives the mean of what the other gives."""
+    return weight.mean(tuple(range(2, weight.ndim)), keepdim=True).transpose(0, 1)
+
+
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Conv2d] | type[nn.Conv3d]] = {
     nn.ConvTranspose2d: nn.Conv2d,
     nn.ConvTranspose3d: nn.Conv3d,

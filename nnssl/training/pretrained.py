@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nnssl.networks.upsampling import as_interpolating
 from nnssl.training.checkpoint import read_checkpoint
 
 HEADS = ".seg_layers."  # nnU-Net's name of the layers that depend on the labels
@@ -20,9 +21,10 @@ def load_pretrained(
     as names and shapes agree. Returns what was done, in one line.
 
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
-    trained on the same labels. A second network that sees the same keeps its own, so that the two differ. One
-    that sees further channels takes them as well, and starts blind to those channels: with the function of
-    the source.
+    trained on the same labels. A second network of the same architecture keeps its own, so that the two
+    differ. One that differs anyway takes them as well: where it sees further channels it starts blind to
+    those, with the function of the source; where it interpolates, from the means of the transposed
+    convolutions over their kernels.
 
     dataset_json  of the training that starts
     fresh         parts of the names of tensors that no stock network has; left as they are
@@ -55,17 +57,29 @@ def load_pretrained(
 
 def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: bool) -> int:
     own = network.state_dict()
-    shared = {key: name for key in own if (name := key.removeprefix("network.")) in source}
-    further = {key for key, name in shared.items() if _sees_further_channels(own[key], source[name])}
-    fits: dict[str, Tensor] = {}
-    for key, name in shared.items():
-        if key in further:
-            fits[key] = torch.zeros_like(own[key])
-            fits[key][:, : source[name].shape[1]] = source[name]
-        elif source[name].shape == own[key].shape and (HEADS not in key or (heads and further)):
-            fits[key] = source[name]
-    network.load_state_dict({**own, **fits})
+    fits = {key: fit for key, value in own.items() if (fit := _fitted(key, value, source)) is not None}
+    if not (heads and any(fit.adapted for fit in fits.values())):
+        fits = {key: fit for key, fit in fits.items() if HEADS not in f".{key}"}
+    network.load_state_dict({**own, **{key: fit.weight for key, fit in fits.items()}})
     return len(fits)
+
+
+class _Fit(NamedTuple):
+    weight: Tensor
+    adapted: bool  # or the source's own
+
+
+def _fitted(key: str, own: Tensor, source: Mapping[str, Tensor]) -> _Fit | None:
+    """What the source has for a tensor of another network, which may be a decoder alone."""
+    name = key.removeprefix("network.")
+    for whole in (name, f"decoder.{name}"):
+        if (given := source.get(whole)) is not None:
+            if given.shape == own.shape:
+                return _Fit(given, False)
+            return _Fit(_blind(given, own), True) if _sees_further_channels(own, given) else None
+        if ".transpconvs." in whole and (given := source.get(whole.replace(".conv.", "."))) is not None:
+            return _Fit(as_interpolating(given) if given.ndim > 1 else given, True)
+    return None
 
 
 def _sees_further_channels(own: Tensor, source: Tensor) -> bool:
@@ -75,3 +89,10 @@ def _sees_further_channels(own: Tensor, source: Tensor) -> bool:
         and own.shape[1] > source.shape[1]
         and (own.shape[0], *own.shape[2:]) == (source.shape[0], *source.shape[2:])
     )
+
+
+def _blind(given: Tensor, own: Tensor) -> Tensor:
+    """The given weight for the first input channels, 0 for the others."""
+    weight = torch.zeros_like(own)
+    weight[:, : given.shape[1]] = given
+    return weight
