@@ -38,8 +38,8 @@ class InterpolatingUpsample(nn.Module):
 
 
 def as_interpolating(weight: Tensor) -> Tensor:
-    """The weight (C', C, 1, ...) of `InterpolatingUpsample.conv` nearest to a transposed convolution's (C, C',
-    *kernel): its mean over the kernel. On a constant it gives the mean of what the other gives."""
+    """The weight (C', C, 1, ...) of `InterpolatingUpsample.conv` nearest to that (C, C', *kernel) of a
+    transposed convolution: its mean over the kernel. On a constant it gives the mean of what that gives."""
     return weight.mean(tuple(range(2, weight.ndim)), keepdim=True).transpose(0, 1)
 
 

@@ -6,7 +6,11 @@ import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnssl.networks.upsampling import InterpolatingUpsample, interpolate_instead_of_transposing
+from nnssl.networks.upsampling import (
+    InterpolatingUpsample,
+    as_interpolating,
+    interpolate_instead_of_transposing,
+)
 from tests.building import Task
 
 
@@ -61,6 +65,18 @@ def test_every_upsampling_is_smaller_by_the_kernel_of_the_transposed_convolution
     old, new = Task().network(), interpolate_instead_of_transposing(Task().network())
     for a, b in zip(old.decoder.transpconvs, new.decoder.transpconvs, strict=True):
         assert b.conv.weight.numel() == a.weight.numel() // 8
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2)])
+def test_the_weight_from_a_transposed_convolution_gives_its_mean_on_a_constant(
+    stride: tuple[int, int, int],
+) -> None:
+    old = nn.ConvTranspose3d(3, 2, stride, stride, bias=False).double()
+    new = InterpolatingUpsample(nn.Conv3d, 3, 2, stride, bias=False).double()
+    new.conv.load_state_dict({"weight": as_interpolating(old.weight)})
+    x = torch.randn(2, 3, 1, 1, 1, dtype=torch.float64).expand(2, 3, 2, 3, 4)
+    mean = old(x).mean((2, 3, 4), keepdim=True)
+    torch.testing.assert_close(new(x), mean.expand_as(new(x)))
 
 
 def test_other_networks_are_refused() -> None:

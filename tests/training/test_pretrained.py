@@ -76,6 +76,23 @@ def test_a_second_network_starts_from_it_but_for_its_segmentation_layers(place: 
     )
 
 
+@pytest.mark.parametrize(("name", "path"), [("CAML", "auxiliary.decoder"), ("MCNet", "second")])
+def test_a_decoder_that_interpolates_starts_from_it_with_the_means_of_its_transposed_convolutions(
+    place: Place, finished: str, name: str, path: str
+) -> None:
+    weights = torch.load(finished, weights_only=False)["network_weights"]
+    trainer = place.trainer(f"nnUNetTrainer{name}")
+    maybe_load_checkpoint(trainer, False, False, finished)
+    decoder = trainer.method.get_submodule(path)
+    for key, value in decoder.state_dict().items():
+        if key.startswith(("stages", "seg_layers")):
+            assert torch.equal(value, weights[f"decoder.{key}"])
+    for s, upsample in enumerate(decoder.transpconvs):
+        transposed = weights[f"decoder.transpconvs.{s}.weight"]
+        torch.testing.assert_close(upsample.conv.weight.flatten(1), transposed.flatten(2).mean(2).T)
+        assert torch.equal(upsample.conv.bias, weights[f"decoder.transpconvs.{s}.bias"])
+
+
 def test_a_denoiser_starts_as_it_whatever_the_noisy_labels_are(place: Place, finished: str) -> None:
     trainer = place.trainer("nnUNetTrainerDiffCL")
     maybe_load_checkpoint(trainer, False, False, finished)
