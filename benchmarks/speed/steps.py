@@ -35,6 +35,7 @@ from nnssl.batch import SemiBatch, UnlabeledBatch
 from nnssl.data.views import ViewTransform
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
+from nnssl.methods.diffcl import DiffCLConfig
 from nnssl.networks.upsampling import interpolate_instead_of_transposing
 from nnssl.training.agreement import EVERY, Agreement
 from nnssl.training.optimizer_step import OptimizationStep
@@ -391,7 +392,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--spacing", type=float, default=2.5)
     parser.add_argument("--ddim-steps", type=int, default=1)
-    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, default=DiffCLConfig.hfm_max_tokens)
     parser.add_argument("--amp", default="float16", choices=["float16", "bfloat16", "float32"])
     command("steps", parser, measure, report, 5, suffix)
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FEWEST_LINES = 64  # fewer do not fill a pass
+BLOCK = 512  # lines whose states are in memory at once in the backward pass
 
 
 def scan_both_directions(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`ssd_scan` forward plus `ssd_scan` in reverse.
 
     Arguments and result as in `ssd_scan`, with one group (G = 1). Memory: the states, (L, H, P, N) floats per
-    line and direction, where gradients are wanted. Computed in float32 (float64 for float64 x), also under
+    line, of `BLOCK` lines, in the backward pass. Computed in float32 (float64 for float64 x), also under
     autocast.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -41,36 +42,63 @@ def scan_both_directions(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
 
 
 class _Recurrence(torch.autograd.Function):
-    """decay a (L, H, M), input u (L, H, P, M), B and C (L, N, M) -> y (L, H, P, M) for M lines."""
+    """decay a (L, H, M), input u (L, H, P, M), B and C (L, N, M) -> y (L, H, P, M) for M lines.
+
+    The states are not kept: fresh memory for all of them costs more than to compute them again, line by line
+    in memory that stays.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, u: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        length, heads, width, lines = u.shape
-        keep = any(ctx.needs_input_grad)
-        states = u.new_empty(length if keep else 1, heads, width, B.shape[1], lines)
-        y, buffer, state = torch.empty_like(u), torch.empty_like(states[0]), torch.zeros_like(states[0])
-        for t in range(length):
+        _, heads, width, lines = u.shape
+        state = u.new_zeros(heads, width, B.shape[1], lines)
+        y, buffer = torch.empty_like(u), torch.empty_like(state)
+        for t in range(len(u)):
             torch.mul(u[t].unsqueeze(2), B[t], out=buffer)
-            state = torch.addcmul(buffer, state, a[t, :, None, None], out=states[t if keep else 0])
+            torch.addcmul(buffer, state, a[t, :, None, None], out=state)
             torch.sum(torch.mul(state, C[t], out=buffer), dim=2, out=y[t])
-        if keep:
-            ctx.save_for_backward(a, u, B, C, states)
+        ctx.save_for_backward(a, u, B, C)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
-        a, u, B, C, states = ctx.saved_tensors
-        grad_a, grad_u, grad_B, grad_C = (torch.zeros_like(v) for v in (a, u, B, C))
-        grad, buffer = torch.zeros_like(states[0]), torch.empty_like(states[0])
-        grad_y = grad_y.contiguous()
-        for t in reversed(range(len(a))):
-            came, went = grad_y[t].unsqueeze(2), u[t].unsqueeze(2)
-            grad.addcmul_(came, C[t])
-            torch.sum(torch.mul(states[t], came, out=buffer), dim=(0, 1), out=grad_C[t])
-            torch.sum(torch.mul(grad, B[t], out=buffer), dim=2, out=grad_u[t])
-            torch.sum(torch.mul(grad, went, out=buffer), dim=(0, 1), out=grad_B[t])
-            if t:  # the state before the first token is 0
-                torch.sum(torch.mul(grad, states[t - 1], out=buffer), dim=(1, 2), out=grad_a[t])
-            grad.mul_(a[t, :, None, None])
-        return grad_a, grad_u, grad_B, grad_C
+        given = ctx.saved_tensors
+        _, u, B, _ = given
+        length, heads, width, lines = u.shape
+        grads = tuple(torch.zeros_like(v) for v in given)
+        states = u.new_empty(length, heads, width, B.shape[1], min(lines, BLOCK))
+        for start in range(0, lines, BLOCK):
+            block = slice(start, start + BLOCK)
+            views = [v[..., block] for v in (*given, grad_y, *grads)]
+            _gradients(states[..., : views[0].shape[-1]], *views)
+        return grads
+
+
+def _gradients(
+    states: Tensor,
+    a: Tensor,
+    u: Tensor,
+    B: Tensor,
+    C: Tensor,
+    grad_y: Tensor,
+    grad_a: Tensor,
+    grad_u: Tensor,
+    grad_B: Tensor,
+    grad_C: Tensor,
+) -> None:
+    """Of a block of lines, into grad_a to grad_C; states (L, H, P, N, M): memory."""
+    for t in range(len(a)):
+        torch.mul(u[t].unsqueeze(2), B[t], out=states[t])
+        if t:  # the state before the first token is 0
+            states[t].addcmul_(states[t - 1], a[t, :, None, None])
+    grad, buffer = torch.zeros_like(states[0]), torch.empty_like(states[0])
+    for t in reversed(range(len(a))):
+        came, went = grad_y[t].unsqueeze(2), u[t].unsqueeze(2)
+        grad.addcmul_(came, C[t])
+        torch.sum(torch.mul(states[t], came, out=buffer), dim=(0, 1), out=grad_C[t])
+        torch.sum(torch.mul(grad, B[t], out=buffer), dim=2, out=grad_u[t])
+        torch.sum(torch.mul(grad, went, out=buffer), dim=(0, 1), out=grad_B[t])
+        if t:
+            torch.sum(torch.mul(grad, states[t - 1], out=buffer), dim=(1, 2), out=grad_a[t])
+        grad.mul_(a[t, :, None, None])
