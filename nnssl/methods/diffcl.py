@@ -279,8 +279,7 @@ class DiffCL(SemiMethod):
     def denoised(self, n: int) -> Tensor:
         """Which of n patches g learns from in this step: drawn, because their places in a batch differ (the
         last ones hold foreground)."""
-        share = self.config.denoiser_share
-        k = max(1, round(n * share)) if share > 0 else 0
+        k = max(1, round(n * self.config.denoiser_share))
         return torch.arange(n) if k == n else torch.randperm(n)[:k]
 
     def taught(self, p_f: Tensor, p_g: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def scan_both_directions(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
 class _Recurrence(torch.autograd.Function):
     """decay a (L, H, M), input u (L, H, P, M), B and C (L, N, M) -> y (L, H, P, M) for M lines.
 
-    The states are not kept: fresh memory for all of them costs more than to compute them again, line by line
-    in memory that stays.
+    The states are not kept: fresh memory for all of them costs more than to compute them again, a block of
+    lines at a time.
     """
 
     @staticmethod
