@@ -163,11 +163,14 @@ class Running:
         return {"status": status, "traceback": f"{tail(self.log, 40)}\n{reason}", **wall}
 
     def end(self) -> None:
-        """The process and all that it started."""
-        for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        """The process and all that it started; returns when they are gone."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
-            self.process.join(patience)
+            patience = time.monotonic() + GRACE_SECONDS
+            self.process.join(GRACE_SECONDS)
+            while group_lives(self.process.pid) and time.monotonic() < patience:
+                time.sleep(0.01)  # a signal that was sent has not yet ended anything
             if not self.process.is_alive() and not group_lives(self.process.pid):
                 break
 

@@ -40,6 +40,7 @@ def sleeping(place: Place, seconds: float) -> dict[str, Any]:
     if child == 0:
         time.sleep(seconds)
         os._exit(0)
-    (place.work / "child").write_text(str(child), encoding="utf-8")
+    (place.work / "forked").write_text(str(child), encoding="utf-8")
+    (place.work / "forked").rename(place.work / "child")  # whole when it is seen
     time.sleep(seconds)
     return {}
