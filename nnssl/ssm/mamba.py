@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl.ssm.recurrence import FEWEST_LINES, scan_both_directions
+from nnssl.ssm.dual import FEWEST_LINES, LONGEST_LINE, scan_both_directions
 from nnssl.ssm.ssd import ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
@@ -170,12 +170,13 @@ class Mamba2Mixer(nn.Module):
     def bidirectional(self, x: Tensor) -> Tensor:
         """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm.
 
-        Without convolution and groups, many lines on a processor take the faster of two ways to the same
-        sum.
+        Without convolution and groups, many short lines on a processor take the faster of two ways to the
+        same sum.
         """
         z, xbcdt = self._project(x)
-        many = len(x) >= FEWEST_LINES and x.device.type == "cpu"
-        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and many:
+        lines, length, _ = x.shape
+        short = lines >= FEWEST_LINES and length <= LONGEST_LINE and x.device.type == "cpu"
+        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and short:
             y = scan_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
         else:
             y = self._mix(xbcdt, False) + self._mix(xbcdt, True)
@@ -183,8 +184,18 @@ class Mamba2Mixer(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., d_model) -> the gate z (..., d_inner), and x, B, C, dt side by side."""
-        z, xbcdt = self.in_proj(x).split([self.widths[0], self.in_proj.out_features - self.widths[0]], dim=-1)
+        zxbcdt = self.in_proj(x) if self.conv1d.kernel_size[0] > 1 else self._project_and_scale(x)
+        z, xbcdt = zxbcdt.split([self.widths[0], self.in_proj.out_features - self.widths[0]], dim=-1)
         return z, xbcdt
+
+    def _project_and_scale(self, x: Tensor) -> Tensor:
+        """A convolution over one token scales and shifts: done to the weights, which are fewer than the
+        tokens."""
+        weight, scale, shift = self.in_proj.weight, self.conv1d.weight[:, 0, 0], self.conv1d.bias
+        around = (self.widths[0], self.heads)
+        scale = torch.cat([scale.new_ones(around[0]), scale, scale.new_ones(around[1])])
+        shift = None if shift is None else F.pad(shift, around)
+        return F.linear(x, weight * scale.unsqueeze(1), shift)
 
     def _mix(self, xbcdt: Tensor, reverse: bool) -> Tensor:
         """Convolution and scan, (B, L, conv width + heads) -> y (B, L, d_inner)."""
@@ -209,8 +220,7 @@ class Mamba2Mixer(nn.Module):
         W) -> (B, L, W)."""
         past = self.conv1d.kernel_size[0] - 1
         if past == 0:
-            scaled = xbc * self.conv1d.weight[:, 0, 0]
-            return scaled if self.conv1d.bias is None else scaled + self.conv1d.bias
+            return xbc  # done in the projection
         weight = self.conv1d.weight.flip(-1) if reverse else self.conv1d.weight
         padded = F.pad(xbc, (0, 0, 0, past) if reverse else (0, 0, past, 0))
         # as a 2D convolution the tokens' own layout is "channels last", which is spared two transposed copies

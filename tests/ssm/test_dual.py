@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnssl.ssm.recurrence import scan_both_directions
+from nnssl.ssm.dual import scan_both_directions
 from nnssl.ssm.ssd import ssd_scan
 
 
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_maths() -> None:
     assert torch.autograd.gradcheck(scan_both_directions, arguments)
 
 
-def test_without_gradients_the_result_is_the_same_and_no_state_is_kept() -> None:
+def test_without_gradients_the_result_is_the_same() -> None:
     arguments = inputs(2, 5)
     with_gradients = scan_both_directions(*(v.clone().requires_grad_() for v in arguments))
     torch.testing.assert_close(scan_both_directions(*arguments), with_gradients, rtol=0, atol=0)
