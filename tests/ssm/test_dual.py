@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +30,18 @@ def test_equals_the_loop_over_tokens_in_both_directions() -> None:
                     )
                     expected[line, t, head] += state[line, head] @ C[line, t, 0] + D[head] * x[line, t, head]
     torch.testing.assert_close(scan_both_directions(x, dt, A, B, C, D), expected)
+
+
+def test_blocks_of_lines_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [v.requires_grad_() for v in inputs(5, 6)]
+
+    def result() -> list[Tensor]:
+        y = scan_both_directions(*arguments)
+        return [y, *torch.autograd.grad(y.square().sum(), arguments)]
+
+    whole = result()
+    monkeypatch.setattr("nnssl.ssm.dual.BLOCK", 2 * 2 * 6**2)  # two lines, two lines, one line
+    torch.testing.assert_close(result(), whole)
 
 
 def test_gradients_are_those_of_the_maths() -> None:

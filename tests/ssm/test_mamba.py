@@ -67,12 +67,15 @@ def test_parameters_start_as_in_mamba2() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("length", "headdim", "ngroups"), [(1, 8, 1), (3, 16, 1), (50, 8, 2), (137, 4, 4)])
+@pytest.mark.parametrize(
+    ("length", "headdim", "ngroups", "d_conv"),
+    [(1, 8, 1, 4), (3, 16, 1, 4), (50, 8, 2, 4), (137, 4, 4, 4), (21, 8, 1, 1)],
+)
 def test_output_and_gradients_equal_the_formulas_token_by_token(
-    length: int, headdim: int, ngroups: int, reverse: bool
+    length: int, headdim: int, ngroups: int, d_conv: int, reverse: bool
 ) -> None:
     torch.manual_seed(length)
-    mixer = Mamba2Mixer(16, d_state=5, headdim=headdim, ngroups=ngroups, chunk_size=32)
+    mixer = Mamba2Mixer(16, d_state=5, d_conv=d_conv, headdim=headdim, ngroups=ngroups, chunk_size=32)
     x = torch.randn(2, length, 16, requires_grad=True)
     y = mixer(x, reverse=reverse)
     exact = {name: value.detach().double().requires_grad_() for name, value in mixer.named_parameters()}
@@ -96,8 +99,12 @@ def test_output_and_gradients_equal_the_formulas_token_by_token(
         )
 
 
-def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the_norm() -> None:
-    mixer, x = Mamba2Mixer(8, d_state=4, headdim=8), torch.randn(2, 13, 8)
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the_norm(
+    d_conv: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnssl.ssm.mamba.FEWEST_LINES", 2)
+    mixer, x = Mamba2Mixer(8, d_state=4, d_conv=d_conv, headdim=8), torch.randn(2, 13, 8)
     parameters = {name: value.detach().double() for name, value in mixer.named_parameters()}
     zxbcdt = x.double() @ parameters["in_proj.weight"].T
     total = torch.zeros(2, 13, 16, dtype=torch.float64)
