@@ -1,5 +1,6 @@
 """What `nnssl advise` knows: the committed tables of the leaderboard and the costs of steps, in one small
-file of the package.
+file of the package. Of the tables the rows of trainers that start from a supervised network and are compared
+with supervised training that goes on; not those of a method without one of its parts.
 
     python -m benchmarks.leaderboard.advice    # `report` on the committed results does it, too
 """
@@ -16,7 +17,6 @@ from nnssl.files import read_json, write_text
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "nnssl" / "commands" / "measured.json"
 LEADERBOARD, STEPS = ROOT / "benchmarks/leaderboard", ROOT / "benchmarks/speed/results/steps_cpu.json"
-BOUNDS = ("self_training", "supervised_all")
 
 
 def content() -> str:
@@ -27,8 +27,18 @@ def content() -> str:
         if not settings.is_file():
             continue  # no suite's
         suite = load_suite(str(settings))
+        trainers = {
+            row.method: row.trainer.removeprefix("nnUNetTrainer") for row in suite.rows() if row.start
+        }
+        whole = {name: t for name, t in trainers.items() if name.partition(",")[0].replace("-", "") == t}
+        rows = [
+            {"method": whole[e["method"]], **_row(e)}
+            for e in read_json(file)["table"]
+            if e["method"] in whole and "dice_minus_continued" in e
+        ]
+        if not rows:
+            continue
         one = read_json(min((LEADERBOARD / "results" / file.stem).glob("*.json")))
-        rows = [_row(e) for e in read_json(file)["table"] if "dice_minus_supervised" in e]
         schedule = suite.schedule
         suites.append(
             {
@@ -39,7 +49,7 @@ def content() -> str:
                 "cases": len(one["cases"]),
                 "steps": schedule["num_epochs"] * schedule["num_iterations_per_epoch"],
                 "device": suite.device,
-                "rows": [row for row in rows if row["method"] not in BOUNDS],
+                "rows": rows,
             }
         )
     measured = read_json(STEPS)["plain"]
@@ -54,13 +64,12 @@ def write() -> None:
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
-    low, high = entry["dice_minus_supervised_interval"]
+    low, high = entry["dice_minus_continued_interval"]
     return {
-        "method": entry["method"],
         "labels": entry["labeled"],
         "seeds": len(entry["seeds"]),
         "dice": round(entry["dice"], 4),
-        "gain": round(entry["dice_minus_supervised"], 4),
+        "gain": round(entry["dice_minus_continued"], 4),
         "low": round(low, 4),
         "high": round(high, 4),
     }

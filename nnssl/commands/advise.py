@@ -1,7 +1,8 @@
 """``nnssl advise``: which trainer to try on a dataset, why, and what that costs, before the hours are spent.
 
-The choice comes from the tables of the leaderboard, which ship with the package; nothing is known beyond what
-they measured, and the advice says where that ends. Time and memory come from a few steps on this device.
+The choice comes from the tables of the leaderboard, which ship with the package: trainings that go on from a
+finished supervised network, against supervised training that goes on for as long. Nothing is known beyond
+what they measured, and the advice says where that ends. Time and memory come from a few steps on this device.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def measured() -> dict[str, Any]:
 
 
 def choose(facts: Facts, tables: Mapping[str, Any]) -> Advice:
-    """The cheapest of the trainers that did best on comparable data; Supervised where none did well."""
+    """Of the trainers that did best on comparable data the cheapest, of those the one of most seeds;
+    Supervised where none gained more than runs spread."""
     if not facts.unlabeled:
         return Advice(SUPERVISED, ("there are no unlabeled scans; put some into imagesUn",), ())
     comparable, open_ = _comparable(facts, tables["suites"])
@@ -84,22 +86,28 @@ def choose(facts: Facts, tables: Mapping[str, Any]) -> Advice:
         for method, found in complete.items()
         if any(row["low"] > 0 for _, row in found) and not any(row["high"] < 0 for _, row in found)
     }
-    if not good:
+    best = max(good.values(), default=0.0)
+    if best < SPREAD:
         where = "; ".join(f"{suite['title']}: {labels} labels" for suite, labels in comparable)
         return Advice(
             SUPERVISED,
-            (f"no method was reliably better than it ({where or 'nothing measured'})",),
+            (f"no method was reliably better than it by a point of Dice ({where or 'nothing measured'})",),
             tuple(open_),
         )
-    best = max(good.values())
     cost = tables["step_cost"]
-    equal = [method for method, gain in good.items() if gain >= best - SPREAD]
-    chosen = min(equal, key=lambda method: (cost.get(method, math.inf), method))
+
+    def order(method: str) -> tuple[float, int, float]:
+        seeds = min(row["seeds"] for _, row in complete[method])
+        return round(cost.get(method, math.inf), 1), -seeds, -good[method]
+
+    equal = sorted((method for method, gain in good.items() if gain >= best - SPREAD), key=order)
+    chosen, *others = equal
     reasons = [_sentence(suite, row) for suite, row in complete[chosen]]
-    if others := sorted(set(equal) - {chosen}, key=lambda method: cost.get(method, math.inf)):
-        reasons.append(f"no worse than {listed(others)}, which cost more per step, within the spread of runs")
+    if others:
+        reasons.append(f"no worse than {listed(others)} within the spread of runs, and as cheap or cheaper")
     if chosen in cost:
         reasons.append(f"a step takes {cost[chosen]:.1f} times a supervised one (measured on a CPU)")
+    reasons.append("measured from a finished supervised network: -pretrained_weights, a fifth of its epochs")
     return Advice(chosen, tuple(reasons), tuple(open_))
 
 
@@ -146,7 +154,8 @@ def _sentence(suite: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     seeds = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}"
     return (
         f"{suite['title']}, {row['labels']} labels: {100 * row['gain']:+.1f} Dice points against supervised "
-        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], {suite['cases']} cases, {seeds}"
+        f"training that went on [{100 * row['low']:.1f}, {100 * row['high']:.1f}], {suite['cases']} cases, "
+        f"{seeds}"
     )
 
 

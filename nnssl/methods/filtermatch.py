@@ -65,7 +65,7 @@ class FilterMatch(SemiMethod):
         self.register_buffer("entropy", torch.zeros(n))  # sum over the patches seen since the last choice
         self.register_buffer("seen", torch.zeros(n))  # their number
         self.pending: tuple[Tensor, Tensor] | None = None
-        self._outside: set[str] | None = None  # names of `left` on the host
+        self._outside: set[str] | None = set()  # names of `left` on the host; None: to be read
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         kept = [i for i, case in enumerate(batch.unlabeled_cases) if case not in self.outside()]

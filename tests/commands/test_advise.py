@@ -15,6 +15,7 @@ from benchmarks.leaderboard import advice
 from nnssl.commands import pilot
 from nnssl.commands.advise import Facts, choose, duration, facts_of, measure_steps, measured
 from nnssl.commands.cli import main
+from nnssl.commands.trainers import list_trainers, trainers_folder
 from tests.place import Place, fork_pools
 
 FACTS = Facts("Dataset777_Tiny", "3d_fullres", "0", 4, 20, 1, 3, 10, 100)
@@ -33,14 +34,24 @@ def tables(*rows: dict[str, Any], **suite: Any) -> dict[str, Any]:
 def test_the_shipped_tables_are_those_of_the_repository() -> None:
     """Else run `python -m benchmarks.leaderboard.advice`."""
     assert advice.FILE.read_text(encoding="utf-8") == advice.content()
-    assert {suite["name"] for suite in measured()["suites"]} >= {"la_cpu", "hippocampus_cpu"}
+    assert {suite["name"] for suite in measured()["suites"]} >= {"la_cpu", "hippocampus_cpu", "acdc_cpu"}
+
+
+def test_the_shipped_tables_name_trainers_that_are_compared_in_all_suites() -> None:
+    names = [{row["method"] for row in suite["rows"]} for suite in measured()["suites"]]
+    assert {"Semi", "FixMatch", "DiffCL", "SemSim", "CAML", "ACTION"} <= set.intersection(*names)
+    assert {f"nnUNetTrainer{name}" for name in set.union(*names)} <= set(list_trainers(trainers_folder()))
+    # with the fewest labels unlabeled scans were worth something in every suite
+    for dimension, labeled in ((2, 6), (3, 2)):
+        assert choose(replace(FACTS, dimension=dimension, labeled=labeled), measured()).method != "Supervised"
 
 
 def test_the_best_is_advised_and_of_equals_the_cheapest() -> None:
     found = choose(FACTS, tables(row("Dear", 0.05, 0.03, 0.07), row("Cheap", 0.045, 0.01, 0.08)))
     assert found.trainer == "nnUNetTrainerCheap"
     text = " ".join(found.reasons)
-    assert "+4.5 Dice points against supervised [1.0, 8.0], 20 cases, 1 seed" in text
+    assert "+4.5 Dice points against supervised training that went on [1.0, 8.0], 20 cases, 1 seed" in text
+    assert "-pretrained_weights" in text
     assert "no worse than Dear" in text and "2.0 times a supervised one" in text
     assert (
         choose(FACTS, tables(row("Dear", 0.05, 0.03, 0.07), row("Cheap", 0.03, 0.01, 0.05))).method == "Dear"
@@ -54,6 +65,16 @@ def test_what_was_not_reliably_better_is_not_advised() -> None:
     found = choose(FACTS, both)
     assert found.method == "Supervised" and "Hippocampus: 4 labels" in found.reasons[0]
     assert choose(replace(FACTS, unlabeled=0), tables(row("Cheap", 0.1, 0.1, 0.1))).method == "Supervised"
+
+
+def test_of_equals_that_cost_the_same_the_one_of_more_seeds_is_advised() -> None:
+    one, two = row("Cheap", 0.051, 0.03, 0.07), row("Lucky", 0.05, 0.03, 0.07) | {"seeds": 2}
+    assert choose(FACTS, tables(one, two)).method == "Lucky"
+    assert choose(FACTS, tables(one | {"seeds": 2}, two)).method == "Cheap"
+
+
+def test_a_gain_within_the_spread_of_runs_is_none() -> None:
+    assert choose(FACTS, tables(row("Cheap", 0.009, 0.002, 0.02))).method == "Supervised"
 
 
 def test_the_advice_says_where_the_tables_end() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -15,6 +16,7 @@ from nnssl.networks import hf_mamba
 from nnssl.training.cost import CARDS, GIB, Cost, Ledger, Rehearsal, Trial, predict, try_steps
 
 TINY = SMALL_3D | {"patch": [16, 32, 32], "features": [4, 6, 8, 8, 8]}
+SETTINGS = (TINY, SMALL_2D | {"features": [4, 6, 8, 8, 8]})
 MIB = 2**20
 
 
@@ -24,6 +26,11 @@ def trainer(name: str) -> Any:
 
 def cost(name: str, setting: dict[str, Any] = TINY, device: str = "cpu", **nnssl: Any) -> Cost:
     return predict(trainer(f"nnUNetTrainer{name}"), *plan(setting, **nnssl), device)
+
+
+@functools.cache
+def supervised_flops(setting: int, device: str) -> int:
+    return cost("Supervised", SETTINGS[setting], device).flops
 
 
 def test_ledger_counts_storage_once_and_forgets_what_is_gone() -> None:
@@ -131,9 +138,12 @@ def test_smallest_card_is_one_that_is_sold() -> None:
 @pytest.mark.parametrize("name", sorted(list_trainers(trainers_folder())))
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_trainer_is_predicted(name: str, device: str) -> None:
-    for setting in (TINY, SMALL_2D | {"features": [4, 6, 8, 8, 8]}):
+    for number, setting in enumerate(SETTINGS):
         found = predict(trainer(name), *plan(setting), device)
-        assert found.peak > found.fixed > found.parameters > 0 and found.flops > 0
+        assert found.peak > found.fixed > found.parameters > 0
+        # on unlabeled patches, as many as labeled ones, every method trains, too
+        alone = supervised_flops(number, device)
+        assert found.flops >= alone > 0 if name.endswith("Supervised") else found.flops > 1.9 * alone > 0
 
 
 @pytest.mark.nightly
