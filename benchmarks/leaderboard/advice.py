@@ -1,6 +1,6 @@
 """What `nnssl advise` knows: the committed tables of the leaderboard and the costs of steps, in one small
 file of the package. Of the tables the rows of trainers that start from a supervised network and are compared
-with supervised training that goes on; not those of a method without one of its parts.
+with supervised training that goes on, all keys of the method at their defaults.
 
     python -m benchmarks.leaderboard.advice    # `report` on the committed results does it, too
 """
@@ -27,10 +27,12 @@ def content() -> str:
         if not settings.is_file():
             continue  # no suite's
         suite = load_suite(str(settings))
-        trainers = {
-            row.method: row.trainer.removeprefix("nnUNetTrainer") for row in suite.rows() if row.start
+        started = [(row, row.trainer.removeprefix("nnUNetTrainer")) for row in suite.rows() if row.start]
+        whole = {
+            row.method: name
+            for row, name in started
+            if row.method != suite.continued and name not in row.settings
         }
-        whole = {name: t for name, t in trainers.items() if name.partition(",")[0].replace("-", "") == t}
         rows = [
             {"method": whole[e["method"]], **_row(e)}
             for e in read_json(file)["table"]

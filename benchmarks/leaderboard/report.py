@@ -110,15 +110,27 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     entry[f"dice_minus_{base}_interval"] = bounds = interval(difference)
                     entry[f"against_{base}"] = compared(bounds)
                     entry[f"seeds_{base}"] = len(difference)
-            gap = paired(upper, here.get("supervised", []))
-            if gap.size and "dice_minus_supervised" in entry:  # a share of nothing says nothing
-                share = entry["dice_minus_supervised"] / float(gap.mean())
-                entry["gap_closed"] = share if interval(gap)[0] > 0 else None
+            if (share := gap_closed(found, here.get("supervised", []), upper)) is not None:
+                entry["gap_closed"] = share
             if seconds := [r["cpu_seconds"] for r in found if r.get("cpu_seconds")]:
                 entry["cpu_seconds"] = float(np.mean(seconds))
                 entry["cpu_seconds_per_step"] = entry["cpu_seconds"] / steps(found[0])
             table.append(entry)
     return table
+
+
+def gap_closed(
+    rows: Sequence[Mapping[str, Any]],
+    supervised: Sequence[Mapping[str, Any]],
+    upper: Sequence[Mapping[str, Any]],
+) -> float | None:
+    """Share of the way from supervised training to all labels, over the seeds that all three have; None
+    where there is none, and where the interval of the way holds 0: a share of nothing says nothing."""
+    shared = set.intersection(*({r["seed"] for r in found} for found in (rows, supervised, upper)))
+    ours, theirs, bound = ([r for r in found if r["seed"] in shared] for found in (rows, supervised, upper))
+    if not shared or ours == theirs or interval(gap := paired(bound, theirs))[0] <= 0:
+        return None
+    return float(paired(ours, theirs).mean() / gap.mean())
 
 
 def bases(suite: Suite, method: str) -> dict[str, str]:

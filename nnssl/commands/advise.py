@@ -164,16 +164,13 @@ def _sentence(suite: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: str) -> Facts:
     """From plan, split and folders; no image is opened. ValueError where there is no plan yet."""
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.utilities.crossval_split import generate_crossval_split
+    from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnssl.commands.pseudo_label import classes_of
     from nnssl.config import resolve
-    from nnssl.data.names import unlabeled_files
     from nnssl.data.raw import plans_in
-    from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, hidden_cases, load_splits, training_cases
     from nnssl.methods import known_methods
 
     name = str(convert_id_to_dataset_name(dataset_id))
@@ -189,30 +186,51 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
     chosen = configuration or next((c for c in ("3d_fullres", "2d") if c in available), available[0])
     if chosen not in available:
         raise ValueError(f"-c {chosen}: the plan has {', '.join(available)}.")
-    cases, splits_file = training_cases(name), join(folder, "splits_final.json")
-    hidden = hidden_cases(splits_file, fold, cases)
-    if fold == "all" or (not isfile(splits_file) and len(cases) < NNUNET_FOLDS):
-        labeled = len(cases)
-    elif isfile(splits_file):
-        folds = load_splits(splits_file)
-        labeled = len(folds[int(fold) % len(folds)]["train"])
-    else:
-        folds = generate_crossval_split(cases, seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)
-        labeled = len(folds[int(fold) % len(folds)]["train"])
-    raw = join(nnUNet_raw, name) if nnUNet_raw.is_set() else ""
-    scans = unlabeled_files(raw, dataset_json)[0] if raw and isdir(raw) else {}
+    labeled, _, unlabeled = cases_of(dataset_id, chosen, fold, plans_name)
     general, _ = resolve(plans.plans.get("nnssl", {}), None, None, known_methods(), file)
     return Facts(
         name,
         chosen,
         fold,
-        labeled,
-        len(scans) + len(hidden),
+        len(labeled),
+        len(unlabeled),
         len(classes_of(dataset_json)),
         len(plans.get_configuration(chosen).patch_size),
         general.num_epochs,
         general.num_iterations_per_epoch,
     )
+
+
+def cases_of(
+    dataset_id: int, configuration: str, fold: str, plans_name: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Labeled, validation and unlabeled cases that a training of the fold has. ValueError for a fold that is
+    not there."""
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnssl.data.split import hidden_cases, load_splits, nnunet_split, training_cases
+    from nnssl.data.unlabeled import unlabeled_cases
+    from nnssl.training.arguments import check_fold
+
+    name = str(convert_id_to_dataset_name(dataset_id))
+    folder = join(nnUNet_preprocessed, name)
+    cases, splits_file = training_cases(name), join(folder, "splits_final.json")
+    check_fold(fold, splits_file)
+    hidden = hidden_cases(splits_file, fold, cases)
+    plans = PlansManager(join(folder, f"{plans_name}.json"))
+    dataset_json = read_json(join(folder, "dataset.json"))
+    _, scans = unlabeled_cases(plans, configuration, dataset_json, hidden)
+    unlabeled = [scan.name for scan in scans]
+    if fold == "all":
+        return sorted(cases), sorted(cases), unlabeled
+    folds = load_splits(splits_file) if isfile(splits_file) else nnunet_split(cases)
+    if int(fold) >= len(folds):
+        raise ValueError(
+            f"fold {fold}: {len(cases)} labeled cases make {len(folds)} folds. Choose one of these."
+        )
+    return list(folds[int(fold)]["train"]), list(folds[int(fold)]["val"]), unlabeled
 
 
 # the device
@@ -231,6 +249,8 @@ def measure_steps(
     dataset_id: int, configuration: str, fold: str, trainer: str, plans_name: str, device: str
 ) -> Measured:
     """Train a few steps on noise of the planned shape; nothing is written but below a temporary folder."""
+    import gc
+
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
@@ -240,6 +260,13 @@ def measure_steps(
         built: Any = get_trainer_from_args(
             str(dataset_id), configuration, number, trainer, plans_name, False, torch.device(device)
         )
+        if on_gpu:  # as a training sets it; and what another trainer left is not this one's
+            torch.backends.cudnn.benchmark = True
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        labeled, validation, _ = cases_of(dataset_id, configuration, fold, plans_name)
+        built.do_split = lambda: (labeled, validation)  # without a file for nnU-Net's own split
         built.initialize()
         built.method.make_copies()
         built.method.train()

@@ -16,15 +16,16 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-from nnssl.commands.advise import SUPERVISED, choose, facts_of, measured
+from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
 from nnssl.commands.pseudo_label import classes_of
 from nnssl.data.parallel import usable_cores
 from nnssl.files import read_json, write_json
 from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
+from nnssl.report.scores import FEWEST
 
-RESAMPLES, CONFIDENCE, FEWEST = 10_000, 95, 5
+RESAMPLES, CONFIDENCE = 10_000, 95
 
 
 def pilot(
@@ -40,8 +41,9 @@ def pilot(
     """Train supervised and with `trainer` (None: the advised one) for `share` of the epochs, same seed, and
     compare them on the validation cases; returns the table.
 
-    Both go by a plan of their own, ``PLANS_pilot_<hash of its content>``. What is finished is not repeated,
-    what was interrupted goes on. The report goes to `output` (None: beside the models).
+    Both go by a plan of their own, ``PLANS_pilot_<hash of its content and the fold's cases>``. What is
+    finished is not repeated, what was interrupted goes on. The report goes to `output` (None: beside the
+    models).
     """
     if fold == "all":
         raise ValueError("-f all has no validation cases to compare on. Choose a fold.")
@@ -56,7 +58,8 @@ def pilot(
             "another trainer with -tr."
         )
     dataset = str(convert_id_to_dataset_name(dataset_id))
-    name = write_plan(join(nnUNet_preprocessed, dataset), plans_name, share)
+    cases = cases_of(dataset_id, facts.configuration, fold, plans_name)
+    name = write_plan(join(nnUNet_preprocessed, dataset), plans_name, share, cases)
     print(f"Pilot of {chosen} against {baseline}: {name}, {facts.configuration}, fold {fold}.", flush=True)
     folders = {}
     for one in (baseline, chosen):
@@ -69,8 +72,9 @@ def pilot(
     return f"{table}\nReport: {write_report(runs_in_folders([*folders.values()], None), place)}"
 
 
-def write_plan(folder: str, plans_name: str, share: float) -> str:
-    """A plan with `share` of the epochs and a seed; returns its name, which says what is in it."""
+def write_plan(folder: str, plans_name: str, share: float, cases: Sequence[Sequence[str]]) -> str:
+    """A plan with `share` of the epochs and a seed; returns its name, which says what is in it and which
+    cases it is for."""
     from nnssl.config import resolve
     from nnssl.methods import known_methods
 
@@ -79,7 +83,8 @@ def write_plan(folder: str, plans_name: str, share: float) -> str:
     general, _ = resolve(section, None, None, known_methods())
     seed = 0 if general.seed is None else general.seed
     plans["nnssl"] = {**section, "num_epochs": max(1, round(share * general.num_epochs)), "seed": seed}
-    content = hashlib.blake2b(json.dumps(plans, sort_keys=True).encode(), digest_size=3).hexdigest()
+    known = json.dumps([plans, cases], sort_keys=True)
+    content = hashlib.blake2b(known.encode(), digest_size=3).hexdigest()
     plans["plans_name"] = name = f"{plans_name}_pilot_{content}"
     if not isfile(join(folder, f"{name}.json")):
         write_json(plans, join(folder, f"{name}.json"))
@@ -117,13 +122,14 @@ def _carry_out(command: Sequence[str]) -> int:
 def dice_of(folder: str, dataset_json: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """{case: {class: Dice}} by nnU-Net's own validation; NaN where a class is neither there nor found."""
     summary = read_json(join(folder, "validation", "summary.json"))
-    classes = {str(value): name for name, value in classes_of(dataset_json).items()}
-    return {
-        os.path.basename(case["prediction_file"]): {
-            name: float(case["metrics"][key]["Dice"]) for key, name in classes.items()
+    found = {}
+    for case in summary["metric_per_case"]:
+        metrics = case["metrics"]
+        keys = {name: str(value) for name, value in classes_of(dataset_json).items()}
+        found[os.path.basename(case["prediction_file"])] = {  # a region of one label has a key as a tuple
+            name: float(metrics[key if key in metrics else f"({key},)"]["Dice"]) for name, key in keys.items()
         }
-        for case in summary["metric_per_case"]
-    }
+    return found
 
 
 def comparison(found: Mapping[str, Mapping[str, Mapping[str, float]]], share: float) -> str:
@@ -132,11 +138,19 @@ def comparison(found: Mapping[str, Mapping[str, Mapping[str, float]]], share: fl
     cases = sorted(first.keys() & second.keys())
     classes = list(next(iter(first.values())))
     a, b = (np.array([[one[c][k] for k in classes] for c in cases], dtype=float) for one in (first, second))
+    invented = np.isfinite(a) != np.isfinite(b)  # one found what is not there, and the other was right
+    a, b = (np.where(invented & np.isnan(one), 1.0, one) for one in (a, b))
     shown = [one.removeprefix("nnUNetTrainer") for one in (base, other)]
     lines = ["{:24}{:>14}{:>14}".format("Dice, %", *shown)]
     for index, name in enumerate(classes):
         lines.append("{:24}{:>14}{:>14}".format(name, *(_percent(one[:, index]) for one in (a, b))))
     lines.append("{:24}{:>14}{:>14}".format("mean", _percent(a), _percent(b)))
+    if invented.any():
+        number = int(invented.sum())
+        lines.append(
+            f"{number} time{'s' * (number > 1)} only one of them found a structure that is not there: "
+            "Dice 0, and 1 for the other."
+        )
     both = np.isfinite(a) & np.isfinite(b)
     kept = both.any(axis=1)
     difference = np.where(both, b - a, 0.0)[kept].sum(axis=1) / both[kept].sum(axis=1)

@@ -112,7 +112,7 @@ def _train(args: argparse.Namespace) -> None:
                 "replace its checkpoints"
             )
         maybe_load_checkpoint(trainer, args.c, args.val)
-        if args.pretrained_weights:
+        if args.pretrained_weights and not args.val:  # as in nnU-Net
             load_weights(trainer, args.pretrained_weights)
         if torch.cuda.is_available():
             cudnn.deterministic = False

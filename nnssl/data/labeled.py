@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from os.path import basename, getmtime, isdir, isfile, join
+from os.path import basename, isdir, isfile, join
 from typing import Any
 
 import numpy as np
@@ -127,5 +127,11 @@ def copy_ground_truth(
     remove_leftovers(folder)
     for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():
         destination = join(folder, case + dataset_json["file_ending"])
-        if not isfile(destination) or getmtime(destination) < getmtime(label):
+        if not isfile(destination) or _seen(destination) != _seen(label):
             copy_file(label, destination)
+
+
+def _seen(path: str) -> tuple[int, int]:
+    """Of a copy that `copy_file` made the same as of its source."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns

@@ -113,5 +113,10 @@ def ensure_unlabeled(
             "Set nnUNet_raw to where imagesUn "
             "and imagesTr are, or copy the preprocessed folder from a machine that has them."
         )
+    if alone := [case.name for case in cases if not case.images and case.origin == "imagesUn"]:
+        log(
+            f"{len(alone)} unlabeled scans are there as preprocessed cases alone, for there is no folder "
+            f"imagesUn: {target.folder}"
+        )
     bring_up_to_date(cases, target, num_processes, log, verbose, show_progress)
     return [case.name for case in cases]

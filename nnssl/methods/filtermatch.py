@@ -169,15 +169,14 @@ class FilterMatch(SemiMethod):
     def shrink_pool(self) -> None:
         """The scans of the lowest mean entropy leave; what was not seen stays, and so does at least one."""
         # the rest on the host, which waits once
-        mean, seen = torch.stack([self.entropy / self.seen.clamp_min(1), self.seen]).cpu()
-        outside = self.outside()
-        left = torch.tensor([case in outside for case in self.case_index])
-        candidates = (seen > 0) & ~left
-        pool = len(left) - len(outside)
-        leaving = min(int(self.config.filter_share * pool), pool - 1, int(candidates.sum()))
-        ranks = mean.masked_fill(~candidates, torch.inf).argsort(stable=True)
-        left[ranks[: max(0, leaving)]] = True
-        self._outside = {case for case, gone in zip(self.case_index, left.tolist(), strict=True) if gone}
+        mean, seen = torch.stack([self.entropy / self.seen.clamp_min(1), self.seen]).tolist()
+        outside, cases = self.outside(), list(self.case_index)
+        candidates = [i for i, case in enumerate(cases) if seen[i] > 0 and case not in outside]
+        pool = len(cases) - len(outside)
+        leaving = min(int(self.config.filter_share * pool), pool - 1)
+        gone = sorted(candidates, key=lambda i: mean[i])[: max(0, leaving)]
+        self._outside = outside | {cases[i] for i in gone}
+        left = torch.tensor([case in self._outside for case in cases])
         self.left.copy_(left, non_blocking=True)
         self.entropy.zero_()
         self.seen.zero_()

@@ -108,7 +108,7 @@ class Report:
         if found is None:
             return []
         verdict = found.verdict(True)
-        style = "unclear" if verdict.startswith("no") else verdict
+        style = verdict if verdict in ("better", "worse") else "unclear"
         cases = f"{found.cases} case{'s' * (found.cases > 1)}"
         text = (
             f"{model} against {reference}: mean Dice {found.mean:+.3f} ({CONFIDENCE} % interval "
@@ -171,7 +171,7 @@ class Report:
                     verdict = found.verdict(metric.higher)
                     row: list[Cell] = [structure, f"{model} − {reference}", f"{metric.name} {metric.unit}"]
                     row += [Number(v, metric.digits, signed=True) for v in found[:3]]
-                    style = "unclear" if verdict.startswith("no") else verdict
+                    style = verdict if verdict in ("better", "worse") else "unclear"
                     rows.append([*row, Number(found.cases, 0), Marked(verdict, style)])
                     if key == "dice":
                         gap = s.column(model, structure, key) - s.column(reference, structure, key)

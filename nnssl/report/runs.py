@@ -108,7 +108,10 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "checkpoint_final.pth").is_file()
+        """Not where the checkpoint is that of a training before this one, in the same folder."""
+        if not (self.folder / "checkpoint_final.pth").is_file():
+            return False
+        return self.epochs_done >= int(self.record.get("num_epochs", 0))
 
     @property
     def seconds(self) -> list[float]:
@@ -126,13 +129,16 @@ class Run:
     @cached_property
     def predictions(self) -> dict[str, Path]:
         """Predictions of the final validation by case; some while it runs, none before."""
+        if (self.folder / "validation").is_dir() and not self.finished:
+            self.note(f"{self.folder / 'validation'} is not read: it is of a training before this one")
+            return {}
         folder, ending = self.folder / "validation", self.dataset_json["file_ending"]
         found = sorted(folder.glob(f"*{ending}")) if folder.is_dir() else []
         return {path.name.removesuffix(ending): path for path in found}
 
     @property
     def validated(self) -> bool:
-        return (self.folder / "validation" / "summary.json").is_file()
+        return self.finished and (self.folder / "validation" / "summary.json").is_file()
 
     @property
     def status(self) -> str:

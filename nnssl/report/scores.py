@@ -16,6 +16,7 @@ from nnssl.files import read_json
 from nnssl.metrics import interval, overlap, surface_distances
 from nnssl.report.runs import Run
 
+FEWEST = 5  # cases that a verdict takes
 MEAN = "mean of all"  # the pseudo-structure of a case's mean
 
 
@@ -74,13 +75,24 @@ class Scores:
         return np.array([mean([case[s][metric] for s in self.structures]) for case in cases], float)
 
     def difference(self, model: str, reference: str, structure: str, metric: str) -> Difference | None:
-        """Model minus reference over the cases that both have a value of; None where there are none."""
-        gap = self.column(model, structure, metric) - self.column(reference, structure, metric)
+        """Model minus reference over the cases that one has a value of; None where there are none. Who
+        rightly finds nothing where the other invents a structure has the best value there is."""
+        gap = np.array([self._gap(case, model, reference, structure, metric) for case in self.cases], float)
         gap = gap[np.isfinite(gap)]
         if not len(gap):
             return None
         low, high = interval(gap)
         return Difference(float(gap.mean()), low, high, len(gap))
+
+    def _gap(self, case: Key, model: str, reference: str, structure: str, metric: str) -> float:
+        best = 1.0 if METRICS[metric].higher else 0.0
+        gaps = []
+        for one in self.structures if structure == MEAN else (structure,):
+            ours, theirs = (self.values[m][case][one][metric] for m in (model, reference))
+            if math.isnan(ours) != math.isnan(theirs):
+                ours, theirs = (best if math.isnan(v) else v for v in (ours, theirs))
+            gaps.append(ours - theirs)
+        return mean(gaps)
 
 
 class Difference(NamedTuple):
@@ -92,7 +104,9 @@ class Difference(NamedTuple):
     cases: int
 
     def verdict(self, higher_is_better: bool) -> str:
-        """`better`, `worse`, or `no clear difference` where the interval holds 0."""
+        """`better`, `worse`, `no clear difference` where the interval holds 0, or `too few cases`."""
+        if self.cases < FEWEST:
+            return "too few cases"
         if self.low <= 0 <= self.high:
             return "no clear difference"
         return "better" if (self.mean > 0) == higher_is_better else "worse"

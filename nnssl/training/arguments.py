@@ -118,12 +118,7 @@ def check_data(args: argparse.Namespace, dataset: str, plans: dict[str, Any], ra
         command = _preprocess(args, dataset)
         raise ValueError(f"{args.configuration} is not preprocessed: nothing in {folder}. Run {command}")
     splits_file = join(preprocessed, "splits_final.json")
-    if args.fold != "all":
-        folds = len(read_json(splits_file)) if isfile(splits_file) else NNUNET_FOLDS
-        if int(args.fold) >= folds:
-            which = f"0 to {folds - 1}" if folds > 1 else "0 alone"
-            source = splits_file if isfile(splits_file) else "nnU-Net's own split"
-            raise ValueError(f"fold {args.fold}: {source} has {which}. Choose one of these, or all.")
+    check_fold(args.fold, splits_file)
     if ranks > configuration.batch_size:
         raise ValueError(
             f"{ranks} processes share a batch of {configuration.batch_size}, expected a sample for each at "
@@ -140,6 +135,17 @@ def check_data(args: argparse.Namespace, dataset: str, plans: dict[str, Any], ra
         raise ValueError(f"--val: no {FINAL} in {folder}, the training is not finished. Resume it with --c.")
     if args.val and args.val_best and not isfile(join(folder, BEST)):
         raise ValueError(f"--val_best: no {BEST} in {folder}.")
+
+
+def check_fold(fold: str, splits_file: str) -> None:
+    """ValueError where the split has no such fold."""
+    if fold == "all":
+        return
+    folds = len(read_json(splits_file)) if isfile(splits_file) else NNUNET_FOLDS
+    if int(fold) >= folds:
+        which = f"0 to {folds - 1}" if folds > 1 else "0 alone"
+        source = splits_file if isfile(splits_file) else "nnU-Net's own split"
+        raise ValueError(f"fold {fold}: {source} has {which}. Choose one of these, or all.")
 
 
 def check_device(device: str, number: int = 1) -> None:

@@ -407,11 +407,11 @@ class Rehearsal:
         scales = t._get_deep_supervision_scales() or [[1] * len(patch)]
         grids = [[round(n * s) for n, s in zip(patch, scale, strict=True)] for scale in scales]
         target = [torch.zeros(t.batch_size, maps, *grid, dtype=torch.int16) for grid in grids]
-        names = [f"case_{i}" for i in range(t.batch_size)]
+        cases, scans = t._cases()
         batch: dict[str, Any] = {
             "data": torch.zeros(t.batch_size, channels, *patch),
             "target": target if t.enable_deep_supervision else target[0],
-            "keys": names,
+            "keys": [cases[i % len(cases)] for i in range(t.batch_size)],
         }
         if t.method_class.needs_unlabeled:
             n = t.general.unlabeled_batch_size or t.batch_size
@@ -419,7 +419,7 @@ class Rehearsal:
             batch["unlabeled"] = {
                 "weak": views[0],
                 "strong": views[1:],
-                "keys": [f"scan_{i}" for i in range(n)],
+                "keys": [scans[i % len(scans)] for i in range(n)],
             }
         return batch
 

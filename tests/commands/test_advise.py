@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 
 from benchmarks.leaderboard import advice
 from nnssl.commands import pilot
-from nnssl.commands.advise import Facts, choose, duration, facts_of, measure_steps, measured
+from nnssl.commands.advise import Facts, cases_of, choose, duration, facts_of, measure_steps, measured
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
+from nnssl.data.unlabeled import unlabeled_folder
 from tests.place import Place, fork_pools
 
 FACTS = Facts("Dataset777_Tiny", "3d_fullres", "0", 4, 20, 1, 3, 10, 100)
@@ -39,7 +42,7 @@ def test_the_shipped_tables_are_those_of_the_repository() -> None:
 
 def test_the_shipped_tables_name_trainers_that_are_compared_in_all_suites() -> None:
     names = [{row["method"] for row in suite["rows"]} for suite in measured()["suites"]]
-    assert {"Semi", "FixMatch", "DiffCL", "SemSim", "CAML", "ACTION"} <= set.intersection(*names)
+    assert {"Semi", "FixMatch", "DiffCL", "SemSim"} <= set.intersection(*names)
     assert {f"nnUNetTrainer{name}" for name in set.union(*names)} <= set(list_trainers(trainers_folder()))
     # with the fewest labels unlabeled scans were worth something in every suite
     for dimension, labeled in ((2, 6), (3, 2)):
@@ -189,3 +192,54 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
         assert main(["pilot", "-d", "777", *options]) == 1
         assert said in capsys.readouterr().err
     assert not list(Path(place.preprocessed).glob("*pilot*"))
+
+
+def test_who_invents_a_structure_is_worse_than_who_finds_nothing() -> None:
+    base = {f"c{i}": {"organ": 0.8, "tumor": 0.8 if i % 2 else math.nan} for i in range(12)}
+    other = {f"c{i}": {"organ": 0.82, "tumor": 0.82 if i % 2 else 0.0} for i in range(12)}
+    text = pilot.comparison({"nnUNetTrainerSupervised": base, "nnUNetTrainerX": other}, 0.1)
+    assert "6 times only one of them found a structure that is not there" in text and "worse here" in text
+
+
+def test_a_pilot_of_other_data_is_another_pilot(place: Place) -> None:
+    folder = str(place.preprocessed)
+    cases = [["a", "b"], ["c"], ["u"]]
+    first = pilot.write_plan(folder, "nnUNetPlans", 0.5, cases)
+    assert pilot.write_plan(folder, "nnUNetPlans", 0.5, cases) == first
+    names = {
+        pilot.write_plan(folder, "nnUNetPlans", 0.5, [*cases[:i], ["x"], *cases[i + 1 :]]) for i in range(3)
+    }
+    assert len(names | {first}) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "keys"), [({"a": 1, "b": 2}, ("1", "2")), ({"a": [1, 2], "b": [2]}, ("(1, 2)", "(2,)"))]
+)
+def test_dice_of_classes_and_of_regions_of_one_label(
+    tmp_path: Path, labels: dict[str, Any], keys: tuple[str, str]
+) -> None:
+    """nnU-Net's keys, as its evaluation writes them."""
+    assert keys == tuple(
+        label_or_region_to_key(tuple(v) if isinstance(v, list) else v) for v in labels.values()
+    )
+    metrics = {key: {"Dice": value} for key, value in zip(keys, (0.5, 0.25), strict=True)}
+    summary = {"metric_per_case": [{"prediction_file": "x/c.nii.gz", "metrics": metrics}]}
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "summary.json").write_text(json.dumps(summary))
+    dataset = {"labels": {"background": 0, **labels}, "regions_class_order": [1, 2]}
+    assert pilot.dice_of(str(tmp_path), dataset) == {"c.nii.gz": {"a": 0.5, "b": 0.25}}
+
+
+def test_advice_counts_the_scans_that_a_training_takes_and_writes_no_split(place: Place) -> None:
+    splits = place.preprocessed / "splits_final.json"
+    splits.unlink(missing_ok=True)
+    measure_steps(777, "3d_fullres", "0", "nnUNetTrainerSupervised", "nnUNetPlans", "cpu")
+    assert not splits.exists()
+    with pytest.raises(ValueError, match="fold 9"):
+        facts_of(777, None, "9", "nnUNetPlans")
+    folder = Path(unlabeled_folder(str(place.preprocessed / "nnUNetPlans_3d_fullres")))
+    there = sorted(file.stem for file in folder.glob("*.pkl"))
+    assert facts_of(777, None, "0", "nnUNetPlans").unlabeled == len(there) > 0
+    shutil.rmtree(place.raw / "imagesUn")  # a training takes what is preprocessed
+    assert cases_of(777, "3d_fullres", "0", "nnUNetPlans")[2] == there
+    assert facts_of(777, None, "0", "nnUNetPlans").unlabeled == len(there)

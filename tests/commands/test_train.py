@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from nnssl.commands import train
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import trainers_folder
+from nnssl.training.arguments import add_arguments
 from nnssl.training.lookup import check_numbers, known_trainers, meant, trainer_paths
 from tests.raw_dataset import Tiny, write_case
 
@@ -211,3 +214,33 @@ class TestStockCommand:
         hook: Any = sys.excepthook
         boundary.watch()
         assert sys.excepthook is hook
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_validation_alone_is_of_the_trained_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val: bool
+) -> None:
+    """Whatever the training started from, which the command still says when it is repeated with --val."""
+    done: list[str] = []
+
+    class Stub:
+        output_folder = str(tmp_path)
+
+        def print_to_log_file(self, *_: Any, **__: Any) -> None: ...
+
+        def run_training(self) -> None:
+            done.append("train")
+
+        def perform_actual_validation(self, npz: bool) -> None:
+            done.append("validate")
+
+    run = "nnunetv2.run.run_training"
+    monkeypatch.setattr(f"{run}.get_trainer_from_args", lambda *_: Stub())
+    monkeypatch.setattr(f"{run}.maybe_load_checkpoint", lambda *_: done.append("own weights"))
+    monkeypatch.setattr("nnssl.commands.train.load_weights", lambda *_: done.append("source's weights"))
+    arguments = [*TRAIN[1:], "-pretrained_weights", "a.pth", *["--val"] * val]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    train._train(parser.parse_args(arguments))
+    ran = ["validate"] if val else ["source's weights", "train", "validate"]
+    assert done == ["own weights", *ran]

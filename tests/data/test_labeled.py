@@ -192,3 +192,12 @@ def test_ground_truth_is_copied_where_it_is_newer(tiny: Tiny) -> None:
     copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
     assert {name for name, stamp in stamps(copies).items() if before[name] != stamp} == {"lab_03.nii.gz"}
     assert (copies / "lab_03.nii.gz").read_bytes() == label.read_bytes()
+
+
+def test_ground_truth_is_copied_where_an_older_file_took_its_place(tiny: Tiny) -> None:
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    label = tiny.raw / "labelsTr" / "lab_03.nii.gz"
+    write_image(label, np.ones((10, 28, 26), np.uint8))
+    os.utime(label, (1e9, 1e9))
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    assert (tiny.preprocessed / "gt_segmentations" / "lab_03.nii.gz").read_bytes() == label.read_bytes()

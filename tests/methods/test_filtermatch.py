@@ -134,7 +134,7 @@ def test_the_choice_comes_at_every_interval() -> None:
 def test_patches_of_scans_that_have_left_give_way_to_others() -> None:
     task = Task()
     m, batch = method(task), task.batch()
-    m.left[0] = True
+    m.left[0], m._outside = True, None
     seen: list[torch.Tensor] = []
     forward = m.student.forward
 

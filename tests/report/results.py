@@ -98,6 +98,8 @@ class Results:
     def finish(self, folder: Path, seed: int, cases: tuple[str, ...] = CASES) -> None:
         """The end of a training: a checkpoint, and predictions that are off by a few voxels."""
         torch.save({"logging": self.logging()}, folder / "checkpoint_final.pth")
+        record = json.loads((folder / "training.json").read_text())
+        (folder / "training.json").write_text(json.dumps(record | {"num_epochs": EPOCHS}))
         generator = np.random.default_rng(seed)
         for case in cases:
             labels = truth(case)

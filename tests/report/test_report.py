@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -18,7 +19,8 @@ from nnssl.commands.cli import main
 from nnssl.metrics import interval
 from nnssl.report.curves import acceptance_charts
 from nnssl.report.runs import Run
-from tests.report.results import CASES, LABELS, SPACING, Results, truth
+from nnssl.report.scores import METRICS, Key, Scores
+from tests.report.results import CASES, EPOCHS, LABELS, SPACING, Results, truth
 
 VOID = {"meta", "img", "line", "polyline", "circle", "br"}
 SEMI, SUPERVISED = "nnUNetTrainerSemi", "nnUNetTrainerSupervised"
@@ -77,6 +79,7 @@ class Page(HTMLParser):
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setattr("nnssl.report.scores.FEWEST", 3)
     return Results(tmp_path)
 
 
@@ -300,3 +303,35 @@ def test_accepted_is_a_share_of_what_is_called_so(results: Results) -> None:
     lines = [chart.series[0].y for chart in charts]
     assert lines[0] == pytest.approx([0.75] * 3) and np.isnan(lines[1]).all()
     assert lines[2:] == [[0.1] * 3, [0.0] * 3]
+
+
+def test_few_cases_have_no_verdict(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnssl.report.scores.FEWEST", len(CASES) + 1)
+    page = two_models(results)
+    assert "too few cases" in page.text and ": better" not in page.text and ": worse" not in page.text
+
+
+def test_a_training_that_began_anew_is_not_finished_by_the_one_before(results: Results) -> None:
+    folder = results.begin(SEMI)
+    results.finish(folder, seed=1)
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(record | {"num_epochs": 2 * EPOCHS}))
+    run = Run("Semi", folder)
+    assert (
+        not run.finished and not run.validated and run.status.startswith(f"{EPOCHS} of {2 * EPOCHS} epochs")
+    )
+    assert run.predictions == {} and "a training before this one" in report(results, folder).text
+
+
+def test_who_rightly_finds_nothing_gains_on_who_invents_a_structure() -> None:
+    nothing, invented = (
+        dict.fromkeys(METRICS, math.nan),
+        {"dice": 0.0, "jaccard": 0.0, "hd95": 9.0, "asd": 9.0},
+    )
+    keys = [Key("0", f"case_{i}") for i in range(6)]
+    values = {m: {k: {"tumor": v} for k in keys} for m, v in (("A", nothing), ("B", invented))}
+    scores = Scores(("tumor",), ("A", "B"), values, ())
+    for metric, gap in (("dice", -1.0), ("hd95", 9.0)):
+        found = scores.difference("B", "A", "tumor", metric)
+        assert found == (gap, gap, gap, 6) and found.verdict(METRICS[metric].higher) == "worse"
+    assert scores.difference("A", "A", "tumor", "dice") is None

@@ -151,3 +151,17 @@ def test_every_trainer_is_predicted(name: str, device: str) -> None:
 def test_prediction_is_within_15_percent_of_resident_memory(name: str, kind: str) -> None:
     found = measured(name, kind, {})["peak"]
     assert cost(name, {"2D": SMALL_2D, "3D": SMALL_3D}[kind]).peak == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("epochs", [12, 300, 1000])
+def test_filtermatch_is_predicted_with_unlabeled_patches_in_any_schedule(epochs: int) -> None:
+    assert cost("FilterMatch", num_epochs=epochs).flops > 1.9 * supervised_flops(0, "cpu")
+
+
+def test_batches_may_be_larger_than_the_dataset() -> None:
+    plans, configuration, dataset_json = plan(TINY | {"batch": 5})
+    for name in ("CAML", "FilterMatch"):
+        found = predict(
+            trainer(f"nnUNetTrainer{name}"), plans, configuration, dataset_json | {"numTraining": 2}
+        )
+        assert found.flops > 0

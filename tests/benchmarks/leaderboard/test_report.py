@@ -347,3 +347,13 @@ def test_a_strip_shows_image_labels_prediction_and_error_on_the_slice_with_most_
     assert differ(labels) == {(y, x) for y in (2, 3) for x in (2, 3)}
     assert differ(predicted) == differ(labels) | {(5, 6)}
     assert differ(error) == {(5, 6)}
+
+
+def test_a_share_of_the_gap_is_over_the_seeds_that_all_have() -> None:
+    def rows(*dice: float) -> list[dict[str, Any]]:
+        return [{"seed": k, "per_case": {"dice": [[v], [v]]}} for k, v in enumerate(dice)]
+
+    supervised, upper = rows(0.5, 0.7), rows(0.9)
+    assert report.gap_closed(rows(0.7, 0.71), supervised, upper) == pytest.approx(0.5)
+    assert report.gap_closed(rows(0.7), supervised, rows(0.5)) is None
+    assert report.gap_closed(rows(0.7)[1:], supervised, upper) is None
