@@ -203,6 +203,7 @@ def inspect_split(
     if not isinstance(folds, list) or not folds:
         yield Finding(ERROR, splits_file, f"holds {type(folds).__name__}", expected, "Repair or remove it")
         return
+    listed_somewhere: set[str] = set()
     for index, fold in enumerate(folds):
         if only not in (None, index):
             continue
@@ -227,6 +228,10 @@ def inspect_split(
                 yield from _names_of_fold(f"{place}, key {key}", names, known)
         if not wrong:
             yield from _overlaps(place, fold)
+            listed_somewhere |= {name for key in FOLD_KEYS for name in fold.get(key, [])}
+    if only is None and (left := sorted(known - listed_somewhere)) and listed_somewhere:
+        remedy = "Add them to a fold (`nnssl split` makes a new file), or leave them out on purpose"
+        yield Finding(WARNING, splits_file, f"{listed(left)}: labeled, and in no fold", remedy=remedy)
 
 
 def few_cases(splits_file: str, number: int, level: str = ERROR) -> Finding:

@@ -687,6 +687,14 @@ def test_splits_are_checked_fold_by_fold(tmp_path: Path, fold: Any, level: str, 
     assert list(inspect_split(str(file), CASES, only=0)) == []
 
 
+def test_labeled_cases_of_no_fold_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps([GOOD]))
+    (finding,) = inspect_split(str(file), [*CASES, "new_1", "new_2"])
+    assert finding.level == "warning" and "new_1, new_2: labeled, and in no fold" in str(finding)
+    assert list(inspect_split(str(file), [*CASES, "new_1"], only=0)) == []
+
+
 @pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
 def test_a_split_that_is_no_list_of_folds_is_one_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "splits_final.json").write_text(content)
