@@ -129,7 +129,7 @@ def distilled(x: Inputs, empty: bool) -> Tensor:
     distillation = seeded(lambda: Distillation(16, 4, 6))
     distillation.bank.push(unit(torch.randn(3 if empty else 6, 4)), torch.arange(10, 13 if empty else 16))
     student, teacher = (pool(x.features(2, 8, *SIZE, seed=s)) for s in (0, 1))
-    return distillation(student, teacher, torch.tensor([10, 20]), 0.1, 0.01, True)
+    return distillation(student, teacher, torch.tensor([10, 20]), 0.1, 0.01, True, True)
 
 
 def class_bank(x: Inputs, empty: bool) -> Tensor:
@@ -210,6 +210,7 @@ CASES: dict[str, Callable[[Inputs, bool], Tensor]] = {
         0.1,
         0.01,
         own_key=True,
+        centered=True,
     ),
     "anatomical contrast": contrast,
     "refinement": lambda x, e: refine(

@@ -126,7 +126,10 @@ def main() -> None:
                 f"{folder} has no checkpoint_final.pth: expected nnU-Net's folder of a fold whose training "
                 "has ended; continue it with --c"
             )
-        print(f"{folder}\n\n{markdown(term_table(read_losses(folder)))}\n")
+        rows = read_losses(folder)
+        print(f"{folder}\n\n{markdown(term_table(rows))}\n")
+        if len(rows) < FIFTHS:
+            print(f"{len(rows)} epochs make {FIFTHS} fifths: neighbors share the mean of an epoch.\n")
 
 
 if __name__ == "__main__":

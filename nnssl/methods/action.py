@@ -23,8 +23,8 @@ Differs from the paper:
 - One learning rate schedule over the whole run: nnU-Net has one.
 - Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
 - ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
-- z itself is a row, which the student has to tell from the others: without it, L_g falls to 0 as all
-  embeddings become the same.
+- z itself is a row, which the student has to tell from the others, and L_g compares embeddings around the
+  mean of the bank: otherwise it falls to 0 as all embeddings become the same.
 - Crops are the cells of a regular grid, pooled to 8 x 8 or 4 x 4 x 4 logits each: as many in any plan.
 - L_a moves its head at full rate and the shared features at lambda_a: a small weight alone would slow both.
 - One view of a labeled patch, the same for student and teacher: nnU-Net's augmentation gives one.
@@ -75,6 +75,7 @@ class ACTIONConfig(Config):
     temperature_teacher: Temperature = 0.01  # T_t: temperature of the teacher's similarities (ACTION)
     bank_images: Count = 36  # images whose embeddings a bank holds (ACTION)
     own_key: bool = True  # whether z itself is a row of L_g and L_l (ours)
+    centered: bool = True  # whether L_g compares embeddings around the mean of its bank (ours)
     crops_per_axis: Few = 2  # cells per axis of the grid of L_l (ours)
     embedding: Width = 128  # width of s, z and of the representation of L_a (ACTION)
     classmix_probability: Share = 0.5  # probability of ClassMix in a sample of x_m (ours; published: always)
@@ -119,6 +120,7 @@ class Distillation(nn.Module):
         temperature_student: float,
         temperature_teacher: float,
         own_key: bool,
+        centered: bool,
     ) -> Tensor:
         """KL over the bank. student, teacher: (N, F) pooled features; cases: (N,) numbers."""
         with torch.autocast(student.device.type, enabled=False):  # differences between embeddings are small
@@ -134,6 +136,7 @@ class Distillation(nn.Module):
                 temperature_student,
                 temperature_teacher,
                 own_key,
+                centered,
             )
 
     def after_step(self, decay: float) -> None:
@@ -237,11 +240,14 @@ class ACTION(TeacherMethod):
     def global_term(self, student: Tensor, teacher: Tensor, batch: SemiBatch) -> Tensor:
         """L_g from bottlenecks (U, F, S)."""
         cases = case_numbers(batch.unlabeled_cases, student.device)
-        return self.distil(self.distillation_global, pool(student), pool(teacher), cases)
+        of = self.distillation_global
+        return self.distil(of, pool(student), pool(teacher), cases, self.config.centered)
 
-    def distil(self, distillation: Distillation, student: Tensor, teacher: Tensor, cases: Tensor) -> Tensor:
+    def distil(
+        self, of: Distillation, student: Tensor, teacher: Tensor, cases: Tensor, centered: bool = False
+    ) -> Tensor:
         c = self.config
-        return distillation(student, teacher, cases, c.temperature_student, c.temperature_teacher, c.own_key)
+        return of(student, teacher, cases, c.temperature_student, c.temperature_teacher, c.own_key, centered)
 
     # phase 2
 

@@ -129,3 +129,30 @@ def test_embeddings_that_are_all_the_same_cost_nothing_without_the_own_key_only(
     same = bank_distillation(s, s, s[:1].expand(9, 5), everything, 0.1, 0.01)
     assert same.item() == pytest.approx(0, abs=1e-6)
     assert bank_distillation(s, z, m, everything, 0.1, 0.01, own_key=True).item() > 1
+
+
+def test_around_the_mean_of_the_rows_that_count() -> None:
+    s, z, m, valid = example()
+    valid[:, 7] = False  # a row of no query: not in the mean
+    mean = m[valid.any(0)].mean(0)
+    a, b, c = (F.normalize(x - mean, dim=1) for x in (s, z, m))
+    expected = bank_distillation(a, b, c, valid, 0.1, 0.05, own_key=True)
+    torch.testing.assert_close(
+        bank_distillation(s, z, m, valid, 0.1, 0.05, own_key=True, centered=True), expected
+    )
+    nothing = torch.zeros_like(valid)
+    assert bank_distillation(s, z, m, nothing, 0.1, 0.05, centered=True).item() == 0
+
+
+def test_embeddings_that_become_the_same_gain_nothing_around_their_mean() -> None:
+    """The collapse: differences of a thousandth are told apart like those of one."""
+    g = torch.Generator().manual_seed(0)
+    noise = [torch.randn(n, 16, generator=g, dtype=torch.float64) for n in (6, 6, 9)]
+    everything = torch.ones(6, 9, dtype=torch.bool)
+
+    def value(spread: float, centered: bool) -> float:
+        s, z, m = (F.normalize(1 + spread * x, dim=1) for x in noise)
+        return bank_distillation(s, z, m, everything, 0.1, 0.01, own_key=True, centered=centered).item()
+
+    assert value(1e-3, False) < 1e-3
+    assert value(1e-3, True) == pytest.approx(value(1e-4, True), rel=0.02) and value(1e-3, True) > 0.5
