@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(method: Any, which: str) -> None:
-    """For the networks of a method that `which` names: none, second (all but the student), all."""
+def recompute(method: Any, which: str) -> int:
+    """For the networks of a method that `which` names: none, second (all but the student), all. Returns how
+    many stages there are in them."""
     networks = list(method.children()) if which != "none" else []
-    for network in networks:
-        if which == "all" or network is not method.student:
-            recompute_stages(network)
+    chosen = [network for network in networks if which == "all" or network is not method.student]
+    return sum(recompute_stages(network) for network in chosen)
 
 
 def recompute_stages(network: nn.Module) -> int:

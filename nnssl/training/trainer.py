@@ -245,7 +245,12 @@ class SemiTrainer(nnUNetTrainer):
             )
         self.loss = self._build_loss()
         self.method = self.method_class(self.network, self.method_config, self._planned()).to(self.device)
-        recompute(self.method, self.general.gradient_checkpointing)
+        which = self.general.gradient_checkpointing
+        if recompute(self.method, which) == 0 and which != "none":
+            self.print_to_log_file(
+                f'WARNING: "gradient_checkpointing": "{which}" has no effect: {self.method.name} trains no '
+                'network beside the student. Set "all" to save memory'
+            )
         if self.general.channels_last:
             use_channels_last(self.method, len(self.configuration_manager.patch_size))
         self.network = self.method.deployed(self.general.deploy)

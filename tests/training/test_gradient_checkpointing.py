@@ -98,3 +98,14 @@ def test_compiled_networks_recompute_too() -> None:
     torch.testing.assert_close(list(found), list(expected))
     for p, g in zip(network.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "second"), [("CPS", True), ("FixMatch", False), ("Semi", False), ("MCNet", True)]
+)
+def test_methods_without_a_second_network_that_trains_have_nothing_to_recompute(
+    name: str, second: bool
+) -> None:
+    cls = method_classes()[name]
+    assert bool(recompute(Task().method(cls, cls.config_class()), "second")) == second
+    assert recompute(Task().method(cls, cls.config_class()), "all") > 0
