@@ -27,6 +27,7 @@ from nnssl.files import read_json
 SUPERVISED = "Supervised"
 NEAR = 2.5  # numbers of labels within this factor are compared
 SPREAD = 0.01  # Dice; smaller differences lie within the spread of runs
+SAME_COST = 1.1  # of a step: what is within this factor costs the same
 SECONDS, STEPS = 60, 5  # a measurement ends after either
 
 
@@ -95,13 +96,14 @@ def choose(facts: Facts, tables: Mapping[str, Any]) -> Advice:
             tuple(open_),
         )
     cost = tables["step_cost"]
+    equal = [method for method, gain in good.items() if gain >= best - SPREAD]
+    cheapest = min(cost.get(method, math.inf) for method in equal)
+    seeds = {method: min(row["seeds"] for _, row in complete[method]) for method in equal}
 
-    def order(method: str) -> tuple[float, int, float]:
-        seeds = min(row["seeds"] for _, row in complete[method])
-        return round(cost.get(method, math.inf), 1), -seeds, -good[method]
+    def order(method: str) -> tuple[bool, int, float]:
+        return cost.get(method, math.inf) > SAME_COST * cheapest, -seeds[method], -good[method]
 
-    equal = sorted((method for method, gain in good.items() if gain >= best - SPREAD), key=order)
-    chosen, *others = equal
+    chosen, *others = sorted(equal, key=order)
     reasons = [_sentence(suite, row) for suite, row in complete[chosen]]
     if others:
         reasons.append(f"no worse than {listed(others)} within the spread of runs, and as cheap or cheaper")
