@@ -154,8 +154,17 @@ class EmbeddingBank(nn.Module):
 
     def others(self, cases: Tensor) -> Tensor:
         """(N, R) bool: for each of `cases` (N,), the rows in use that are of another case."""
-        filled = torch.arange(len(self.cases), device=self.cases.device) < self.count
-        return filled & (cases[:, None] != self.cases)
+        return self.filled & (cases[:, None] != self.cases)
+
+    @property
+    def filled(self) -> Tensor:
+        """(R,) bool: the rows in use."""
+        return torch.arange(len(self.cases), device=self.cases.device) < self.count
+
+    def mean(self) -> Tensor:
+        """(E,) mean of the rows in use; 0 without any."""
+        used = self.filled.to(self.embeddings.dtype)
+        return used @ self.embeddings / used.sum().clamp_min(1)
 
 
 def case_numbers(names: Sequence[str], device: torch.device) -> Tensor:

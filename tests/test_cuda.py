@@ -101,7 +101,7 @@ def test_filtermatch_waits_where_scans_leave_the_pool() -> None:
     with cuda:
         method.shrink_pool()
         method.outside()
-    assert cuda.waits == ["cpu", "tolist"]
+    assert cuda.waits == ["tolist", "tolist"]
 
 
 def test_every_trainer_has_a_row() -> None:

@@ -210,7 +210,7 @@ CASES: dict[str, Callable[[Inputs, bool], Tensor]] = {
         0.1,
         0.01,
         own_key=True,
-        centered=True,
+        center=unit(x.features(1, 8, seed=3))[0].detach() / 2,
     ),
     "anatomical contrast": contrast,
     "refinement": lambda x, e: refine(

@@ -28,7 +28,12 @@ PACKAGE = Path(nnssl.__file__).parent
 TINY = SMALL_3D | {"patch": [8, 16, 16], "features": [4, 6], "strides": [[1, 1, 1], [2, 2, 2]]}
 SMALL_BANKS = {"DiffCL": {"hfm_max_tokens": 512}}
 # numbers drawn on the CPU, whatever the device: test_cuda.py would find others
-DRAWN_ON_THE_HOST = ("semi.draw", "semi.random_mirroring", "orientations.random_orientation")
+DRAWN_ON_THE_HOST = (
+    "semi.draw",
+    "semi.random_mirroring",
+    "orientations.random_orientation",
+    "filtermatch.orientation",
+)
 EVERY_DAY = ("FilterMatch", "MeanTeacher", "Semi")
 
 

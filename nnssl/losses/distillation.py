@@ -17,7 +17,7 @@ def bank_distillation(
     temperature_student: float,
     temperature_teacher: float,
     own_key: bool = False,
-    centered: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """Mean over queries of the divergence of the student's from the teacher's similarities to the bank
     (ACTION; SEED's form).
@@ -36,8 +36,9 @@ def bank_distillation(
         temperature_teacher: T_t > 0, usually the smaller.
         own_key: whether z_i itself is one more row for its query. To the teacher it is the most similar one,
             so the student learns to tell z_i from the bank.
-        centered: whether all embeddings are taken around the mean of the rows that count, and scaled to unit
-            norm again: what all have in common then tells nothing, and their becoming the same gains nothing.
+        center: (E,), what all embeddings are taken around before they are scaled to unit norm again, such as
+            the bank's mean: what they have in common then tells nothing, and their becoming the same gains
+            nothing.
     """
     with torch.autocast(
         student.device.type, enabled=False
@@ -45,10 +46,8 @@ def bank_distillation(
         s, z, m = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach(), bank)
         )
-        if centered:
-            used = valid.any(0).to(m.dtype).unsqueeze(1)
-            mean = (m * used).sum(0) / used.sum().clamp_min(1)
-            s, z, m = (F.normalize(x - mean, dim=1) for x in (s, z, m))
+        if center is not None:
+            s, z, m = (F.normalize(x - center.to(x.dtype), dim=1) for x in (s, z, m))
         lowest = torch.finfo(s.dtype).min  # not -inf: 0 * (-inf) would be NaN
         to_s, to_z = s @ m.T, z @ m.T
         if own_key:

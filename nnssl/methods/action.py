@@ -136,7 +136,7 @@ class Distillation(nn.Module):
                 temperature_student,
                 temperature_teacher,
                 own_key,
-                centered,
+                self.bank.mean() if centered else None,
             )
 
     def after_step(self, decay: float) -> None:
