@@ -12,6 +12,7 @@ import importlib
 import io
 import math
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -382,8 +383,23 @@ def advise(
         for line in costs(dataset_id, facts, advice, plans_name, chosen):
             print(line)
     pilot = f"nnssl pilot -d {dataset_id} -c {facts.configuration} -f {fold}"
-    print(f"Next: {pilot}" + f" -p {plans_name}" * (plans_name != "nnUNetPlans"))
+    pilot += f" -p {plans_name}" * (plans_name != "nnUNetPlans")
+    if start := finished_network(facts, plans_name):
+        pilot += f" --share 0.2 -pretrained_weights {shlex.quote(start)}"
+    print(f"Next: {pilot}")
     return advice
+
+
+def finished_network(facts: Facts, plans_name: str) -> str | None:
+    """Last checkpoint of a supervised training of this fold that has ended, stock nnU-Net's first."""
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    for trainer in ("nnUNetTrainer", f"nnUNetTrainer{SUPERVISED}"):
+        model = get_output_folder(facts.dataset, trainer, plans_name, facts.configuration)
+        file = join(str(model), f"fold_{facts.fold}", "checkpoint_final.pth")
+        if isfile(file):
+            return file
+    return None
 
 
 def predictions(facts: Facts, advice: Advice, plans_name: str, device: str) -> Iterator[str]:

@@ -274,6 +274,11 @@ def _add_pilot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--share", type=float, default=0.1, metavar="S", help="of the epochs of the plan (default: 0.1)"
     )
+    parser.add_argument(
+        "-pretrained_weights",
+        metavar="FILE",
+        help="checkpoint that both start from, a finished supervised one of this fold (default: none)",
+    )
     parser.add_argument("-o", metavar="DIR", help="folder of the report (default: beside the models)")
     parser.set_defaults(run=_pilot)
 
@@ -427,7 +432,19 @@ def _advise(args: argparse.Namespace) -> None:
 def _pilot(args: argparse.Namespace) -> None:
     from nnssl.commands.pilot import pilot
 
-    print(pilot(args.d, args.c, args.f, args.tr, args.p, args.share, args.device, args.o))
+    print(
+        pilot(
+            args.d,
+            args.c,
+            args.f,
+            args.tr,
+            args.p,
+            args.share,
+            args.device,
+            args.o,
+            args.pretrained_weights,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
 from nnssl.commands.pseudo_label import classes_of
+from nnssl.data.freshness import digest
 from nnssl.data.parallel import usable_cores
 from nnssl.files import read_json, write_json
 from nnssl.report.build import write_report
@@ -37,18 +38,21 @@ def pilot(
     share: float = 0.1,
     device: str | None = None,
     output: str | None = None,
+    pretrained: str | None = None,
 ) -> str:
     """Train supervised and with `trainer` (None: the advised one) for `share` of the epochs, same seed, and
     compare them on the validation cases; returns the table.
 
-    Both go by a plan of their own, ``PLANS_pilot_<hash of its content and the fold's cases>``. What is
-    finished is not repeated, what was interrupted goes on. The report goes to `output` (None: beside the
-    models).
+    Both start from the checkpoint `pretrained` (None: from nothing) and go by a plan of their own,
+    ``PLANS_pilot_<hash of its content, the fold's cases and that checkpoint>``. What is finished is not
+    repeated, what was interrupted goes on. The report goes to `output` (None: beside the models).
     """
     if fold == "all":
         raise ValueError("-f all has no validation cases to compare on. Choose a fold.")
     if not 0 < share <= 1:
         raise ValueError(f"--share {share:g}: expected more than 0 and at most 1.")
+    if pretrained and not isfile(pretrained):
+        raise ValueError(f"-pretrained_weights {pretrained}: no such file.")
     facts = facts_of(dataset_id, configuration, fold, plans_name)
     chosen = trainer or choose(facts, measured()).trainer
     baseline = f"nnUNetTrainer{SUPERVISED}"
@@ -59,22 +63,25 @@ def pilot(
         )
     dataset = str(convert_id_to_dataset_name(dataset_id))
     cases = cases_of(dataset_id, facts.configuration, fold, plans_name)
-    name = write_plan(join(nnUNet_preprocessed, dataset), plans_name, share, cases)
-    print(f"Pilot of {chosen} against {baseline}: {name}, {facts.configuration}, fold {fold}.", flush=True)
+    name = write_plan(join(nnUNet_preprocessed, dataset), plans_name, share, cases, pretrained)
+    where = f"{name}, {facts.configuration}, fold {fold}" + (f", from {pretrained}" if pretrained else "")
+    print(f"Pilot of {chosen} against {baseline}: {where}.", flush=True)
     folders = {}
     for one in (baseline, chosen):
         model = str(get_output_folder(dataset, one, name, facts.configuration))
         folders[one] = join(model, f"fold_{fold}")
-        _train(dataset_id, facts.configuration, fold, one, name, folders[one], device)
+        _train(dataset_id, facts.configuration, fold, one, name, folders[one], device, pretrained)
     dataset_json = read_json(join(nnUNet_preprocessed, dataset, "dataset.json"))
     table = comparison({one: dice_of(folder, dataset_json) for one, folder in folders.items()}, share)
     place = output or join(nnUNet_results, dataset, f"{name}_{facts.configuration}_report")
     return f"{table}\nReport: {write_report(runs_in_folders([*folders.values()], None), place)}"
 
 
-def write_plan(folder: str, plans_name: str, share: float, cases: Sequence[Sequence[str]]) -> str:
-    """A plan with `share` of the epochs and a seed; returns its name, which says what is in it and which
-    cases it is for."""
+def write_plan(
+    folder: str, plans_name: str, share: float, cases: Sequence[Sequence[str]], pretrained: str | None = None
+) -> str:
+    """A plan with `share` of the epochs and a seed; returns its name, which says what is in it, which cases
+    it is for and what trainings start from."""
     from nnssl.config import resolve
     from nnssl.methods import known_methods
 
@@ -83,7 +90,7 @@ def write_plan(folder: str, plans_name: str, share: float, cases: Sequence[Seque
     general, _ = resolve(section, None, None, known_methods())
     seed = 0 if general.seed is None else general.seed
     plans["nnssl"] = {**section, "num_epochs": max(1, round(share * general.num_epochs)), "seed": seed}
-    known = json.dumps([plans, cases], sort_keys=True)
+    known = json.dumps([plans, cases, *([digest(pretrained)] if pretrained else [])], sort_keys=True)
     content = hashlib.blake2b(known.encode(), digest_size=3).hexdigest()
     plans["plans_name"] = name = f"{plans_name}_pilot_{content}"
     if not isfile(join(folder, f"{name}.json")):
@@ -92,7 +99,14 @@ def write_plan(folder: str, plans_name: str, share: float, cases: Sequence[Seque
 
 
 def _train(
-    dataset_id: int, configuration: str, fold: str, trainer: str, plans: str, folder: str, device: str | None
+    dataset_id: int,
+    configuration: str,
+    fold: str,
+    trainer: str,
+    plans: str,
+    folder: str,
+    device: str | None,
+    pretrained: str | None,
 ) -> None:
     """A training to the end of its validation, in a process of its own."""
     import torch
@@ -102,7 +116,8 @@ def _train(
         return
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    goes_on = ["--c"] if any(n.startswith("checkpoint_") and n.endswith(".pth") for n in names) else []
+    begun = any(n.startswith("checkpoint_") and n.endswith(".pth") for n in names)
+    goes_on = ["--c"] if begun else ["-pretrained_weights", pretrained] if pretrained else []
     command = ["train", str(dataset_id), configuration, fold, "-tr", trainer, "-p", plans, "-device", chosen]
     print(f"$ {shlex.join(['nnssl', *command, *goes_on])}", flush=True)
     start = launcher(usable_cores(), parent=os.getpid())

@@ -166,6 +166,48 @@ def test_a_pilot_trains_both_and_goes_on_where_it_was_interrupted(
     assert len(list(place.results.glob(f"*__{file.stem}__3d_fullres/fold_0/validation/summary.json"))) == 2
 
 
+def test_a_pilot_of_a_finished_network_starts_both_from_it_and_goes_on_without(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def carry_out(command: list[str]) -> int:
+        """Of a training that is killed after its first checkpoint, and ends when it goes on."""
+        said = command[command.index("nnssl") + 1 :]
+        commands.append(said)
+        trainer, plans = said[said.index("-tr") + 1], said[said.index("-p") + 1]
+        folder = place.results / f"{trainer}__{plans}__3d_fullres" / "fold_0"
+        folder.mkdir(parents=True, exist_ok=True)
+        if "--c" not in said:
+            (folder / "checkpoint_latest.pth").touch()
+            return 1
+        (folder / "validation").mkdir()
+        case = {"prediction_file": "c.nii.gz", "metrics": {"1": {"Dice": 0.5}, "2": {"Dice": 0.5}}}
+        (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": [case]}))
+        return 0
+
+    monkeypatch.setattr(pilot, "_carry_out", carry_out)
+    monkeypatch.setattr(pilot, "runs_in_folders", lambda *_: [])
+    monkeypatch.setattr(pilot, "write_report", lambda *_: "report.html")
+    start = place.results / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+    start.parent.mkdir(parents=True)
+    start.write_bytes(b"weights")
+    assert main(["advise", "-d", "777", "-device", "cpu", "--no-measure"]) == 0
+    proposed = capsys.readouterr().out.rpartition("Next: nnssl ")[2].split()
+    assert proposed[-4:] == ["--share", "0.2", "-pretrained_weights", str(start)]
+    arguments = [*proposed, "-tr", "nnUNetTrainerSemi", "-device", "cpu"]
+    for status in (1, 1, 0):
+        assert main(arguments) == status
+    assert "over 1 validation case" in capsys.readouterr().out
+    given = ["-pretrained_weights", str(start)]
+    assert [c[-2:] == given for c in commands] == [c[-1] != "--c" for c in commands]
+    assert [c[-1] == "--c" for c in commands] == [False, True, False, True]
+    [file] = place.preprocessed.glob("nnUNetPlans_pilot_*.json")
+    start.write_bytes(b"other weights")
+    assert main(arguments) == 1 and len(list(place.preprocessed.glob("nnUNetPlans_pilot_*.json"))) == 2
+    assert file.exists()
+
+
 def test_the_comparison_is_paired_and_leaves_out_what_is_not_there() -> None:
     first = {f"c{i}": {"a": 0.5 + 0.01 * i, "b": math.nan} for i in range(10)}
     better = {c: {"a": v["a"] + 0.1, "b": math.nan} for c, v in first.items()}
@@ -188,6 +230,7 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
         (["-f", "all"], "has no validation cases"),
         (["--share", "2"], "expected more than 0 and at most 1"),
         (["-tr", "nnUNetTrainerSupervised"], "which is what a pilot compares with"),
+        (["-pretrained_weights", "nowhere.pth"], "-pretrained_weights nowhere.pth: no such file"),
     ):
         assert main(["pilot", "-d", "777", *options]) == 1
         assert said in capsys.readouterr().err
