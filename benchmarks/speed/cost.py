@@ -274,7 +274,9 @@ def cards_table(found: dict[str, Any]) -> str:
             line.append(f"{cost.card / GIB:.1f} ({cost.smallest_card} GB)")
         line += [f"{costs[key]['flops'] / base:.1f}" for key in (AS_IT_IS, checkpointed)]
         lines.append(line)
-    keys = [f"`{key}`".replace('"gradient_checkpointing": ', "") for key in SAVINGS]
+    keys = [
+        f"`{key}`".replace('"gradient_checkpointing": ', "").replace(" and ", "` and `") for key in SAVINGS
+    ]
     return table(["trainer", AS_IT_IS, *keys, "time, x supervised", 'time with `"all"`'], lines)
 
 
