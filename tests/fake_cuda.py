@@ -134,6 +134,8 @@ class FakeCuda(TorchDispatchMode):
         by_mask = indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if name in DYNAMIC or by_mask:
             self.waits.append(name)
+        if name == "stack" and from_cpu:  # its shape function takes numbers on the CPU, its kernel does not
+            raise RuntimeError("stack takes one device, found cuda and cpu")
         places = ONE_DTYPE.get(name, ())
         kinds = {args[i].dtype for i in places if i < len(args) and isinstance(args[i], Tensor)}
         if len(kinds) > 1 and not from_cpu:

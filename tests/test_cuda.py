@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.method import SemiMethod, full_resolution
 from nnssl.methods.filtermatch import FilterMatch
 from nnssl.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
+from nnssl.training.optimizer_step import OptimizationStep
 from tests.building import Task
 from tests.fake_cuda import CUDA, FakeCuda, half_precision
 from tests.test_method_contract import ROWS, TASKS
@@ -134,11 +136,30 @@ def full_precision_product(half: Tensor, kept: Tensor) -> Tensor:
         return half @ kept
 
 
+def test_the_optimizer_step_waits_once_also_where_a_network_has_no_gradient() -> None:
+    cuda, (active, resting) = FakeCuda(), (torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
+    for module in (active, resting):
+        cuda.module(module)
+    for p in active.parameters():
+        p.grad = cuda.tensor(p.detach())
+    networks = [list(module.parameters()) for module in (active, resting)]
+    optimizer = torch.optim.SGD([p for network in networks for p in network], 0.1, momentum=0.9, foreach=True)
+    taken = OptimizationStep(optimizer, None, "bfloat16", CUDA, 3, networks)
+    loss = cuda.tensor(torch.zeros(()))
+    with cuda, mock.patch.object(Tensor, "backward"):
+        assert taken.take(loss, [loss])
+    assert cuda.waits == ["tolist"]
+
+
 ROW = torch.tensor([0, 1, 2, 3])
 MIXED: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a tensor made on the CPU": (lambda half, kept: kept + torch.ones(4), "device"),
     "a mask made on the CPU": (lambda half, kept: torch.where(torch.ones(4) > 0, kept, half), "device"),
     "a buffer left on the CPU": (lambda half, kept: F.linear(kept, torch.ones(4, 4)), "device"),
+    "a number made on the CPU in a stack": (
+        lambda half, kept: torch.stack([kept.sum(), torch.zeros(())]),
+        "device",
+    ),
     "a product of two dtypes": (full_precision_product, "dtype"),
     "rows of half precision into a bank": (
         lambda half, kept: kept.index_copy_(0, ROW.to(CUDA), half),

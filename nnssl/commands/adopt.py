@@ -138,11 +138,23 @@ def _find(raw: str, dataset_json: dict[str, Any], corrected: str) -> list[Adopte
             near = difflib.get_close_matches(case, scans, 1)
             remedy = f"Is {near[0]}{ending} meant? Rename it" if near else "Rename or remove it"
             findings.append(Finding(ERROR, file, "no scan of this name in imagesUn", "", remedy))
+    for name in sorted(set(os.listdir(corrected)) - set(names)):
+        case = next((scan for scan in scans if name.startswith(f"{scan}.")), None)
+        if case is None or name.endswith(".json"):  # TIFF has a second file
+            continue
+        if f"{case}{ending}" in names:
+            print(f"WARNING: {join(corrected, name)} is not used, {case}{ending} is.")
+            continue
+        remedy = f"Save it as {case}{ending}, or remove it"
+        findings.append(Finding(ERROR, join(corrected, name), "another file format", ending, remedy))
     raise_errors(findings)
     for adopted in cases:
         file = join(raw, "labelsTr", adopted.name + ending)
-        if exists(file) and digest(file) != digest(adopted.label):
-            raise ValueError(f"{file} exists already, and nothing is overwritten. Move it away.")
+        taken = [file] if exists(file) and digest(file) != digest(adopted.label) else []
+        images = Case(adopted.name, adopted.images, "imagesUn").sources
+        taken += [f for f in (join(raw, "imagesTr", basename(image)) for image in images) if lexists(f)]
+        if taken:
+            raise ValueError(f"{taken[0]} exists already, and nothing is overwritten. Move it away.")
     return cases
 
 

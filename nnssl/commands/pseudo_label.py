@@ -360,20 +360,23 @@ class _State:
         return join(self.folder, part, case + ending)
 
     def holds(self, case: Case) -> bool:
-        """Whether the case is there and of today's scan; ValueError where a scan changed after its
-        segmentation was edited."""
+        """Whether the case is there and of today's scan, or its segmentation was edited; ValueError where the
+        scan changed after that."""
         record = self.content["cases"].get(case.name)
-        if record is None or not all(isfile(join(self.folder, file)) for file in record["files"]):
+        if record is None:
             return False
-        if record["sources"] == [stamp(file) for file in case.sources]:
+        files = [join(self.folder, file) for file in record["files"]]
+        same_scan = record["sources"] == [stamp(file) for file in case.sources]
+        if same_scan and all(map(isfile, files)):
             return True
-        segmentation = join(self.folder, record["files"][0])
-        if digest(segmentation) != record["digest"]:
+        if not isfile(files[0]) or digest(files[0]) == record["digest"]:
+            return False
+        if not same_scan:
             raise ValueError(
-                f"{segmentation} was edited, and the scan {case.images[0]} changed since. Move the edited "
-                "file away to have the scan predicted again."
+                f"{files[0]} was edited, and the scan {case.images[0]} changed since. Move the edited file "
+                "away to have the scan predicted again."
             )
-        return False
+        return True
 
     def add(
         self,

@@ -43,8 +43,11 @@ def _read_cases(values: list[str]) -> list[str]:
     line."""
     if len(values) > 1 or not os.path.isfile(values[0]):
         return values
-    with open(values[0], encoding="utf-8") as stream:
-        text = stream.read()
+    try:
+        with open(values[0], encoding="utf-8-sig") as stream:  # some editors put a mark in front
+            text = stream.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--val: {values[0]} is not UTF-8 ({error.reason}). Save it as UTF-8.") from None
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
     names = read_json(values[0])

@@ -150,6 +150,13 @@ def score_runs(runs: Sequence[Run]) -> Scores:
         except Exception as error:  # readers raise what they like on a file that is being written
             notes.append(f"{key.case} cannot be read and is left out: {error}")
             continue
+        if other := [array.shape for array in arrays.values() if array.shape != truth.shape]:
+            found_shape, expected = (" x ".join(map(str, shape)) for shape in (other[0], truth.shape))
+            notes.append(
+                f"{key.case} is left out: its prediction has {found_shape} voxels, its label {truth_file} "
+                f"{expected}; the label changed since it was predicted."
+            )
+            continue
         ignored = runs[0].dataset_json["labels"].get("ignore")
         known = None if ignored is None else truth != ignored
         for model, array in arrays.items():

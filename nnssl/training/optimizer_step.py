@@ -85,7 +85,9 @@ class OptimizationStep:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norms = torch.stack([nn.utils.clip_grad_norm_(p, MAX_GRADIENT_NORM) for p in self.networks])
+        # the norm of no gradient at all would be a zero on the host
+        moved = [network for network in self.networks if any(p.grad is not None for p in network)]
+        norms = torch.stack([nn.utils.clip_grad_norm_(p, MAX_GRADIENT_NORM) for p in moved])
         gradients = torch.isfinite(norms).all().float()
         scale = finite if self.scaler is None else self.scaler.scale(torch.ones_like(finite))
         loss_is_finite, gradients_are_finite, self._scale, *self.values = read(

@@ -189,6 +189,23 @@ def foreign_label(tiny: Tiny, folder: Path) -> None:
     shutil.copy(tiny.raw / "labelsTr" / f"lab_00{ENDING}", tiny.raw / "labelsTr" / f"scan_00{ENDING}")
 
 
+def foreign_image(tiny: Tiny, folder: Path) -> None:
+    """Not listed in dataset.json, so no training case."""
+    entry = {
+        "images": [f"imagesTr/lab_00_{c:04d}{ENDING}" for c in (0, 1)],
+        "label": f"labelsTr/lab_00{ENDING}",
+    }
+    content = {**read(tiny.raw / "dataset.json"), "dataset": {"lab_00": entry}, "numTraining": 1}
+    write_json(content, tiny.raw / "dataset.json")
+    for c in (0, 1):
+        image = f"lab_01_{c:04d}{ENDING}"
+        shutil.copy(tiny.raw / "imagesTr" / image, tiny.raw / "imagesTr" / image.replace("lab_01", "scan_00"))
+
+
+def another_format(tiny: Tiny, folder: Path) -> None:
+    (folder / f"scan_00{ENDING}").rename(folder / "scan_00.nrrd")
+
+
 def linked_folder(tiny: Tiny, folder: Path) -> None:
     (tiny.raw / "imagesUn").rename(tiny.raw.parent / "shared")
     (tiny.raw / "imagesUn").symlink_to(tiny.raw.parent / "shared")
@@ -207,6 +224,8 @@ def bad_split(tiny: Tiny, folder: Path) -> None:
         (wrong_name, f"no scan of this name in imagesUn. Is scan_00{ENDING} meant"),
         (damaged, "truncated"),
         (foreign_label, "exists already, and nothing is overwritten"),
+        (foreign_image, f"imagesTr/scan_00_0000{ENDING} exists already, and nothing is overwritten"),
+        (another_format, f"scan_00.nrrd: another file format; expected {ENDING}. Save it as scan_00{ENDING}"),
         (linked_folder, "is a link to"),
         (bad_split, "nobody: no labeled case"),
     ],

@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on_and_edited_files_stay(
     monkeypatch.setattr(pseudo_label, "_predict", interrupted)
     assert run(output, "0") == 130
     assert sorted(row["case"] for row in table(output)) == predicted
-    mine = output / "segmentations" / f"{predicted[0]}{ENDING}"
+    mine, unedited_case = output / "segmentations" / f"{predicted[0]}{ENDING}", predicted[1]
     shutil.copy(drawn.raw / "labelsTr" / f"lab_00{ENDING}", mine)
     content = mine.read_bytes()
     predicted.clear()
@@ -130,6 +130,13 @@ def test_an_interrupted_run_goes_on_and_edited_files_stay(
     assert predicted == ["scan_02"] and len(table(output)) == 3
     assert mine.read_bytes() == content
     assert unedited(str(output / "segmentations"), ["scan_00", "scan_01"]) == ["scan_01"]
+
+    # whoever has no use for the confidence may delete it
+    (output / "confidence" / f"{unedited_case}{ENDING}").unlink()
+    (output / "confidence" / mine.name).unlink()
+    predicted.clear()
+    assert run(output, "0") == 0 and predicted == [unedited_case]
+    assert mine.read_bytes() == content
 
     # a scan that changes later: its segmentation is redone, unless somebody worked on it
     predicted.clear()
