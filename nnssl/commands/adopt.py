@@ -139,13 +139,13 @@ def _find(raw: str, dataset_json: dict[str, Any], corrected: str) -> list[Adopte
             remedy = f"Is {near[0]}{ending} meant? Rename it" if near else "Rename or remove it"
             findings.append(Finding(ERROR, file, "no scan of this name in imagesUn", "", remedy))
     for name in sorted(set(os.listdir(corrected)) - set(names)):
-        case = next((scan for scan in scans if name.startswith(f"{scan}.")), None)
-        if case is None or name.endswith(".json"):  # TIFF has a second file
+        meant = next((scan for scan in scans if name.startswith(f"{scan}.")), None)
+        if meant is None or name.endswith(".json"):  # TIFF has a second file
             continue
-        if f"{case}{ending}" in names:
-            print(f"WARNING: {join(corrected, name)} is not used, {case}{ending} is.")
+        if f"{meant}{ending}" in names:
+            print(f"WARNING: {join(corrected, name)} is not used, {meant}{ending} is.")
             continue
-        remedy = f"Save it as {case}{ending}, or remove it"
+        remedy = f"Save it as {meant}{ending}, or remove it"
         findings.append(Finding(ERROR, join(corrected, name), "another file format", ending, remedy))
     raise_errors(findings)
     for adopted in cases:

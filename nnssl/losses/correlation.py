@@ -63,6 +63,7 @@ def class_correlation(
     query_valid: Tensor,
     row_valid: Tensor,
     temperature: float,
+    chunk: int | None = None,
 ) -> Tensor:
     """Correlations with the bank summed over the rows of each class, against the class that both call (ours).
 
@@ -77,22 +78,20 @@ def class_correlation(
         query_v, query_a: (K, N, E), the same voxels in both networks, called k. query_valid: (K, N) bool.
         rows: (K, M, E), no gradient. row_valid: (K, M) bool.
         temperature: T > 0.
+        chunk: voxels of a class looked at together (None: by the device); all K N x K M correlations never
+            exist at once, nor again in the backward pass.
     """
     wide = torch.promote_types(query_v.dtype, torch.float32)
     known = row_valid.any(1)
     usable = query_valid & known[:, None] & (known.sum() >= 2)
-    total, count = query_v.new_zeros((), dtype=wide), divisor(usable.sum())
+    weight = usable / divisor(usable.sum()).to(wide) / 2
+    bias = torch.where(row_valid, 0.0, MASKED).to(wide).flatten()
+    chunk = chunk or max(1, CHUNK.get(rows.device.type, LARGE_CHUNK) // len(bias))
     with torch.autocast(rows.device.type, enabled=False):
-        unit = F.normalize(rows.to(wide), dim=-1).flatten(0, 1)
-        for query in (query_v, query_a):
-            cosine = F.normalize(query.to(wide), dim=-1) @ unit.T
-            similarity = (cosine / temperature).unflatten(-1, row_valid.shape)
-            similarity = similarity.masked_fill(~row_valid, MASKED)  # (K, N, K, M)
-            per_class = torch.logsumexp(similarity, dim=-1)
-            own = per_class.diagonal(dim1=0, dim2=2).T  # (K, N)
-            loss = (torch.logsumexp(per_class, dim=-1) - own).masked_fill(~usable, 0.0)
-            total = total + loss.sum() / count / 2
-    return total
+        unit = F.normalize(rows.to(wide), dim=-1).flatten(0, 1) / temperature
+        of_v, of_a = (F.normalize(query.to(wide), dim=-1) for query in (query_v, query_a))
+        total: Tensor = _ClassCorrelation.apply(of_v, unit, weight, bias, chunk)
+        return total + _ClassCorrelation.apply(of_a, unit, weight, bias, chunk)
 
 
 class _OmniCorrelation(torch.autograd.Function):
@@ -138,3 +137,37 @@ class _OmniCorrelation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_v, grad_a = ctx.saved_tensors
         return grad * grad_v, grad * grad_a, None, None, None, None, None
+
+
+class _ClassCorrelation(torch.autograd.Function):
+    """sum_ki w_ki L_ki with L_ki = - log of the share of class k's rows in softmax_j z_kij, z = q . r; the
+    gradient is taken while a chunk's correlations are at hand:
+
+    dL_ki / dz_kij = softmax_j z_kij - [j of class k] softmax over the class alone
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, chunk: int) -> Tensor:
+        total, grads = weight.new_zeros(()), torch.empty_like(query) if ctx.needs_input_grad[0] else None
+        per_class = len(rows) // len(query)
+        for k in range(len(query)):
+            own = slice(k * per_class, (k + 1) * per_class)
+            for start in range(0, query.shape[1], chunk):
+                part = slice(start, start + chunk)
+                z = torch.addmm(bias, query[k, part], rows.T)
+                over_all = torch.logsumexp(z, dim=1, keepdim=True)
+                over_own = torch.logsumexp(z[:, own], dim=1, keepdim=True)
+                total = total + (over_all - over_own).squeeze(1) @ weight[k, part]
+                if grads is not None:  # in place: this matrix is the cost
+                    of_own = torch.exp(z[:, own] - over_own)
+                    z.sub_(over_all).clamp_(min=math.log(TINY)).exp_()
+                    z[:, own] -= of_own
+                    torch.mm(z, rows, out=grads[k, part])
+        if grads is not None:
+            ctx.save_for_backward(grads.mul_(weight.unsqueeze(-1)))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grads,) = ctx.saved_tensors
+        return grad * grads, None, None, None, None

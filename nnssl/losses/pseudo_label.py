@@ -34,14 +34,15 @@ def cross_entropy(logits: Tensor, target: Tensor, labels: LabelSpace, mask: Tens
         labels: how logits are read.
         mask: (B, 1, S), 1 where a voxel counts; None: everywhere. An empty mask gives a differentiable 0.
     """
-    per_voxel = _cross_entropies(logits, target, labels)
+    per_voxel = cross_entropies(logits, target, labels)
     if mask is None:
         return per_voxel.mean()
     return (per_voxel * mask).sum() / divisor(mask.sum())
 
 
-def _cross_entropies(logits: Tensor, target: Tensor, labels: LabelSpace) -> Tensor:
-    """(B, 1, S)."""
+def cross_entropies(logits: Tensor, target: Tensor, labels: LabelSpace) -> Tensor:
+    """Of every voxel (B, 1, S), binary and averaged over regions where the label space has them; arguments as
+    in `cross_entropy`."""
     logits = logits.float()
     if labels.has_regions:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1, keepdim=True)
@@ -114,7 +115,7 @@ def cross_entropy_dices(compared: Sequence[Compared], labels: LabelSpace) -> lis
     shared = sum_together(*sums, *counts)
     found = []
     for (z, y, m), s, count in zip(compared, shared, shared[len(sums) :], strict=False):
-        per_voxel = _cross_entropies(z, y, labels)
+        per_voxel = cross_entropies(z, y, labels)
         entropy = per_voxel.mean() if m is None else (per_voxel * m).sum() / mean_of_ranks(count.detach())
         found.append(entropy + _dice_loss(s))
     return found

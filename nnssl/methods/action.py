@@ -52,7 +52,7 @@ from nnssl.data.mixing import classmix_mask, cutmix_all
 from nnssl.ema import copy_weights, ema_update, frozen_copy
 from nnssl.losses.anatomical import anatomical_contrast
 from nnssl.losses.distillation import bank_distillation
-from nnssl.losses.pseudo_label import confidence_mask, cross_entropy
+from nnssl.losses.pseudo_label import confidence_mask, cross_entropies
 from nnssl.method import SUPERVISED, TeacherMethod, full_resolution, inactive, inference, split_batch
 from nnssl.networks.dropout import forward_streams
 from nnssl.networks.features import decode, encode
@@ -290,7 +290,6 @@ class ACTION(TeacherMethod):
         certain = self.accepted(p_m, 1.0)
         self.count_accepted(pseudo, certain)
         share = certain.mean(tuple(range(1, p_m.ndim)), keepdim=True)
-        weight = share.expand(-1, -1, *p_m.shape[2:])
         onehot, labeled_mask = self.labels.encode(batch.full_target())
         if labeled_mask is None:
             labeled_mask = torch.ones_like(onehot[:, :1], dtype=torch.bool)
@@ -299,8 +298,7 @@ class ACTION(TeacherMethod):
         )
         return {
             "supervised": self.supervised_loss(labeled, batch.target),
-            "pseudo": share.mean()
-            * cross_entropy(full_resolution(unlabeled), pseudo, self.labels, weight),  # mean of w CE
+            "pseudo": (share * cross_entropies(full_resolution(unlabeled), pseudo, self.labels)).mean(),
             "anatomical": self.contrast(
                 walked.features, full_resolution(walked.outputs), torch.cat([onehot, pseudo]), counted
             ),
@@ -321,9 +319,9 @@ class ACTION(TeacherMethod):
         c, size = self.config, logits.shape[2:]
         with torch.no_grad():
             member = self.labels.classes(onehot) & counted[:, 0]
-            member &= member.flip(0).cumsum(0).flip(0) == 1  # of overlapping regions the last one
             probabilities = self.probabilities(logits).movedim(1, 0)
             if self.labels.has_regions:
+                member &= member.flip(0).cumsum(0).flip(0) == 1  # of overlapping regions the last one
                 probabilities = torch.cat([1 - probabilities.amax(0, keepdim=True), probabilities])
             hard = probabilities < c.threshold_hard
 

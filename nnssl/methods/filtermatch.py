@@ -67,6 +67,17 @@ class FilterMatch(SemiMethod):
         self.pending: tuple[Tensor, Tensor] | None = None
         self._outside: set[str] | None = set()  # names of `left` on the host; None: to be read
 
+    def describe(self) -> str:
+        """What will not act here."""
+        said, allowed, cases = [], self.planned.mirror_axes, len(self.case_index)
+        if not {len(self.planned.patch_size) - 1, len(self.planned.patch_size) - 2} <= set(allowed):
+            still = f"before {self.config.mirror_from:.0%} of the training" if allowed else "ever"
+            said.append(f"mirror_axes {list(allowed)} let no patch be turned, so none is moved {still}")
+        if self.config.filter_share and int(self.config.filter_share * cases) == 0:
+            share = f"filter_share {self.config.filter_share:g}"
+            said.append(f"of {cases} unlabeled scans none will leave: {share} of them is less than one")
+        return "; ".join(said)
+
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         kept = [i for i, case in enumerate(batch.unlabeled_cases) if case not in self.outside()]
         if t < self.config.pretrain_fraction or not kept:

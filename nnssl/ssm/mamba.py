@@ -113,6 +113,8 @@ class Mamba2Mixer(nn.Module):
     not divide and unknown back ends, RuntimeError where a demanded back end cannot run.
     """
 
+    without_decay = ("dt_bias", "A_log", "D")  # as mamba-ssm: decay would shorten every memory to a token
+
     def __init__(
         self,
         d_model: int,

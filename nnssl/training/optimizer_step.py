@@ -73,16 +73,19 @@ class OptimizationStep:
             return 1.0
         return self._scale or float(self.scaler.get_scale())  # before the first step the device has none
 
-    def take(self, loss: Tensor, logged: Sequence[Tensor] = ()) -> bool:
+    def take(self, loss: Tensor, logged: Sequence[Tensor] = (), resting: Iterable[nn.Parameter] = ()) -> bool:
         """Backward, clip, step. Returns False for a step that changed no weight; every rank decides alike.
 
         The host waits for the device once, after the backward pass: to learn whether loss and gradients are
-        finite, and the scalars `logged`, which are then in `values`.
+        finite, and the scalars `logged`, which are then in `values`. Parameters `resting` stay as they are,
+        whatever their gradient: weight decay and momentum would move them.
         """
         finite = torch.isfinite(loss.detach()).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        for p in resting:
+            p.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         # the norm of no gradient at all would be a zero on the host
@@ -123,3 +126,17 @@ def read(*scalars: Tensor) -> list[float]:
     """Their values on the host, by one copy for which it waits."""
     values: list[float] = torch.stack([x.detach().float() for x in scalars]).tolist()
     return values
+
+
+def reached(loss: Tensor) -> set[int]:
+    """`id` of every parameter that the graph of `loss` leads to."""
+    found, seen, left = set(), set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:  # where a gradient is accumulated
+            found.add(id(variable))
+        left += [following for following, _ in node.next_functions]
+    return found

@@ -80,7 +80,7 @@ from nnssl.training.next_stage import (
     predict_unlabeled,
     unusable_predictions,
 )
-from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.optimizer_step import OptimizationStep, reached
 from nnssl.training.pictures import Pictures
 from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
@@ -314,15 +314,26 @@ class SemiTrainer(nnUNetTrainer):
         return labeled, [case.name for case in unlabeled]
 
     def configure_optimizers(self) -> tuple[Any, Any]:
-        """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads."""
+        """nnU-Net's SGD and poly schedule, over the parameters of all networks and heads; what a module names
+        in `without_decay` has no weight decay."""
         network, self.network = (
             self.network,
             Trainable(self.method),
         )  # nnU-Net asks self.network for its parameters
         try:
-            return super().configure_optimizers()
+            optimizer, schedule = super().configure_optimizers()
         finally:
             self.network = network
+        kept = {
+            id(getattr(module, name))
+            for module in self.method.modules()
+            for name in getattr(module, "without_decay", ())
+        }
+        for group in list(optimizer.param_groups):
+            if apart := [p for p in group["params"] if id(p) in kept]:
+                group["params"] = [p for p in group["params"] if id(p) not in kept]
+                optimizer.add_param_group({**group, "params": apart, "weight_decay": 0.0})
+        return optimizer, schedule
 
     # data
 
@@ -629,6 +640,10 @@ class SemiTrainer(nnUNetTrainer):
             weights = self.agreement.weigh(terms, weights, step, self.step.loss_scale())
         # on several GPUs every parameter must take part in the backward pass, those of unweighted terms too
         loss = weighted_sum(terms, weights, all_terms=self.is_ddp)
+        resting: list[nn.Parameter] = []
+        if self.is_ddp and 0 in weights.values():  # as on one GPU, where they have no gradient
+            active = reached(weighted_sum(terms, weights))
+            resting = [p for p in self.method.parameters() if id(p) not in active]
         gradients = self._term_gradients(terms, weights, step)
         logged = {"loss": loss, **{f"loss/{k}": v for k, v in terms.items()}}
         logged |= {f"diagnostic/{k}": v for k, v in self.method.diagnostics.items()}
@@ -636,7 +651,7 @@ class SemiTrainer(nnUNetTrainer):
         if self.method.acceptance is not None:
             for kind, shares in zip(("accepted", "called"), self.method.acceptance, strict=True):
                 logged |= {f"{kind}/{k}": v for k, v in zip(self._class_names(), shares, strict=True)}
-        if self.step.take(loss, list(logged.values())):
+        if self.step.take(loss, list(logged.values()), resting):
             self.method.after_step(data, t)
         self._iteration += 1
         if self._first_steps is not None and (line := self._first_steps.after_step()):
@@ -676,7 +691,10 @@ class SemiTrainer(nnUNetTrainer):
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
             means = {k: float(np.mean([g[k] for g in gathered])) for k in means}
-        weights = self.method.weights((self.current_epoch + 1) / self.num_epochs)
+        steps = (
+            self.num_iterations_per_epoch
+        )  # weights of the last one: a phase may begin with the next epoch
+        weights = self.method.weights((self.current_epoch + 1 - 1 / steps) / self.num_epochs)
         means["total"] = means.pop("loss")
         # beside the validation loss, which is supervised, too
         shown = "loss/supervised" if weights.get("supervised") else "total"

@@ -160,3 +160,12 @@ def test_what_was_seen_counts_after_the_step() -> None:
         logits = m.student(batch.weak)[0]
     entropy = -(F.softmax(logits, 1) * F.log_softmax(logits, 1)).flatten(1).sum(1)
     torch.testing.assert_close(m.entropy, entropy, rtol=1e-4, atol=1e-3)
+
+
+def test_what_will_not_act_is_said() -> None:
+    many = tuple(f"case_{i}" for i in range(10))
+    assert method(Task(), unlabeled_cases=many).describe() == ""
+    said = method(Task(), unlabeled_cases=many, mirror_axes=(0, 1)).describe()
+    assert said == "mirror_axes [0, 1] let no patch be turned, so none is moved before 33% of the training"
+    said = method(Task(), unlabeled_cases=many[:3], mirror_axes=()).describe()
+    assert said.startswith("mirror_axes [] let no patch be turned, so none is moved ever; of 3 unlabeled")

@@ -45,7 +45,8 @@ CONFIG: dict[str, dict[str, Any]] = {
     "SemSim": {"channel_dropout": 0.0},
     "DiffCL": {"channel_dropout": 0.0, "denoiser_share": 1.0},
     "CAML": {"channel_dropout": 0.0, "query_share": 1.0, "queries": 10**6},
-    "ACTION": {"classmix_probability": 1.0, "channel_dropout": 0.0},
+    # a threshold that samples pass to different shares
+    "ACTION": {"classmix_probability": 1.0, "channel_dropout": 0.0, "threshold_pseudo": 0.55},
     "UAMT": {"noise": 0.0, "dropout": 0.0},
     "Semi": {**PLAIN, "paste_share": 0.0},
     "Semi, pasting": {**PLAIN, "paste_share": 1.0},

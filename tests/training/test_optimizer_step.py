@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnssl.method import weighted_sum
 from nnssl.training import optimizer_step
-from nnssl.training.optimizer_step import OptimizationStep
+from nnssl.training.optimizer_step import OptimizationStep, reached
+from tests.building import Task
 from tests.host_reads import HostReads
+from tests.test_method_contract import ROWS
 
 
 def test_autocast_keeps_no_cast_weights_from_a_pass_without_gradient() -> None:
@@ -94,3 +97,24 @@ class _WildGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return torch.full_like(grad, float("inf"))
+
+
+def test_parts_that_no_weighted_term_reaches_rest_as_on_one_gpu() -> None:
+    """On several GPUs their gradient is zero instead of none, and weight decay would move them."""
+    moved = []
+    for several in (False, True):
+        torch.manual_seed(0)
+        method = Task().method(ROWS["ACTION"].method, ROWS["ACTION"].config)
+        optimizer = torch.optim.SGD(
+            [p for p in method.parameters() if p.requires_grad], 0.1, weight_decay=0.1
+        )
+        step = OptimizationStep(optimizer, None, "float32", torch.device("cpu"), 3)
+        start = [p.detach().clone() for p in method.parameters()]
+        torch.manual_seed(1)
+        terms, weights = method(Task().batch(), 0.1), method.weights(0.1)
+        active = reached(weighted_sum(terms, weights))
+        resting = [p for p in method.parameters() if several and id(p) not in active]
+        optimizer.zero_grad()
+        assert step.take(weighted_sum(terms, weights, all_terms=several), resting=resting)
+        moved.append([not torch.equal(p, q) for p, q in zip(method.parameters(), start, strict=True)])
+    assert moved[0] == moved[1] and 0 < sum(moved[0]) < len(moved[0])

@@ -500,7 +500,22 @@ def test_phases_are_announced_in_the_log_when_they_begin(place: Place) -> None:
         < log.index("Epoch 2")
         < log.index("phase 3 of 3")
     )
-    assert [r["weight/anatomical"] for r in losses(trainer)] == [0, 1, 1, 1]
+    assert [r["weight/anatomical"] for r in losses(trainer)] == [0, 0, 1, 1]
+    assert [r["weight/global"] > 0 for r in losses(trainer)] == [True, True, False, False]
+
+
+def test_memories_of_mamba_have_no_weight_decay(place: Place) -> None:
+    """It would shorten each to a token or two in nnU-Net's schedule."""
+    place.plan(**SHORT, DiffCL={"hfm_max_tokens": 512})
+    trainer = place.trainer("nnUNetTrainerDiffCL")
+    trainer.initialize()
+    names = {id(p): name for name, p in trainer.method.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in g["params"]} for g in trainer.optimizer.param_groups)
+    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [trainer.weight_decay, 0]
+    memory = {name for name in names.values() if name.endswith((".dt_bias", ".A_log", ".D"))}
+    assert kept == memory and len(kept) == 9 and decayed | kept == set(names.values())
+    trainer.lr_scheduler.step(1)
+    assert len({g["lr"] for g in trainer.optimizer.param_groups}) == 1
 
 
 @pytest.mark.parametrize("deploy", ["student", "teacher"])
