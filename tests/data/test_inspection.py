@@ -370,6 +370,7 @@ def relabel(tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], case: str = 
             "error",
             "NaN or infinite voxels",
         ),
+        (lambda a: np.stack([a == 0, a == 1], -1).astype(np.uint8), "error", "2 channels (one-hot, RGB or"),
         (lambda a: a[1:], "error", "shape 9 x 28 x 26; expected 10 x 28 x 26, that of the image"),
     ],
 )
