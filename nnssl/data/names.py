@@ -62,7 +62,7 @@ def _folders(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
 def _expected_channels(raw: str, dataset_json: Mapping[str, Any]) -> list[int]:
     expected = list(range(num_channels(dataset_json)))
     training = training_files(raw, dataset_json)
-    if len(expected) > 1 and training and len(next(iter(training.values()))[0]) == 1:
+    if len(expected) > 1 and training and all(len(images) == 1 for images, _ in training.values()):
         return [0]  # all channels in one file, e.g. RGB; their number is checked on reading
     return expected
 
