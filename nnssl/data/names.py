@@ -108,6 +108,10 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
         return
     ending, folder, labels = dataset_json["file_ending"], join(raw, "imagesTr"), join(raw, "labelsTr")
     cases, odd = channel_files(folder, ending)
+    if hidden := _hidden(folder, ending):
+        found = f"{listed(hidden)}: hidden, but nnU-Net takes every file *{ending} here for a case"
+        yield Finding(ERROR, folder, found, remedy=HIDDEN_REMEDY)
+    yield from _ignored(labels, ending)
     for name in odd:
         yield Finding(
             ERROR,
@@ -131,6 +135,7 @@ def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterat
         what = "a file" if isfile(folder) else "dangling link"
         yield Finding(ERROR, folder, what, "a folder", "Correct or remove it")
     cases, odd = unlabeled_files(raw, dataset_json)
+    yield from _ignored(folder, ending)
     example = f"<case>_0000{ending}"
     for name in odd:
         yield Finding(
@@ -164,6 +169,20 @@ def unlabeled_files(raw: str, dataset_json: Mapping[str, Any]) -> tuple[dict[str
     cases, odd = channel_files(join(raw, "imagesUn"), dataset_json["file_ending"])
     there = {case: {c: file for c, file in files.items() if isfile(file)} for case, files in cases.items()}
     return {case: files for case, files in there.items() if files}, odd
+
+
+HIDDEN_REMEDY = "Remove them: macOS leaves such files, `find -name '._*' -delete` finds all"
+
+
+def _hidden(folder: str, ending: str) -> list[str]:
+    """Names with a leading dot that would be read without it."""
+    names = os.listdir(folder) if isdir(folder) else []
+    return sorted(name for name in names if name.startswith(".") and name.endswith(ending))
+
+
+def _ignored(folder: str, ending: str) -> Iterator[Finding]:
+    if hidden := _hidden(folder, ending):
+        yield Finding(WARNING, folder, f"{listed(hidden)}: hidden, ignored", remedy=HIDDEN_REMEDY)
 
 
 def _left_out(folder: str, taken: set[str], cases: Any, expected: str) -> Iterator[Finding]:
