@@ -14,6 +14,7 @@ from typing import Any
 
 from nnssl.data.dataset_json import inspect_case_name
 from nnssl.data.findings import ERROR, WARNING, Finding, listed
+from nnssl.data.formats import NOT_UTF8, NOT_UTF8_REMEDY, is_utf8
 from nnssl.data.raw import channel_files, num_channels, training_files
 from nnssl.files import read_json
 
@@ -87,7 +88,9 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
     training = training_files(raw, dataset_json)
     for case, (images, label) in training.items():
         for file in (*images, label):
-            if not isfile(file):
+            if isfile(file) and not is_utf8(file):
+                yield Finding(ERROR, file, NOT_UTF8, remedy=NOT_UTF8_REMEDY)
+            elif not isfile(file):
                 remedy = (
                     "Add it, or move the scan into imagesUn"
                     if file == label
@@ -142,6 +145,8 @@ def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterat
             ERROR, join(folder, name), "no channel number", f"{example}, as in imagesTr", "Rename it"
         )
     yield from _channels(folder, cases, _expected_channels(raw, dataset_json))
+    for file in (file for files in cases.values() for file in files.values() if not is_utf8(file)):
+        yield Finding(ERROR, file, NOT_UTF8, remedy=NOT_UTF8_REMEDY)
     for case in cases:
         yield from inspect_case_name(case, join(folder, case) + "*")
     training = training_files(raw, dataset_json)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 
-from nnssl.data.findings import ERROR, WARNING, Finding, listed
+from nnssl.data.findings import ERROR, WARNING, Finding, listed, printable
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import LABEL_REMEDY, CheckedPlans, SourceError, label_problem
 from nnssl.files import read_json, write_text
@@ -175,7 +175,8 @@ def inspect_scans(measured: Mapping[Scan, Statistics], schemes: Sequence[str] = 
     """
     for scan, statistics in measured.items():
         if "error" in statistics:
-            yield Finding(ERROR, scan.files[0], statistics["error"].removeprefix(f"{scan.files[0]}: "))
+            found = printable(statistics["error"]).removeprefix(f"{printable(scan.files[0])}: ")
+            yield Finding(ERROR, scan.files[0], found)
     images = {s: v for s, v in measured.items() if s.origin != "labelsTr" and "error" not in v}
     yield from _constant(images)
     yield from _twice(images)

@@ -276,6 +276,55 @@ def test_missing_labels_channels_and_odd_names_are_told_together(tiny: Tiny) -> 
     assert "lab_01*: a labeled case in imagesTr has the same name" in errors
 
 
+def test_one_case_with_a_single_channel_does_not_make_all_others_wrong(tiny: Tiny) -> None:
+    (tiny.raw / "imagesTr" / "lab_00_0001.nii.gz").unlink()
+    (error,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "error")
+    assert "lab_00*: channels _0000 found; expected _0000, _0001" in error
+
+
+def test_all_channels_may_be_in_one_file(tiny: Tiny) -> None:
+    for folder in ("imagesTr", "imagesUn"):
+        for file in (tiny.raw / folder).glob("*_0001.nii.gz"):
+            file.unlink()
+    assert names(tiny, "error") == ""
+
+
+def test_hidden_files_are_named_where_nnunet_takes_them_and_where_they_are_ignored(tiny: Tiny) -> None:
+    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+
+    left = {"imagesTr": "._lab_00_0000.nii.gz", "labelsTr": "._lab_00.nii.gz"}
+    for folder, name in {**left, "imagesUn": "._scan_00_0000.nii.gz"}.items():
+        (tiny.raw / folder / name).write_bytes(b"\0\x05\x16\x07")
+        (tiny.raw / folder / ".DS_Store").write_bytes(b"")
+    taken = get_identifiers_from_splitted_dataset_folder(str(tiny.raw / "imagesTr"), ".nii.gz")
+    assert "._lab_00" in taken
+    (error,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "error")
+    assert error.startswith(f"{tiny.raw / 'imagesTr'}: ._lab_00_0000.nii.gz: hidden, but nnU-Net takes")
+    assert "Remove them" in error
+    warnings = names(tiny, "warning").splitlines()
+    assert [line.split(". Remove")[0] for line in warnings] == [
+        f"{tiny.raw / 'labelsTr'}: ._lab_00.nii.gz: hidden, ignored",
+        f"{tiny.raw / 'imagesUn'}: ._scan_00_0000.nii.gz: hidden, ignored",
+    ]
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(("folder", "case"), [("imagesTr", "lab_01"), ("imagesUn", "scan_01")])
+def test_a_name_that_is_not_utf8_is_told_and_never_read(
+    tiny: Tiny, folder: str, case: str, planned: bool
+) -> None:
+    for file in sorted((tiny.raw / folder).glob(f"{case}_*")):
+        other = os.fsencode(file).replace(case.encode(), b"M\xfcller")
+        os.rename(os.fsencode(file), other)
+    errors = [line for line in lines(files(tiny), "error") if "UTF-8" in line]
+    assert len(errors) == 2 and all(line.isprintable() for line in errors)
+    assert errors[0].startswith(f"{tiny.raw / folder}/M\\xfcller_0000.nii.gz: its name is not UTF-8")
+    assert "Rename it" in errors[0]
+    places = str(tiny.raw), str(tiny.preprocessed)
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8")) if planned else None
+    assert list(inspect_contents(*places, tiny.dataset_json, plans)) == []
+
+
 def test_number_of_labeled_cases_and_capitals_are_warned_about(tiny: Tiny) -> None:
     write_case(tiny.raw / "imagesUn", "LAB_00", 0)
     content = {**tiny.dataset_json, "numTraining": 9}
@@ -526,6 +575,27 @@ def test_unreadable_files_are_named(tiny: Tiny) -> None:
     file.write_bytes(file.read_bytes()[:500])
     (error,) = lines(contents(tiny), "error")
     assert error.startswith(f"{file}: truncated")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: b"x" * 4096])
+def test_without_a_plan_a_broken_first_image_is_one_finding_among_others(
+    tiny: Tiny, capfd: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+) -> None:
+    file = tiny.raw / "imagesTr" / "lab_00_0000.nii.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    label = relabel(tiny, lambda a: np.where(a == 2, 5, a).astype(np.uint8))
+    places = str(tiny.raw), str(tiny.preprocessed)
+    first, second = lines(inspect_contents(*places, tiny.dataset_json), "error")
+    assert first.startswith(f"{file}: ") and second.startswith(f"{label}: values 5 are not declared")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_without_a_plan_and_without_any_sound_image_each_is_named(tiny: Tiny) -> None:
+    images = sorted([*(tiny.raw / "imagesTr").iterdir(), *(tiny.raw / "imagesUn").iterdir()])
+    for file in images:
+        file.write_bytes(b"")
+    errors = lines(inspect_contents(str(tiny.raw), str(tiny.preprocessed), tiny.dataset_json), "error")
+    assert len(errors) == 9 and all("the file is empty" in error for error in errors)
 
 
 # extreme values
