@@ -81,7 +81,10 @@ def inspect_files(
             yield from findings
     plans_file = join(preprocessed, plans_name + ".json")
     if isfile(plans_file):
-        yield from inspect_plans(plans_file, sections or {})
+        findings = list(inspect_plans(plans_file, sections or {}))
+        yield from findings
+        if sound is not None and not planning and not errors_of(findings):
+            yield from inspect_plan_channels(plans_file, read_json(plans_file), sound)
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
@@ -138,6 +141,25 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
         elif not isinstance(configuration.get("data_identifier"), str):
             yield _wrong_plan(f"{place}.data_identifier", configuration, "data_identifier")
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
+
+
+def inspect_plan_channels(
+    plans_file: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """A plan normalizes channel by channel: one that was made for another number serves no case."""
+    numbers: dict[int, list[str]] = {}
+    for name, configuration in plans["configurations"].items():
+        if isinstance(schemes := configuration.get("normalization_schemes"), list):
+            numbers.setdefault(len(schemes), []).append(name)
+    for number, names in numbers.items():
+        if number != num_channels(dataset_json):
+            yield Finding(
+                ERROR,
+                f"{plans_file}, key normalization_schemes of {', '.join(names)}",
+                f"{number} channel{'s' * (number != 1)}",
+                f"{num_channels(dataset_json)} (channel_names in dataset.json)",
+                "Plan anew with `nnssl plan-and-preprocess --replan --clean`, or correct channel_names",
+            )
 
 
 def _is_permutation(value: Any) -> bool:

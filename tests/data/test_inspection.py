@@ -729,6 +729,15 @@ def test_the_plan_and_its_section_are_checked(
     assert finding.level == level and message in str(finding)
 
 
+def test_a_plan_for_another_number_of_channels_is_an_error_unless_it_is_made_anew(tiny: Tiny) -> None:
+    for name in ("2d", "3d_fullres"):
+        tiny.edit_plan(name, normalization_schemes=["ZScoreNormalization"])
+    (error,) = lines(files(tiny), "error")
+    assert error.startswith(f"{tiny.plans_file}, key normalization_schemes of 2d, 3d_fullres: 1 channel;")
+    assert "expected 2 (channel_names in dataset.json)" in error and "--replan --clean" in error
+    assert list(inspect_files(str(tiny.raw), str(tiny.preprocessed), planning=True)) == []
+
+
 CASES = [f"c{index}" for index in range(6)]
 GOOD = {"train": CASES[:4], "val": CASES[4:5], "unlabeled": CASES[5:]}
 
