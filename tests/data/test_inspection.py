@@ -531,6 +531,89 @@ def channel(**changes: float) -> dict[str, Any]:
     return {"shape": [10, 20, 20], "spacing": [2.0, 1.0, 1.0], "channels": [{**usual, **changes}]}
 
 
+def reorient(tiny: Tiny, axes: str, case: str = "scan_00") -> Path:
+    """The same voxels at the same places, stored along other axes."""
+    folder = tiny.raw / ("imagesUn" if case.startswith("scan") else "imagesTr")
+    paths = [folder / f"{case}_{channel:04d}.nii.gz" for channel in (0, 1)]
+    for file in paths:
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), axes), str(file))
+    return paths[0]
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("axes", ["RAS", "LPI"])
+def test_a_scan_stored_along_other_axes_is_named(tiny: Tiny, reader: str, axes: str) -> None:
+    file = reorient(tiny, axes)
+    tiny.edit_plan(image_reader_writer=reader)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == ("warning", str(file))
+    assert f"axes {axes} (labeled LPS): stored flipped or turned" in finding.found
+
+
+def test_permuted_axes_are_named_and_one_labeled_case_like_them_allows_them(tiny: Tiny) -> None:
+    reorient(tiny, "PIR")
+    assert "axes PIR (labeled LPS)" in str(contents(tiny)[0])
+    for folder, pattern in (("imagesTr", "lab_00_*"), ("labelsTr", "lab_00.*")):
+        for file in (tiny.raw / folder).glob(pattern):
+            sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "PIR"), str(file))
+    assert contents(tiny) == []
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_a_reader_that_turns_scans_makes_axes_no_matter(tiny: Tiny, reader: str) -> None:
+    reorient(tiny, "PIR")
+    tiny.edit_plan(image_reader_writer=reader)
+    assert contents(tiny) == []
+
+
+def test_oblique_axes_point_nowhere() -> None:
+    def placed(degrees: float) -> dict[str, Any]:
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        direction = (c, -s, 0, s, c, 0, 0, 0, 1)
+        properties = {"spacing": (1, 1, 1), "sitk_stuff": {"origin": (0, 0, 0), "direction": direction}}
+        return label_statistics(np.zeros((1, 2, 2, 2)), properties)
+
+    assert [placed(d)["axes"] for d in (0, 30, 44, 50, 90, 180)] == ["LPS", "LPS", "", "", "PRS", "RAS"]
+    flat = {"spacing": (999, 1, 1), "sitk_stuff": {"origin": (0, 0), "direction": (1, 0, 0, 1)}}
+    assert label_statistics(np.zeros((1, 1, 2, 2)), flat)["axes"] == ""
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize(
+    ("origin", "direction"),
+    [((50.0, 0.0, 0.0), np.eye(3)), ((0.0, 0.0, 0.0), np.diag([-1.0, -1.0, 1.0]))],
+)
+def test_channels_of_a_case_that_lie_apart_are_named(
+    tiny: Tiny, reader: str, origin: tuple[float, ...], direction: np.ndarray
+) -> None:
+    first, second = (tiny.raw / "imagesTr" / f"lab_02_{channel:04d}.nii.gz" for channel in (0, 1))
+    image = sitk.ReadImage(str(second))
+    image.SetOrigin(origin)
+    image.SetDirection(direction.ravel().tolist())
+    sitk.WriteImage(image, str(second))
+    tiny.edit_plan(image_reader_writer=reader)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == ("warning", str(second))
+    distance = 50 if origin[0] else 2 * np.hypot(25 * 0.8, 27 * 0.9)
+    assert f"up to {distance:.3g} mm off the grid of {first.name}" in finding.found
+    image.SetOrigin((0.01, 0, 0))
+    image.SetDirection(np.eye(3).ravel().tolist())
+    sitk.WriteImage(image, str(second))
+    assert contents(tiny) == []
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_channels_that_the_reader_turns_onto_one_grid_are_sound(tiny: Tiny, reader: str) -> None:
+    file = str(tiny.raw / "imagesUn" / "scan_02_0001.nii.gz")
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(file), "PIR"), file)
+    tiny.edit_plan(image_reader_writer=reader)
+    assert contents(tiny) == []
+    image = sitk.ReadImage(file)
+    image.SetOrigin((0, 0, 90))
+    sitk.WriteImage(image, file)
+    assert "mm off the grid of scan_02_0000.nii.gz" in str(contents(tiny)[0])
+
+
 def test_scans_like_one_of_the_labeled_ones_are_left_alone() -> None:
     labeled = [channel()] * 9 + [channel(low=-1000, high=1500, min=-1024, max=3000, at_max=0.2)]
     usual = Usual(labeled)
@@ -695,7 +778,9 @@ def test_what_has_not_changed_is_not_read_again(tiny: Tiny, monkeypatch: pytest.
     assert len(kept) == 6 + 6 + 2
 
 
-@pytest.mark.parametrize("content", ["{half", "[]", '{"format": 0}', '{"format": 1, "cases": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{half", "[]", '{"format": 1, "cases": {}}', '{"format": 2, "cases": 3}']
+)
 def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
     (tiny.preprocessed / FILE).write_text(content)
     assert contents(tiny) == []
