@@ -164,7 +164,7 @@ def _inspect(
     """Values, grid and readability of the segmentations and their images."""
     scans = [Scan(case.name, "imagesTr", case.images) for case in cases]
     scans += [Scan(case.name, "labelsTr", (case.label,)) for case in cases]
-    reader = reader_of(dataset_json, cases[0].images[0])
+    reader = reader_of(dataset_json, [case.images[0] for case in cases])
     bar = partial(tqdm, desc="inspection", unit="file", mininterval=0.5, disable=None)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(scans, reader, num_channels(dataset_json), folder, progress=bar)

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given
     args = build_parser().parse_args([argument for argument in given if argument != "--traceback"])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what it cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     # PyTorch to itself: nothing a user could do about
     warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:

@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnssl.data.findings import WARNING, Finding, raise_errors
-from nnssl.data.inspection import inspect_contents, inspect_files
+from nnssl.data.inspection import inspect_contents, inspect_files, inspect_plan_channels
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
@@ -227,7 +227,8 @@ def _find_class(name: str, option: str) -> type:
 def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None:
     """Refuse a plan that is not for this dataset; bring nnU-Net's copy of dataset.json up to date, as
     planning would."""
-    planned_for = read_json(plans_file).get("dataset_name")
+    plans = read_json(plans_file)
+    planned_for = plans.get("dataset_name")
     if planned_for != name:
         raise ValueError(
             f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
@@ -235,6 +236,7 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
         )
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
+    raise_errors(inspect_plan_channels(plans_file, plans, new))
     old = read_json(copy) if isfile(copy) else new
     for key in ("channel_names", "file_ending"):
         if old.get(key) != new.get(key):

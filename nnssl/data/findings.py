@@ -22,8 +22,17 @@ class Finding:
     def __str__(self) -> str:
         text = f"{self.place}: {self.found}" + f"; expected {self.expected}" * bool(self.expected)
         text += f". {self.remedy}" * bool(self.remedy)
-        # a line break in a file name must not make two lines of one finding
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, whatever a file name in it holds: bytes that are not UTF-8 cannot be printed."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # so Python marks bytes of names that are not UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(character)[1:-1]
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:

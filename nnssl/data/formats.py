@@ -18,6 +18,8 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
+from nnssl.data.findings import printable
+
 CHUNK = 1 << 20  # bytes
 GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}  # by type of image
 META_BYTES = {
@@ -58,13 +60,19 @@ KINDS = {  # how files begin that are often saved under the name of another form
 }
 
 
+NOT_UTF8 = "its name is not UTF-8, on which nnU-Net's readers abort"
+NOT_UTF8_REMEDY = "Rename it (convmv does many at once)"
+
+
 class SourceError(ValueError):
     """A raw file cannot be used; the message names it and says what to do."""
 
 
 def inspect_file(file: str, strict: bool) -> None:
-    """SourceError naming a file that is empty, cut short or damaged and, where `strict`, a NIfTI file with
-    voxels that are not finite."""
+    """SourceError naming a file that is empty, cut short or damaged, that has a name on which readers abort
+    and, where `strict`, a NIfTI file with voxels that are not finite."""
+    if not is_utf8(file):
+        raise SourceError(f"{printable(file)}: {NOT_UTF8}. {NOT_UTF8_REMEDY}.")
     lower = file.lower()
     check = next((check for ending, check in CHECKS.items() if lower.endswith(ending)), None)
     try:
@@ -86,6 +94,15 @@ def inspect_file(file: str, strict: bool) -> None:
         raise SourceError(
             f"{file}: truncated or damaged ({reason}). Copy or download it again, or remove it."
         ) from error
+
+
+def is_utf8(file: str) -> bool:
+    """Whether a path can be handed to a reader: SimpleITK ends the whole process on others."""
+    try:
+        file.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(file: str) -> str:

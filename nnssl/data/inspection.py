@@ -7,9 +7,11 @@ what has changed since the last time. Both yield findings and raise nothing.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from os.path import isdir, isfile, join, lexists
 from typing import Any
@@ -25,6 +27,7 @@ from nnssl.data.dataset_json import (
     reader_exists,
 )
 from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
+from nnssl.data.formats import SourceError, inspect_file, is_utf8
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
     inspect_adoption,
@@ -78,7 +81,10 @@ def inspect_files(
             yield from findings
     plans_file = join(preprocessed, plans_name + ".json")
     if isfile(plans_file):
-        yield from inspect_plans(plans_file, sections or {})
+        findings = list(inspect_plans(plans_file, sections or {}))
+        yield from findings
+        if sound is not None and not planning and not errors_of(findings):
+            yield from inspect_plan_channels(plans_file, read_json(plans_file), sound)
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
@@ -135,6 +141,25 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
         elif not isinstance(configuration.get("data_identifier"), str):
             yield _wrong_plan(f"{place}.data_identifier", configuration, "data_identifier")
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
+
+
+def inspect_plan_channels(
+    plans_file: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """A plan normalizes channel by channel: one that was made for another number serves no case."""
+    numbers: dict[int, list[str]] = {}
+    for name, configuration in plans["configurations"].items():
+        if isinstance(schemes := configuration.get("normalization_schemes"), list):
+            numbers.setdefault(len(schemes), []).append(name)
+    for number, names in numbers.items():
+        if number != num_channels(dataset_json):
+            yield Finding(
+                ERROR,
+                f"{plans_file}, key normalization_schemes of {', '.join(names)}",
+                f"{number} channel{'s' * (number != 1)}",
+                f"{num_channels(dataset_json)} (channel_names in dataset.json)",
+                "Plan anew with `nnssl plan-and-preprocess --replan --clean`, or correct channel_names",
+            )
 
 
 def _is_permutation(value: Any) -> bool:
@@ -321,10 +346,12 @@ def inspect_contents(
     ]
     if with_labels:
         scans += [Scan(name, "labelsTr", (label,)) for name, (_, label) in training.items()]
-    scans = [scan for scan in scans if all(isfile(file) for file in scan.files)]
+    # what is missing, or named so that readers abort, the names have told
+    scans = [scan for scan in scans if all(is_utf8(file) and isfile(file) for file in scan.files)]
     if not scans:
         return
-    reader = (plans or {}).get("image_reader_writer") or reader_of(dataset_json, scans[0].files[0])
+    images = [scan.files[0] for scan in scans if scan.origin != "labelsTr"]
+    reader = (plans or {}).get("image_reader_writer") or reader_of(dataset_json, images)
     if reader == "Tiff3DIO":
         yield from missing_spacing_files(raw, dataset_json)
     measured = measure(scans, reader, num_channels(dataset_json), preprocessed, num_processes, progress)
@@ -350,9 +377,18 @@ def inspect_scans_of_training(
         yield replace(finding, level=WARNING) if about_labeled else finding
 
 
-def reader_of(dataset_json: dict[str, Any], example: str) -> str:
-    """Name of nnU-Net's reader for a dataset without a plan."""
-    return str(determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False).__name__)
+def reader_of(dataset_json: dict[str, Any], examples: Iterable[str]) -> str:
+    """Name of nnU-Net's reader for a dataset without a plan: the one that reads the first sound example;
+    where none is, the first of the file ending, which then names every file."""
+    for example in examples:
+        try:
+            inspect_file(example, strict=False)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        except (SourceError, RuntimeError):
+            continue  # told when it is read
+        return str(reader.__name__)
+    return str(determine_reader_writer_from_dataset_json(dataset_json, verbose=False).__name__)
 
 
 def _schemes(

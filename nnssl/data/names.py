@@ -14,6 +14,7 @@ from typing import Any
 
 from nnssl.data.dataset_json import inspect_case_name
 from nnssl.data.findings import ERROR, WARNING, Finding, listed
+from nnssl.data.formats import NOT_UTF8, NOT_UTF8_REMEDY, is_utf8
 from nnssl.data.raw import channel_files, num_channels, training_files
 from nnssl.files import read_json
 
@@ -62,7 +63,7 @@ def _folders(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
 def _expected_channels(raw: str, dataset_json: Mapping[str, Any]) -> list[int]:
     expected = list(range(num_channels(dataset_json)))
     training = training_files(raw, dataset_json)
-    if len(expected) > 1 and training and len(next(iter(training.values()))[0]) == 1:
+    if len(expected) > 1 and training and all(len(images) == 1 for images, _ in training.values()):
         return [0]  # all channels in one file, e.g. RGB; their number is checked on reading
     return expected
 
@@ -87,7 +88,9 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
     training = training_files(raw, dataset_json)
     for case, (images, label) in training.items():
         for file in (*images, label):
-            if not isfile(file):
+            if isfile(file) and not is_utf8(file):
+                yield Finding(ERROR, file, NOT_UTF8, remedy=NOT_UTF8_REMEDY)
+            elif not isfile(file):
                 remedy = (
                     "Add it, or move the scan into imagesUn"
                     if file == label
@@ -108,6 +111,10 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
         return
     ending, folder, labels = dataset_json["file_ending"], join(raw, "imagesTr"), join(raw, "labelsTr")
     cases, odd = channel_files(folder, ending)
+    if hidden := _hidden(folder, ending):
+        found = f"{listed(hidden)}: hidden, but nnU-Net takes every file *{ending} here for a case"
+        yield Finding(ERROR, folder, found, remedy=HIDDEN_REMEDY)
+    yield from _ignored(labels, ending)
     for name in odd:
         yield Finding(
             ERROR,
@@ -131,12 +138,15 @@ def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterat
         what = "a file" if isfile(folder) else "dangling link"
         yield Finding(ERROR, folder, what, "a folder", "Correct or remove it")
     cases, odd = unlabeled_files(raw, dataset_json)
+    yield from _ignored(folder, ending)
     example = f"<case>_0000{ending}"
     for name in odd:
         yield Finding(
             ERROR, join(folder, name), "no channel number", f"{example}, as in imagesTr", "Rename it"
         )
     yield from _channels(folder, cases, _expected_channels(raw, dataset_json))
+    for file in (file for files in cases.values() for file in files.values() if not is_utf8(file)):
+        yield Finding(ERROR, file, NOT_UTF8, remedy=NOT_UTF8_REMEDY)
     for case in cases:
         yield from inspect_case_name(case, join(folder, case) + "*")
     training = training_files(raw, dataset_json)
@@ -164,6 +174,20 @@ def unlabeled_files(raw: str, dataset_json: Mapping[str, Any]) -> tuple[dict[str
     cases, odd = channel_files(join(raw, "imagesUn"), dataset_json["file_ending"])
     there = {case: {c: file for c, file in files.items() if isfile(file)} for case, files in cases.items()}
     return {case: files for case, files in there.items() if files}, odd
+
+
+HIDDEN_REMEDY = "Remove them: macOS leaves such files, `find -name '._*' -delete` finds all"
+
+
+def _hidden(folder: str, ending: str) -> list[str]:
+    """Names with a leading dot that would be read without it."""
+    names = os.listdir(folder) if isdir(folder) else []
+    return sorted(name for name in names if name.startswith(".") and name.endswith(ending))
+
+
+def _ignored(folder: str, ending: str) -> Iterator[Finding]:
+    if hidden := _hidden(folder, ending):
+        yield Finding(WARNING, folder, f"{listed(hidden)}: hidden, ignored", remedy=HIDDEN_REMEDY)
 
 
 def _left_out(folder: str, taken: set[str], cases: Any, expected: str) -> Iterator[Finding]:

@@ -158,6 +158,11 @@ class CheckedPlans(PlansManager):
             def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
                 read_seg = super().read_seg
                 label, properties = _read(lambda files: read_seg(files[0]), [file], True)
+                if (channels := _label_channels(label, properties)) != 1:
+                    raise SourceError(
+                        f"{file}: {channels} channels (one-hot, RGB or layers?); expected one label map with "
+                        "a number per voxel. Merge the channels into one, or remove the case."
+                    )
                 if problem := _grid_problem(label, properties):
                     raise SourceError(f"{file}: {problem}. Repair or remove the case.")
                 if case.declared is not None and (problem := label_problem(np.unique(label), case.declared)):
@@ -168,6 +173,12 @@ class CheckedPlans(PlansManager):
                 return label, properties
 
         return CheckedReader
+
+
+def _label_channels(label: np.ndarray, properties: Mapping[str, Any]) -> int:
+    """Of a label map (channels, z, y, x); several values per voxel, which SimpleITK gives last, count too."""
+    values_last = len(properties["spacing"]) < label.ndim - 1
+    return int(label.shape[-1 if values_last else 0])
 
 
 LABEL_REMEDY = "Correct the label map, or declare the values in dataset.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -18,16 +19,20 @@ from dataclasses import dataclass
 from os.path import basename, isfile, join
 from typing import Any
 
+import nibabel
 import numpy as np
+import SimpleITK as sitk
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-from nnssl.data.findings import ERROR, WARNING, Finding, listed
+from nnssl.data.findings import ERROR, WARNING, Finding, listed, printable
 from nnssl.data.parallel import unordered, usable_cores
 from nnssl.data.raw import LABEL_REMEDY, CheckedPlans, SourceError, label_problem
 from nnssl.files import read_json, write_text
 
 FILE = "nnssl_inspection.json"
-FORMAT = 1
+FORMAT = 2
 SAMPLED = 1_000_000  # voxels per channel
 DISTINCT = 1000  # values are counted up to here
 SECONDS_BETWEEN_WRITES = 60
@@ -39,6 +44,8 @@ SPACING, EXTENT, INTENSITIES, VALUES = 2.0, 2.0, 2.5, 3.0  # factors beyond the 
 EXTREME = 100.0  # ranges of intensities beyond the percentiles
 SATURATED = 0.05  # share of voxels at the maximum, among those above the minimum
 OFF_GRID = "spacing, origin or direction are not those of the image"
+APART = 0.1  # smallest spacings by which channels of one case may lie apart
+CLEAR = 0.8  # cosine of an axis with one of the body's; others are oblique, and point nowhere
 FEW = 16  # distinct values, where labeled scans have more than twice as many
 ABSOLUTE = ("CTNormalization", "NoNormalization", "RGBTo01Normalization")  # keep scale and zero of a scan
 Statistics = dict[str, Any]
@@ -114,7 +121,9 @@ def _measure(scan: Scan, reader: str, channels: int) -> tuple[Scan, Statistics]:
         with contextlib.redirect_stdout(io.StringIO()):  # some readers print
             if scan.origin == "labelsTr":
                 return scan, label_statistics(*plans.image_reader_writer_class().read_seg(scan.files[0]))
-            return scan, image_statistics(*plans.image_reader_writer_class().read_images(list(scan.files)))
+            reader_class = plans.image_reader_writer_class
+            statistics = image_statistics(*reader_class().read_images(list(scan.files)))
+            return scan, {**statistics, "apart": _apart(reader_class, scan.files, statistics["spacing"])}
     except SourceError as error:
         return scan, {"error": str(error)}
     except Exception as error:  # a reader may raise anything
@@ -138,7 +147,62 @@ def _grid(array: np.ndarray, properties: Mapping[str, Any]) -> Statistics:
         "shape": [int(n) for n in array.shape[1:]],
         "spacing": [float(s) for s in properties["spacing"]],
         "position": [float(v) for part in position for v in np.ravel(part)],
+        "axes": _axes(properties),
     }
+
+
+def _axes(properties: Mapping[str, Any]) -> str:
+    """Where the axes of the voxels as read point to, e.g. LPS; empty where no header tells, or one of them is
+    oblique."""
+    itk, nifti = properties.get("sitk_stuff", {}), properties.get("nibabel_stuff", {})
+    affine = nifti.get("reoriented_affine", nifti.get("original_affine"))
+    if affine is not None:
+        matrix = np.array(affine)[:3, :3]
+    elif len(direction := itk.get("direction", ())) in (9, 16):
+        size = math.isqrt(len(direction))
+        matrix = np.diag([-1, -1, 1]) @ np.reshape(direction, (size, size))[:3, :3]
+    else:
+        return ""
+    with np.errstate(all="ignore"):
+        cosines = matrix / np.linalg.norm(matrix, axis=0)
+    main = np.abs(cosines).argmax(0)
+    if len(set(main)) < 3 or not (np.abs(cosines).max(0) >= CLEAR).all():
+        return ""
+    return "".join(("LR", "PA", "IS")[row][int(cosines[row, i] > 0)] for i, row in enumerate(main))
+
+
+def _apart(reader: type, files: Sequence[str], spacing: Sequence[float]) -> list[float]:
+    """By how many mm each file of a case lies off the grid of the first, by the headers; 0 where it does not,
+    or where no header tells."""
+    corners = [_corners(reader, file) for file in files] if len(files) > 1 else []
+    distances = [0.0] * len(files)
+    for index, (first, other) in enumerate(zip(corners[:1] * len(corners), corners, strict=True)):
+        if first is None or other is None:
+            continue
+        apart = np.linalg.norm(first[:, None] - other[None], axis=-1)
+        turned = issubclass(reader, (SimpleITKIOWithReorient, NibabelIOWithReorient))
+        distance = float((apart.min(1) if turned else apart.diagonal()).max())
+        distances[index] = distance if distance > APART * min(spacing) else 0.0
+    return distances
+
+
+def _corners(reader: type, file: str) -> np.ndarray | None:
+    """Places of the corner voxels in mm, as the header of a file that `reader` reads gives them."""
+    if issubclass(reader, SimpleITKIO):
+        header = sitk.ImageFileReader()
+        header.SetFileName(file)
+        header.ReadImageInformation()
+        axes = min(3, header.GetDimension())
+        direction = np.reshape(header.GetDirection(), (header.GetDimension(),) * 2)[:axes, :axes]
+        matrix, origin = direction * header.GetSpacing()[:axes], header.GetOrigin()[:axes]
+        size = header.GetSize()[:axes]
+    elif issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
+        image: Any = nibabel.load(file)
+        matrix, origin, size = image.affine[:3, :3], image.affine[:3, 3], image.shape[:3]
+    else:
+        return None
+    ends = np.array(list(itertools.product(*((0, n - 1) for n in size))))
+    return np.asarray(ends @ matrix.T + np.array(origin))
 
 
 def _hash(array: np.ndarray) -> str:
@@ -175,9 +239,11 @@ def inspect_scans(measured: Mapping[Scan, Statistics], schemes: Sequence[str] = 
     """
     for scan, statistics in measured.items():
         if "error" in statistics:
-            yield Finding(ERROR, scan.files[0], statistics["error"].removeprefix(f"{scan.files[0]}: "))
+            found = printable(statistics["error"]).removeprefix(f"{printable(scan.files[0])}: ")
+            yield Finding(ERROR, scan.files[0], found)
     images = {s: v for s, v in measured.items() if s.origin != "labelsTr" and "error" not in v}
     yield from _constant(images)
+    yield from _off_grid(images)
     yield from _twice(images)
     labeled = [v for s, v in images.items() if s.origin == "imagesTr"]
     usual = Usual(labeled, schemes) if labeled else None
@@ -199,6 +265,19 @@ def _constant(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
         elif constant:
             names = ", ".join(map(str, constant))
             yield Finding(WARNING, scan.files[0], f"channel {names}: all voxels have the same value")
+
+
+def _off_grid(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
+    for scan, statistics in images.items():
+        for file, distance in zip(scan.files, statistics.get("apart", ()), strict=False):
+            if distance:
+                yield Finding(
+                    WARNING,
+                    file,
+                    f"up to {distance:.3g} mm off the grid of {basename(scan.files[0])}, by their headers",
+                    "one grid for all channels of a case, for nnU-Net stacks them voxel by voxel",
+                    "Resample the file onto that grid, or correct the header that is wrong",
+                )
 
 
 def _twice(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
@@ -229,6 +308,7 @@ class Usual:
         self.tolerance = 1.0 if len(labeled) >= ENOUGH else 2.0
         self.shapes, self.spacings = (np.array([v[key] for v in labeled]) for key in ("shape", "spacing"))
         self.extents = self.shapes * self.spacings
+        self.axes = {v.get("axes", "") for v in labeled}
         columns = zip(*(map(_described, v["channels"]) for v in labeled), strict=True)
         self.bounds = [
             {key: (min(c[key] for c in column), max(c[key] for c in column)) for key in column[0]}
@@ -260,6 +340,10 @@ class Usual:
             yield f"spacing {_numbers(spacing)} (labeled {_range(self.spacings)}){guess}"
         if not flat.any() and self._beyond(shape * spacing, self.extents, EXTENT):
             yield f"field of view {_numbers(shape * spacing)} mm (labeled {_range(self.extents)})"
+        axes = statistics.get("axes", "")
+        if axes and "" not in self.axes and axes not in self.axes:
+            found = f"axes {axes} (labeled {', '.join(sorted(self.axes))})"
+            yield f"{found}: stored flipped or turned, and the reader does not turn it back"
 
     def _beyond(self, values: np.ndarray, others: np.ndarray, factor: float) -> bool:
         factor *= self.tolerance

@@ -176,6 +176,13 @@ def off_grid(tiny: Tiny, folder: Path) -> None:
     write_image(folder / f"scan_00{ENDING}", np.ones(SHAPE, np.uint8), (3.0, 3.0, 3.0))
 
 
+def one_hot(tiny: Tiny, folder: Path) -> None:
+    file = str(folder / f"scan_00{ENDING}")
+    label = sitk.ReadImage(file)
+    layers = [sitk.Cast(label == value, sitk.sitkUInt8) for value in range(2)]
+    sitk.WriteImage(sitk.JoinSeries(layers), file)
+
+
 def wrong_name(tiny: Tiny, folder: Path) -> None:
     (folder / f"scan_00{ENDING}").rename(folder / f"scan_00_0000{ENDING}")
 
@@ -221,6 +228,7 @@ def bad_split(tiny: Tiny, folder: Path) -> None:
         (wrong_value, "values 7 are not declared"),
         (wrong_shape, "shape 4 x 5 x 6; expected 10 x 28 x 26"),
         (off_grid, "spacing, origin or direction are not those of the image"),
+        (one_hot, f"scan_00{ENDING}: 2 channels (one-hot, RGB or layers?)"),
         (wrong_name, f"no scan of this name in imagesUn. Is scan_00{ENDING} meant"),
         (damaged, "truncated"),
         (foreign_label, "exists already, and nothing is overwritten"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -181,6 +182,31 @@ def test_plan_of_another_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFi
     tiny.edit_plan(dataset_name="Dataset001_Other")
     assert preprocess() == 1
     assert "key dataset_name is 'Dataset001_Other', expected 'Dataset777_Tiny'" in error(capsys)
+
+
+def test_a_plan_for_another_number_of_channels_is_refused_before_any_case(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("2d", "3d_fullres"):
+        tiny.edit_plan(name, normalization_schemes=["ZScoreNormalization"])
+    assert preprocess() == 1
+    told = error(capsys)
+    assert "2d, 3d_fullres: 1 channel; expected 2 (channel_names in dataset.json)" in told
+    assert "--replan" in told and "IndexError" not in told
+    assert not tiny.labeled.exists()
+
+
+def test_a_name_that_cannot_be_printed_does_not_stop_check(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in sorted((tiny.raw / "imagesUn").glob("scan_01_*")):
+        os.rename(file, os.fsencode(file).replace(b"scan_01", b"M\xfcller"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["check", "-d", "777"]) == 1
+    sys.stdout.flush()
+    lines = written.getvalue().decode().splitlines()
+    assert any(line.startswith("FAIL") and r"M\xfcller_0001.nii.gz: its name" in line for line in lines)
 
 
 def test_changed_dataset_json_is_taken_over_unless_it_needs_a_new_plan(

@@ -276,6 +276,55 @@ def test_missing_labels_channels_and_odd_names_are_told_together(tiny: Tiny) -> 
     assert "lab_01*: a labeled case in imagesTr has the same name" in errors
 
 
+def test_one_case_with_a_single_channel_does_not_make_all_others_wrong(tiny: Tiny) -> None:
+    (tiny.raw / "imagesTr" / "lab_00_0001.nii.gz").unlink()
+    (error,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "error")
+    assert "lab_00*: channels _0000 found; expected _0000, _0001" in error
+
+
+def test_all_channels_may_be_in_one_file(tiny: Tiny) -> None:
+    for folder in ("imagesTr", "imagesUn"):
+        for file in (tiny.raw / folder).glob("*_0001.nii.gz"):
+            file.unlink()
+    assert names(tiny, "error") == ""
+
+
+def test_hidden_files_are_named_where_nnunet_takes_them_and_where_they_are_ignored(tiny: Tiny) -> None:
+    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+
+    left = {"imagesTr": "._lab_00_0000.nii.gz", "labelsTr": "._lab_00.nii.gz"}
+    for folder, name in {**left, "imagesUn": "._scan_00_0000.nii.gz"}.items():
+        (tiny.raw / folder / name).write_bytes(b"\0\x05\x16\x07")
+        (tiny.raw / folder / ".DS_Store").write_bytes(b"")
+    taken = get_identifiers_from_splitted_dataset_folder(str(tiny.raw / "imagesTr"), ".nii.gz")
+    assert "._lab_00" in taken
+    (error,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "error")
+    assert error.startswith(f"{tiny.raw / 'imagesTr'}: ._lab_00_0000.nii.gz: hidden, but nnU-Net takes")
+    assert "Remove them" in error
+    warnings = names(tiny, "warning").splitlines()
+    assert [line.split(". Remove")[0] for line in warnings] == [
+        f"{tiny.raw / 'labelsTr'}: ._lab_00.nii.gz: hidden, ignored",
+        f"{tiny.raw / 'imagesUn'}: ._scan_00_0000.nii.gz: hidden, ignored",
+    ]
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(("folder", "case"), [("imagesTr", "lab_01"), ("imagesUn", "scan_01")])
+def test_a_name_that_is_not_utf8_is_told_and_never_read(
+    tiny: Tiny, folder: str, case: str, planned: bool
+) -> None:
+    for file in sorted((tiny.raw / folder).glob(f"{case}_*")):
+        other = os.fsencode(file).replace(case.encode(), b"M\xfcller")
+        os.rename(os.fsencode(file), other)
+    errors = [line for line in lines(files(tiny), "error") if "UTF-8" in line]
+    assert len(errors) == 2 and all(line.isprintable() for line in errors)
+    assert errors[0].startswith(f"{tiny.raw / folder}/M\\xfcller_0000.nii.gz: its name is not UTF-8")
+    assert "Rename it" in errors[0]
+    places = str(tiny.raw), str(tiny.preprocessed)
+    plans = json.loads(tiny.plans_file.read_text(encoding="utf-8")) if planned else None
+    assert list(inspect_contents(*places, tiny.dataset_json, plans)) == []
+
+
 def test_number_of_labeled_cases_and_capitals_are_warned_about(tiny: Tiny) -> None:
     write_case(tiny.raw / "imagesUn", "LAB_00", 0)
     content = {**tiny.dataset_json, "numTraining": 9}
@@ -370,6 +419,7 @@ def relabel(tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], case: str = 
             "error",
             "NaN or infinite voxels",
         ),
+        (lambda a: np.stack([a == 0, a == 1], -1).astype(np.uint8), "error", "2 channels (one-hot, RGB or"),
         (lambda a: a[1:], "error", "shape 9 x 28 x 26; expected 10 x 28 x 26, that of the image"),
     ],
 )
@@ -481,6 +531,89 @@ def channel(**changes: float) -> dict[str, Any]:
     return {"shape": [10, 20, 20], "spacing": [2.0, 1.0, 1.0], "channels": [{**usual, **changes}]}
 
 
+def reorient(tiny: Tiny, axes: str, case: str = "scan_00") -> Path:
+    """The same voxels at the same places, stored along other axes."""
+    folder = tiny.raw / ("imagesUn" if case.startswith("scan") else "imagesTr")
+    paths = [folder / f"{case}_{channel:04d}.nii.gz" for channel in (0, 1)]
+    for file in paths:
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), axes), str(file))
+    return paths[0]
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("axes", ["RAS", "LPI"])
+def test_a_scan_stored_along_other_axes_is_named(tiny: Tiny, reader: str, axes: str) -> None:
+    file = reorient(tiny, axes)
+    tiny.edit_plan(image_reader_writer=reader)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == ("warning", str(file))
+    assert f"axes {axes} (labeled LPS): stored flipped or turned" in finding.found
+
+
+def test_permuted_axes_are_named_and_one_labeled_case_like_them_allows_them(tiny: Tiny) -> None:
+    reorient(tiny, "PIR")
+    assert "axes PIR (labeled LPS)" in str(contents(tiny)[0])
+    for folder, pattern in (("imagesTr", "lab_00_*"), ("labelsTr", "lab_00.*")):
+        for file in (tiny.raw / folder).glob(pattern):
+            sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "PIR"), str(file))
+    assert contents(tiny) == []
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_a_reader_that_turns_scans_makes_axes_no_matter(tiny: Tiny, reader: str) -> None:
+    reorient(tiny, "PIR")
+    tiny.edit_plan(image_reader_writer=reader)
+    assert contents(tiny) == []
+
+
+def test_oblique_axes_point_nowhere() -> None:
+    def placed(degrees: float) -> dict[str, Any]:
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        direction = (c, -s, 0, s, c, 0, 0, 0, 1)
+        properties = {"spacing": (1, 1, 1), "sitk_stuff": {"origin": (0, 0, 0), "direction": direction}}
+        return label_statistics(np.zeros((1, 2, 2, 2)), properties)
+
+    assert [placed(d)["axes"] for d in (0, 30, 44, 50, 90, 180)] == ["LPS", "LPS", "", "", "PRS", "RAS"]
+    flat = {"spacing": (999, 1, 1), "sitk_stuff": {"origin": (0, 0), "direction": (1, 0, 0, 1)}}
+    assert label_statistics(np.zeros((1, 1, 2, 2)), flat)["axes"] == ""
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize(
+    ("origin", "direction"),
+    [((50.0, 0.0, 0.0), np.eye(3)), ((0.0, 0.0, 0.0), np.diag([-1.0, -1.0, 1.0]))],
+)
+def test_channels_of_a_case_that_lie_apart_are_named(
+    tiny: Tiny, reader: str, origin: tuple[float, ...], direction: np.ndarray
+) -> None:
+    first, second = (tiny.raw / "imagesTr" / f"lab_02_{channel:04d}.nii.gz" for channel in (0, 1))
+    image = sitk.ReadImage(str(second))
+    image.SetOrigin(origin)
+    image.SetDirection(direction.ravel().tolist())
+    sitk.WriteImage(image, str(second))
+    tiny.edit_plan(image_reader_writer=reader)
+    (finding,) = contents(tiny)
+    assert (finding.level, finding.place) == ("warning", str(second))
+    distance = 50 if origin[0] else 2 * np.hypot(25 * 0.8, 27 * 0.9)
+    assert f"up to {distance:.3g} mm off the grid of {first.name}" in finding.found
+    image.SetOrigin((0.01, 0, 0))
+    image.SetDirection(np.eye(3).ravel().tolist())
+    sitk.WriteImage(image, str(second))
+    assert contents(tiny) == []
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_channels_that_the_reader_turns_onto_one_grid_are_sound(tiny: Tiny, reader: str) -> None:
+    file = str(tiny.raw / "imagesUn" / "scan_02_0001.nii.gz")
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(file), "PIR"), file)
+    tiny.edit_plan(image_reader_writer=reader)
+    assert contents(tiny) == []
+    image = sitk.ReadImage(file)
+    image.SetOrigin((0, 0, 90))
+    sitk.WriteImage(image, file)
+    assert "mm off the grid of scan_02_0000.nii.gz" in str(contents(tiny)[0])
+
+
 def test_scans_like_one_of_the_labeled_ones_are_left_alone() -> None:
     labeled = [channel()] * 9 + [channel(low=-1000, high=1500, min=-1024, max=3000, at_max=0.2)]
     usual = Usual(labeled)
@@ -525,6 +658,27 @@ def test_unreadable_files_are_named(tiny: Tiny) -> None:
     file.write_bytes(file.read_bytes()[:500])
     (error,) = lines(contents(tiny), "error")
     assert error.startswith(f"{file}: truncated")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: b"x" * 4096])
+def test_without_a_plan_a_broken_first_image_is_one_finding_among_others(
+    tiny: Tiny, capfd: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+) -> None:
+    file = tiny.raw / "imagesTr" / "lab_00_0000.nii.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    label = relabel(tiny, lambda a: np.where(a == 2, 5, a).astype(np.uint8))
+    places = str(tiny.raw), str(tiny.preprocessed)
+    first, second = lines(inspect_contents(*places, tiny.dataset_json), "error")
+    assert first.startswith(f"{file}: ") and second.startswith(f"{label}: values 5 are not declared")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_without_a_plan_and_without_any_sound_image_each_is_named(tiny: Tiny) -> None:
+    images = sorted([*(tiny.raw / "imagesTr").iterdir(), *(tiny.raw / "imagesUn").iterdir()])
+    for file in images:
+        file.write_bytes(b"")
+    errors = lines(inspect_contents(str(tiny.raw), str(tiny.preprocessed), tiny.dataset_json), "error")
+    assert len(errors) == 9 and all("the file is empty" in error for error in errors)
 
 
 # extreme values
@@ -624,7 +778,9 @@ def test_what_has_not_changed_is_not_read_again(tiny: Tiny, monkeypatch: pytest.
     assert len(kept) == 6 + 6 + 2
 
 
-@pytest.mark.parametrize("content", ["{half", "[]", '{"format": 0}', '{"format": 1, "cases": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{half", "[]", '{"format": 1, "cases": {}}', '{"format": 2, "cases": 3}']
+)
 def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
     (tiny.preprocessed / FILE).write_text(content)
     assert contents(tiny) == []
@@ -656,6 +812,15 @@ def test_the_plan_and_its_section_are_checked(
     tiny.edit_plan(**change)
     (finding,) = inspect_plans(str(tiny.plans_file), {"FixMatch": FixMatchConfig})
     assert finding.level == level and message in str(finding)
+
+
+def test_a_plan_for_another_number_of_channels_is_an_error_unless_it_is_made_anew(tiny: Tiny) -> None:
+    for name in ("2d", "3d_fullres"):
+        tiny.edit_plan(name, normalization_schemes=["ZScoreNormalization"])
+    (error,) = lines(files(tiny), "error")
+    assert error.startswith(f"{tiny.plans_file}, key normalization_schemes of 2d, 3d_fullres: 1 channel;")
+    assert "expected 2 (channel_names in dataset.json)" in error and "--replan --clean" in error
+    assert list(inspect_files(str(tiny.raw), str(tiny.preprocessed), planning=True)) == []
 
 
 CASES = [f"c{index}" for index in range(6)]

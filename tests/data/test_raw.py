@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,36 @@ def test_labels_may_have_other_channels_than_images_but_not_be_damaged(tmp_path:
     label.write_bytes(label.read_bytes()[:-5])
     with pytest.raises(SourceError, match=r"label\.nii\.gz: truncated"):
         reader.read_seg(str(label))
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "vector", "shape", "channels"),
+    [
+        ("one_hot.nii.gz", "SimpleITKIO", False, (2, 6, 5, 4), 2),
+        ("layers.nrrd", "SimpleITKIO", True, (6, 5, 4, 2), 2),
+        ("rgb.png", "NaturalImage2DIO", True, (6, 5, 3), 3),
+    ],
+)
+def test_a_label_map_of_several_channels_is_refused(
+    tmp_path: Path, name: str, reader: str, vector: bool, shape: tuple[int, ...], channels: int
+) -> None:
+    file = str(tmp_path / name)
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones(shape, np.uint8), isVector=vector), file)
+    checked = CheckedPlans({"image_reader_writer": reader}, [], 1, True, declared={0, 1})
+    with pytest.raises(SourceError, match=rf"{name}: {channels} channels .*expected one label map"):
+        checked.image_reader_writer_class().read_seg(file)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_reader_sees_it(tmp_path: Path) -> None:
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller_0000.nii.gz")
+    write_image(tmp_path / "a.nii.gz", np.ones((6, 5, 4), np.float32))
+    os.rename(tmp_path / "a.nii.gz", file)
+    with pytest.raises(
+        SourceError, match=r"M\\xfcller_0000\.nii\.gz: its name is not UTF-8.*Rename"
+    ) as error:
+        inspect_file(file, strict=True)
+    assert str(error.value).isprintable()
+    print(error.value)
 
 
 def test_channel_files_are_grouped_and_foreign_files_left_out(tmp_path: Path) -> None:
