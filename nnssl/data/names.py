@@ -157,6 +157,11 @@ def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterat
             "a labeled case in imagesTr has the same name",
             remedy="Rename the unlabeled scan, or remove it if it is the same image",
         )
+    tests = channel_files(join(raw, "imagesTs"), ending)[0]
+    if both := sorted(cases.keys() & tests.keys()):
+        found = f"{listed(both)}: also in imagesTs"
+        remedy = "Remove them here if they are the same scans: a test on scans that were trained on flatters"
+        yield Finding(WARNING, folder, found, remedy=remedy)
     taken = {basename(file) for files in cases.values() for file in files.values()} | set(odd)
     left_out = list(_left_out(folder, taken, cases.keys(), example))
     if left_out and not cases and not odd:

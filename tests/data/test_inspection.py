@@ -233,6 +233,14 @@ def test_a_folder_of_nearly_the_right_name_is_pointed_out(tiny: Tiny, name: str)
     assert warning.startswith(f"{tiny.raw / name}: a folder that is not read. Is imagesUn meant?")
 
 
+def test_a_scan_to_test_on_that_is_trained_on_is_pointed_out(tiny: Tiny) -> None:
+    (tiny.raw / "imagesTs").mkdir()
+    for file in (tiny.raw / "imagesUn").glob("scan_01_*"):
+        shutil.copy(file, tiny.raw / "imagesTs")
+    (warning,) = names(tiny, "warning")
+    assert warning.startswith(f"{tiny.raw / 'imagesUn'}: scan_01: also in imagesTs. Remove them here if")
+
+
 @pytest.mark.parametrize(("link", "what"), [(True, "dangling link"), (False, "a file")])
 def test_imagesun_must_be_a_folder(tiny: Tiny, link: bool, what: str) -> None:
     shutil.rmtree(tiny.raw / "imagesUn")
