@@ -237,7 +237,7 @@ def test_a_scan_to_test_on_that_is_trained_on_is_pointed_out(tiny: Tiny) -> None
     (tiny.raw / "imagesTs").mkdir()
     for file in (tiny.raw / "imagesUn").glob("scan_01_*"):
         shutil.copy(file, tiny.raw / "imagesTs")
-    (warning,) = names(tiny, "warning")
+    warning = names(tiny, "warning")
     assert warning.startswith(f"{tiny.raw / 'imagesUn'}: scan_01: also in imagesTs. Remove them here if")
 
 
