@@ -56,6 +56,8 @@ from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
+    Cases,
+    changed_cases,
     complete_best,
     from_all_ranks,
     highest,
@@ -64,6 +66,7 @@ from nnssl.training.checkpoint import (
     method_state,
     read_checkpoint,
     refuse_blocked,
+    trained_on,
     versions,
 )
 from nnssl.training.console import FirstSteps, epoch_line, start_block
@@ -139,6 +142,7 @@ class SemiTrainer(nnUNetTrainer):
         self._auto_axes: tuple[int, ...] | None = None
         self._resumed: dict | None = None
         self._unlabeled: list[str] = []  # cases, from the start of the loaders on
+        self._used: Cases | None = None  # by the run; in `train` those of all its time
         self._iteration = 0
         self._bar: tqdm | None = None
         self._announced = ""
@@ -414,6 +418,9 @@ class SemiTrainer(nnUNetTrainer):
             previous = self._previous_of_unlabeled(unlabeled)
             self._unlabeled = unlabeled
         train, val = super().get_dataloaders()
+        before = [] if self._used is None else self._used["train"]
+        self._used = self._cases_now()
+        self._used["train"] = sorted({*before, *self._used["train"]})
         if self.general.seed is not None:
             for stream in (train, val):
                 make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
@@ -436,6 +443,32 @@ class SemiTrainer(nnUNetTrainer):
             previous,
         )
         return TwoStreams(train, stream), val
+
+    def _cases_now(self) -> Cases:
+        """What the split and the folders give this fold."""
+        train, val = self.do_split()
+        unlabeled = self.method.planned.unlabeled_cases
+        return {
+            key: sorted(map(str, cases))
+            for key, cases in (("train", train), ("val", val), ("unlabeled", unlabeled))
+        }
+
+    def _refuse_trained_on(self, used: Cases, network: str) -> None:
+        """Refuse to validate on cases whose labels `network` was trained on."""
+        if seen := trained_on(used, self._cases_now()["val"]):
+            raise RuntimeError(
+                f"{self._splits_file}, fold {self.fold}, key val: {listed(seen)}, whose labels {network} was "
+                "trained on; expected unseen cases. Restore the split of that training (`nnssl split` keeps "
+                "the one before as splits_final.json.bak), or start a new training"
+            )
+
+    def _compare_cases(self, used: Cases, checkpoint: str) -> None:
+        """Refuse as above; warn of every other change by name."""
+        self._refuse_trained_on(used, checkpoint)
+        for change in changed_cases(used, self._cases_now()):
+            self.print_to_log_file(
+                f"WARNING: the cases of fold {self.fold} are others than those of {checkpoint}: {change}"
+            )
 
     def _warn_without_neighbour(self, samples: int) -> None:
         """Mixing takes place between the unlabeled samples of a step, of all ranks."""
@@ -713,6 +746,8 @@ class SemiTrainer(nnUNetTrainer):
             if self.local_rank == 0 and (holder := lock.try_acquire(self.print_to_log_file)):
                 self.print_to_log_file(f"WARNING: {holder}; this validates the checkpoint as it is now")
             try:
+                if (used := self._used) is not None:
+                    on_first_rank(lambda: self._refuse_trained_on(used, "this network"))
                 with self.step.autocast(), damage_named(self._cases_read):
                     super().perform_actual_validation(save_probabilities)
                     if self.method_class.needs_unlabeled:
@@ -877,6 +912,7 @@ class SemiTrainer(nnUNetTrainer):
                     "method": dataclasses.asdict(self.method_config),
                 },
                 "versions": versions(),
+                "cases": self._cases_now() if self._used is None else self._used,
             },
         }
 
@@ -886,13 +922,18 @@ class SemiTrainer(nnUNetTrainer):
         checkpoint = read_checkpoint(source, self.device) if isinstance(source, str) else source
         if not self.was_initialized:
             self.initialize()
+        name = source if isinstance(source, str) else "the checkpoint"
         if "nnssl" not in checkpoint:
-            name = source if isinstance(source, str) else "the checkpoint"
             raise RuntimeError(
                 f"{name} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and "
                 "banks cannot be resumed. Start from its weights with -pretrained_weights instead"
             )
         state = checkpoint["nnssl"]
+        if (used := state.get("cases")) is None:
+            self.print_to_log_file(f"{name} does not name its cases: the split is not compared with them")
+        else:
+            on_first_rank(lambda: self._compare_cases(used, name))
+        self._used = used
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
