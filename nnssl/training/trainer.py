@@ -31,6 +31,7 @@ from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_trainin
 from nnssl.data.intact import damage_named, dataset_class
 from nnssl.data.labeled import undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
+from nnssl.data.raw import training_files
 from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
 from nnssl.data.streams import (
     TwoStreams,
@@ -376,11 +377,34 @@ class SemiTrainer(nnUNetTrainer):
         known = preprocessed_cases(self.preprocessed_dataset_folder)
         if self.fold != "all":
             raise_errors(inspect_split(self._splits_file, known, only=int(self.fold)))
-            if self.local_rank == 0 and not os.path.isfile(self._splits_file):
-                write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
+            if not os.path.isfile(self._splits_file):
+                self._refuse_incomplete(known)  # on every rank
+                if self.local_rank == 0:
+                    write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
         self._hidden()
         with self._in_the_log_alone():
             return super().do_split()
+
+    def _refuse_incomplete(self, known: list[str]) -> None:
+        """Refuse what a preprocessing that ended too early left: a split of it would be one of fewer cases."""
+        raw = self._raw()
+        missing = sorted(training_files(raw, self.dataset_json).keys() - set(known)) if raw else []
+        if missing:
+            raise RuntimeError(
+                f"{self.preprocessed_dataset_folder}: {len(missing)} of {len(known) + len(missing)} labeled "
+                f"cases in {raw} are not preprocessed ({listed(missing)}), and fold {self.fold} would leave "
+                f"them out. Run `{self._preprocess_command()}`, or take them out of imagesTr and labelsTr"
+            )
+
+    def _raw(self) -> str:
+        """The raw dataset; empty where it is not on this machine."""
+        folder = os.path.join(nnUNet_raw, self.plans_manager.dataset_name) if nnUNet_raw.is_set() else ""
+        return folder if os.path.isdir(folder) else ""
+
+    def _preprocess_command(self) -> str:
+        plans = self.plans_manager
+        number, chosen = int(plans.dataset_name[7:10]), self.configuration_name
+        return f"nnssl plan-and-preprocess -d {number} -c {chosen} -p {plans.plans_name}"
 
     def _hidden(self) -> list[str]:
         """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
@@ -412,6 +436,8 @@ class SemiTrainer(nnUNetTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         self._refuse_missing_stages()
+        if self.fold == "all" and self._resumed is None:  # a run goes on with the cases that it had
+            self._refuse_incomplete(preprocessed_cases(self.preprocessed_dataset_folder))
         if self.method_class.needs_unlabeled:
             on_first_rank(self._inspect_scans)
             unlabeled = self._prepare_unlabeled(self.configuration_name)

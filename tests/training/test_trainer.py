@@ -469,6 +469,26 @@ def test_fold_all_and_unlisted_folds_are_refused_where_labels_are_hidden(place: 
             place.trainer(fold=fold).initialize()
 
 
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_preprocessing_that_ended_too_early_is_told_before_a_split_is_made(place: Place, fold: Any) -> None:
+    splits_file = place.preprocessed / "splits_final.json"
+    splits_file.unlink()
+    for file in (place.preprocessed / "nnUNetPlans_3d_fullres").glob("lab_03*"):
+        file.unlink()
+    message = (
+        r"nnUNetPlans_3d_fullres: 1 of 6 labeled cases in .*Dataset777_Tiny are not preprocessed \(lab_03\), "
+        r".*`nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        place.trainer("nnUNetTrainerSupervised", fold=fold).run_training()
+    assert not splits_file.exists()
+    shutil.rmtree(place.raw)  # a machine with preprocessed data alone
+    trainer = place.trainer("nnUNetTrainerSupervised", fold=fold)
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert len(trainer.do_split()[0]) == (5 if fold == "all" else 4)
+
+
 def test_fold_all_stays_normal_with_imagesun_only(place: Place) -> None:
     (place.preprocessed / "splits_final.json").unlink()
     trainer = run(place.trainer(fold="all"))
