@@ -69,7 +69,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         _check_options(args, raw, preprocessed, plans_file)
         dataset_json = _inspect(args, raw, preprocessed, plans_name)  # before hours of work
         scans = find_unlabeled_images(raw, dataset_json)
-        _plan(args, dataset_id, name, raw, preprocessed, plans_file)
+        _plan(args, dataset_id, raw, preprocessed, plans_file)
         if not args.no_pp:
             _preprocess(args, PlansManager(plans_file), raw, preprocessed)
             print(
@@ -129,9 +129,7 @@ def _report(findings: Iterable[Finding]) -> None:
     raise_errors(found)
 
 
-def _plan(
-    args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str, plans_file: str
-) -> None:
+def _plan(args: argparse.Namespace, dataset_id: int, raw: str, preprocessed: str, plans_file: str) -> None:
     """Plan where the plan is absent or ``--replan`` is given; else check the plan that is there."""
     processes = args.npfp or min(8, usable_cores())
     if isfile(plans_file) and not args.replan:
@@ -140,7 +138,7 @@ def _plan(
         ] * args.clean
         ignored = f"; ignored: {', '.join(unused)}" if unused else ""
         print(f"Using the existing plan {plans_file} (--replan makes a new one and keeps a backup{ignored}).")
-        _check_plan(plans_file, name, raw, preprocessed)
+        _renew_copy(raw, preprocessed)
         if args.verify_dataset_integrity:
             verify_dataset_integrity(raw, processes)
         return
@@ -224,15 +222,8 @@ def _find_class(name: str, option: str) -> type:
     return found
 
 
-def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None:
-    """Refuse a plan that is not for this dataset; bring nnU-Net's copy of dataset.json up to date, as
-    planning would."""
-    planned_for = read_json(plans_file).get("dataset_name")
-    if planned_for != name:
-        raise ValueError(
-            f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
-            "Use nnUNetv2_move_plans_between_datasets to move a plan."
-        )
+def _renew_copy(raw: str, preprocessed: str) -> None:
+    """Bring nnU-Net's copy of dataset.json up to date, as planning would; refuse what needs a new plan."""
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
     old = read_json(copy) if isfile(copy) else new

@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from os.path import isdir, isfile, join, lexists
+from os.path import basename, isdir, isfile, join, lexists, normpath
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -78,7 +78,7 @@ def inspect_files(
             yield from findings
     plans_file = join(preprocessed, plans_name + ".json")
     if isfile(plans_file):
-        yield from inspect_plans(plans_file, sections or {})
+        yield from inspect_plans(plans_file, sections or {}, basename(normpath(preprocessed)))
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
@@ -110,8 +110,13 @@ def _labeled_names(
     return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
 
 
-def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Finding]:
-    """The keys of a plans file that every command needs, and its section ``nnssl``."""
+def inspect_plans(
+    plans_file: str, sections: Mapping[str, type], dataset: str | None = None
+) -> Iterator[Finding]:
+    """The keys of a plans file that every command needs, and its section ``nnssl``.
+
+    dataset  name of the dataset that it must be for, since nnU-Net takes folders by the plan; None: any
+    """
     try:
         plans = read_json(plans_file)
     except (ValueError, OSError, RecursionError) as error:
@@ -123,6 +128,15 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
     for key, fits in PLAN.items():
         if not fits(plans.get(key)):
             yield _wrong_plan(f"{plans_file}, key {key}", plans, key)
+    planned_for = plans.get("dataset_name")
+    if dataset is not None and isinstance(planned_for, str) and planned_for != dataset:
+        yield Finding(
+            ERROR,
+            f"{plans_file}, key dataset_name",
+            f"is {planned_for!r}, whose data and results would be used",
+            repr(dataset),
+            "Remove the file, and take the plan over with nnUNetv2_move_plans_between_datasets",
+        )
     found = plans.get("configurations")
     configurations: dict[str, Any] = found if isinstance(found, dict) else {}
     for name, configuration in configurations.items():

@@ -386,7 +386,7 @@ class SemiTrainer(nnUNetTrainer):
             return super().do_split()
 
     def _refuse_incomplete(self, known: list[str]) -> None:
-        """Refuse what a preprocessing that ended too early left: a split of it would be one of fewer cases."""
+        """Refuse what a preprocessing that ended too early left: its split would leave cases out for good."""
         raw = self._raw()
         missing = sorted(training_files(raw, self.dataset_json).keys() - set(known)) if raw else []
         if missing:

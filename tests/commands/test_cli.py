@@ -179,8 +179,13 @@ def test_options_that_name_nothing_are_errors(
 
 def test_plan_of_another_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.edit_plan(dataset_name="Dataset001_Other")
-    assert preprocess() == 1
-    assert "key dataset_name is 'Dataset001_Other', expected 'Dataset777_Tiny'" in error(capsys)
+    train = ["train", "777", "3d_fullres", "0", "-tr", "nnUNetTrainerMeanTeacher", "-device", "cpu"]
+    for command in (["plan-and-preprocess", "-d", "777"], train):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "key dataset_name: is 'Dataset001_Other', whose data" in said
+        assert "expected 'Dataset777_Tiny'. Remove the file, and take" in said
+    assert checked(capsys, "-d", "777")[0] == 1
 
 
 def test_changed_dataset_json_is_taken_over_unless_it_needs_a_new_plan(
