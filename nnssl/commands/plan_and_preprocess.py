@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnssl.data.findings import WARNING, Finding, raise_errors
-from nnssl.data.inspection import inspect_contents, inspect_files
+from nnssl.data.inspection import KEYS_OF_PLAN, inspect_contents, inspect_files
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
@@ -227,7 +227,7 @@ def _renew_copy(raw: str, preprocessed: str) -> None:
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
     old = read_json(copy) if isfile(copy) else new
-    for key in ("channel_names", "file_ending"):
+    for key in KEYS_OF_PLAN:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{source}: {key} is {new.get(key)}, but was {old.get(key)} when the plan was made. Use "

@@ -40,6 +40,8 @@ from nnssl.files import read_json
 
 NNUNET_FOLDS = 5
 FOLD_KEYS = ("train", "val", "unlabeled")
+KEYS_OF_LABELS = ("labels", "regions_class_order")
+KEYS_OF_PLAN = ("channel_names", "modality", "file_ending")  # a plan is made for them
 
 
 def inspect_files(
@@ -76,12 +78,31 @@ def inspect_files(
         findings, copy = read_dataset_json(join(preprocessed, "dataset.json"))
         if copy != content:  # the same errors need not be told twice
             yield from findings
+        if sound is not None and not errors_of(findings):
+            yield from _differences(raw, preprocessed, sound, copy)
     plans_file = join(preprocessed, plans_name + ".json")
     if isfile(plans_file):
         yield from inspect_plans(plans_file, sections or {}, basename(normpath(preprocessed)))
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
+
+
+def _differences(
+    raw: str, preprocessed: str, new: Mapping[str, Any], old: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """What was edited since planning: trainings go by the copy beside the plan."""
+    number = basename(normpath(preprocessed))[7:10]
+    command = f"nnssl plan-and-preprocess -d {int(number) if number.isdecimal() else 'ID'}"
+    for key in (*KEYS_OF_LABELS, *KEYS_OF_PLAN):
+        if new.get(key) != old.get(key):
+            yield Finding(
+                ERROR,
+                f"{join(raw, 'dataset.json')}, key {key}",
+                f"is {new.get(key)!r}, and {old.get(key)!r} in the copy {join(preprocessed, 'dataset.json')}",
+                "the same",
+                f"Run `{command}{' --replan --clean' * (key in KEYS_OF_PLAN)}`, or take the change back",
+            )
 
 
 def read_dataset_json(file: str) -> tuple[list[Finding], Any]:
