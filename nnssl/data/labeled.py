@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from os.path import basename, isdir, isfile, join
+from os.path import basename, getsize, isdir, isfile, join
 from typing import Any
 
 import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties
+from nnssl.data.freshness import Case, Target, digest, judge, preprocessing_fingerprint, read_properties
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
 from nnssl.files import copy_file, remove_leftovers
 
+COMPARED = 1 << 30  # bytes, about a second
 OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
 
 
@@ -42,6 +43,41 @@ def removed_cases(target: Target, cases: list[Case]) -> list[str]:
         if name.endswith(suffix) and not name.endswith("_seg" + suffix)
     }
     return sorted(found - known)
+
+
+class _TooMuch(Exception):
+    """More to read than a start of a training should take."""
+
+
+def outdated_cases(
+    target: Target, cases: Sequence[Case], names: Collection[str], compared: int = COMPARED
+) -> dict[str, str]:
+    """{case: reason} of those preprocessed cases `names` that the raw dataset has otherwise now. By sizes and
+    times; contents are compared where times alone differ, `compared` bytes of them at most.
+
+    cases  all labeled ones of the raw dataset
+    """
+    left = compared
+
+    def hash_of(file: str) -> str:
+        nonlocal left
+        if (left := left - getsize(file)) < 0:
+            raise _TooMuch
+        return digest(file)
+
+    found, there = {}, {case.name: case for case in cases}
+    for name in sorted(names):
+        if (case := there.get(name)) is None:
+            found[name] = "no longer in imagesTr"
+        elif gone := [basename(file) for file in case.sources if not isfile(file)]:
+            found[name] = f"{', '.join(gone)} is gone"
+        else:
+            try:
+                reason = judge(case, target, hash_of)[0]
+            except _TooMuch:
+                reason = "source touched, content not compared"
+            found |= {name: reason} if reason else {}
+    return found
 
 
 def old_files(folder: str) -> list[str]:

@@ -29,7 +29,7 @@ from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
 from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
 from nnssl.data.intact import damage_named, dataset_class
-from nnssl.data.labeled import undeclared_labels
+from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.raw import training_files
 from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
@@ -433,11 +433,26 @@ class SemiTrainer(nnUNetTrainer):
                 self.print_to_log_file(f"WARNING: {finding}")
         raise_errors(findings)
 
+    def _warn_of_outdated(self) -> None:
+        """Name labeled cases of this fold that were edited or taken away since they were preprocessed."""
+        if not (raw := self._raw()):
+            return
+        target, cases = labeled_cases(self.plans_manager, self.configuration_name, self.dataset_json, raw)
+        train, val = self.do_split()
+        if cases and (found := outdated_cases(target, cases, {*train, *val})):
+            shown = listed([f"{case} ({reason})" for case, reason in found.items()])
+            self.print_to_log_file(
+                f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as they were preprocessed; "
+                f"{raw} now has them otherwise: {shown}. Run `{self._preprocess_command()}` first to use "
+                "them as they are there"
+            )
+
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         self._refuse_missing_stages()
         if self.fold == "all" and self._resumed is None:  # a run goes on with the cases that it had
             self._refuse_incomplete(preprocessed_cases(self.preprocessed_dataset_folder))
+        on_first_rank(self._warn_of_outdated)
         if self.method_class.needs_unlabeled:
             on_first_rank(self._inspect_scans)
             unlabeled = self._prepare_unlabeled(self.configuration_name)

@@ -489,6 +489,20 @@ def test_a_preprocessing_that_ended_too_early_is_told_before_a_split_is_made(pla
     assert len(trainer.do_split()[0]) == (5 if fold == "all" else 4)
 
 
+def test_a_label_edited_after_preprocessing_is_named_at_the_start(place: Place) -> None:
+    write_fold(place, train=[0, 1, 2], val=[5])
+    for number, text in ((1, b"a trained one"), (4, b"one of no fold")):
+        (place.raw / "labelsTr" / f"lab_{number:02d}.nii.gz").write_bytes(text)
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "WARNING: 1 labeled cases of fold 0 are used as they were preprocessed" in log
+    assert (
+        "lab_01 (source changed). Run `nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`" in log
+    )
+
+
 def test_fold_all_stays_normal_with_imagesun_only(place: Place) -> None:
     (place.preprocessed / "splits_final.json").unlink()
     trainer = run(place.trainer(fold="all"))
