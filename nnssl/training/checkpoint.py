@@ -4,7 +4,8 @@ own, versions."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,26 @@ def refuse_blocked(folder: str) -> None:
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not os.path.isfile(path):
             raise RuntimeError(f"{path}: {torch_damage(path)}, expected a checkpoint. Move it away")
+
+
+def checkpoints_in(folder: str) -> list[str]:
+    """Names of the checkpoints that --c would find there."""
+    return [name for name in NAMES if os.path.isfile(os.path.join(folder, name))]
+
+
+@contextmanager
+def latest_kept(folder: str, acts: bool) -> Iterator[None]:
+    """nnU-Net removes the latest checkpoint at the end of a training, of one that wrote none, too."""
+    latest = os.path.join(folder, NAMES[1])
+    if not (acts and os.path.isfile(latest)):
+        yield
+        return
+    aside = latest + ".kept"
+    os.replace(latest, aside)
+    try:
+        yield
+    finally:
+        os.replace(aside, latest)
 
 
 def complete_best(path: str, ema: Sequence[float]) -> None:

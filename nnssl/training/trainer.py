@@ -32,7 +32,7 @@ from nnssl.data.intact import damage_named, dataset_class
 from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
 from nnssl.data.raw import training_files
-from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
+from nnssl.data.split import absent_classes, hidden_cases, nnunet_split, unused_backup
 from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
@@ -59,10 +59,12 @@ from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
     Cases,
     changed_cases,
+    checkpoints_in,
     complete_best,
     from_all_ranks,
     highest,
     how_to_resume,
+    latest_kept,
     load_method,
     method_state,
     read_checkpoint,
@@ -143,6 +145,7 @@ class SemiTrainer(nnUNetTrainer):
         self._auto_axes: tuple[int, ...] | None = None
         self._resumed: dict | None = None
         self._unlabeled: list[str] = []  # cases, from the start of the loaders on
+        self._earlier: list[str] = []  # checkpoints of another training in this folder
         self._used: Cases | None = None  # by the run; in `train` those of all its time
         self._iteration = 0
         self._bar: tqdm | None = None
@@ -442,9 +445,9 @@ class SemiTrainer(nnUNetTrainer):
         if cases and (found := outdated_cases(target, cases, {*train, *val})):
             shown = listed([f"{case} ({reason})" for case, reason in found.items()])
             self.print_to_log_file(
-                f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as they were preprocessed; "
-                f"{raw} now has them otherwise: {shown}. Run `{self._preprocess_command()}` first to use "
-                "them as they are there"
+                f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as preprocessed, but "
+                f"{raw} has them otherwise now: {shown}. Run "
+                f"`{self._preprocess_command()}` first to use them as they are there"
             )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -589,6 +592,7 @@ class SemiTrainer(nnUNetTrainer):
         with interruptible():
             on_first_rank(lambda: lock.acquire(self.print_to_log_file))
             self._lock = lock
+            on_first_rank(self._warn_of_earlier)
             try:
                 with damage_named(self._cases_read):
                     super().run_training()
@@ -605,6 +609,31 @@ class SemiTrainer(nnUNetTrainer):
                     if hasattr(loader, "_finish"):
                         loader._finish()
                 lock.release()
+
+    def _warn_of_earlier(self) -> None:
+        """Name the checkpoints of an earlier training, of which a forgotten --c is the likeliest reason."""
+        there = checkpoints_in(self.output_folder) if self._resumed is None else []
+        self._earlier = [name for name in there if name not in self._epochs_in]
+        if not self._earlier:
+            return
+        fate = "are kept: this one writes none"
+        if not self.disable_checkpointing:
+            fate = "are renamed to *.bak when this one writes its first"
+        self.print_to_log_file(
+            f"WARNING: this training starts anew, but {self.output_folder} holds checkpoints of an earlier "
+            f"one ({', '.join(self._earlier)}), with which --c goes on. They {fate}"
+        )
+
+    def _set_earlier_aside(self) -> None:
+        """All at once, so that --c never finds those of two trainings, and not before it would find ours."""
+        before, self._loud = self._loud, True  # nnU-Net saves where its own lines go into the log alone
+        for name in self._earlier:
+            path = os.path.join(self.output_folder, name)
+            if os.path.isfile(path):
+                kept = unused_backup(path)
+                os.replace(path, kept)
+                self.print_to_log_file(f"{name} of the earlier training is now {os.path.basename(kept)}")
+        self._earlier, self._loud = [], before
 
     def _say_stopped(self, stop: BaseException, line: str) -> None:
         if self._bar is not None:
@@ -775,7 +804,8 @@ class SemiTrainer(nnUNetTrainer):
                 self._pictures.take(epoch)
 
     def on_train_end(self) -> None:
-        super().on_train_end()
+        with latest_kept(self.output_folder, self.disable_checkpointing and self.local_rank == 0):
+            super().on_train_end()
         if isinstance(self.dataloader_train, TwoStreams):
             self.dataloader_train._finish()
 
@@ -924,6 +954,7 @@ class SemiTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
         else:
+            self._set_earlier_aside()
             save_torch(checkpoint, filename)
             self._epochs_in[os.path.basename(filename)] = self.current_epoch + 1
 

@@ -497,7 +497,7 @@ def test_a_label_edited_after_preprocessing_is_named_at_the_start(place: Place) 
     trainer.initialize()
     trainer.get_dataloaders()
     log = Path(trainer.log_file).read_text(encoding="utf-8")
-    assert "WARNING: 1 labeled cases of fold 0 are used as they were preprocessed" in log
+    assert f"WARNING: 1 labeled cases of fold 0 are used as preprocessed, but {place.raw} has" in log
     assert (
         "lab_01 (source changed). Run `nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`" in log
     )
