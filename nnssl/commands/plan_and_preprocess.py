@@ -33,7 +33,7 @@ from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
 from nnssl.data.split import backup, load_splits
-from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
+from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images, set_removed_aside
 from nnssl.files import copy_file, read_json, write_text
 from nnssl.methods import method_classes
 from nnssl.training.arguments import plans_of_planner
@@ -285,6 +285,7 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
                 verbose=args.verbose,
                 show_progress=not args.no_pbar,
             )
+            set_removed_aside(plans_manager, configuration, dataset_json, raw, hidden)
             ensure_unlabeled(
                 plans_manager,
                 configuration,

@@ -105,7 +105,7 @@ def undeclared_labels(dataset: Any, cases: Sequence[str], declared: Collection[i
     return found
 
 
-def _set_aside(names: list[str], target: Target, suffix: str) -> str:
+def set_aside(names: list[str], target: Target, suffix: str) -> str:
     """Move files of the target's folder to `<folder><suffix>`: not deleted, the raw scans may be gone."""
     aside = target.folder.rstrip("/\\") + suffix
     os.makedirs(aside, exist_ok=True)
@@ -143,11 +143,11 @@ def ensure_labeled(
         )
     if removed := removed_cases(target, cases):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
-        aside = _set_aside([basename(file) for file in files], target, "_removed")
+        aside = set_aside([basename(file) for file in files], target, "_removed")
         shown = ", ".join(removed[:5]) + " ..." * (len(removed) > 5)
         log(f"Moved {len(removed)} preprocessed cases that are no longer in imagesTr to {aside}: {shown}")
     if old := old_files(target.folder):  # nnU-Net refuses a folder with both kinds
-        aside = _set_aside(old, target, "_before_2.6")
+        aside = set_aside(old, target, "_before_2.6")
         log(f"Moved {len(old)} files of an nnU-Net before 2.6 to {aside}.")
     if not bring_up_to_date(cases, target, num_processes, log, verbose, show_progress):
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")

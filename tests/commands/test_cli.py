@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
+from nnssl.data.unlabeled import ensure_unlabeled
 from tests.raw_dataset import Tiny, write_case, write_dataset
 
 
@@ -150,6 +152,44 @@ def test_hidden_cases_of_a_split_are_preprocessed_too(tiny: Tiny) -> None:
     assert preprocess("-c", "3d_fullres") == 0
     expected = [f"lab_0{index}" for index in range(1, 5)] + [f"scan_0{index}" for index in range(3)]
     assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == expected
+
+
+@pytest.mark.parametrize("folder_stays", [True, False])
+def test_scans_taken_out_or_labeled_are_set_aside_by_name(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder_stays: bool
+) -> None:
+    """Else they would be used again where the raw data are absent."""
+    message = "preprocessed scans that are neither in imagesUn nor hidden by a split to"
+    assert main(["split", "-d", "777", "--labeled", "1", "--val", "lab_05", "--first"]) == 0
+    assert preprocess("-c", "3d_fullres") == 0
+    for channel in (0, 1):
+        name = f"scan_01_000{channel}.nii.gz"
+        (tiny.raw / "imagesUn" / name).rename(tiny.raw / "imagesTr" / name)
+        (tiny.raw / "imagesUn" / f"scan_02_000{channel}.nii.gz").unlink()
+    shutil.copy(tiny.raw / "labelsTr" / "lab_00.nii.gz", tiny.raw / "labelsTr" / "scan_01.nii.gz")
+    if not folder_stays:
+        shutil.rmtree(tiny.raw / "imagesUn")
+    gone = ["scan_01", "scan_02"] if folder_stays else ["scan_01"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl.commands.plan_and_preprocess.inspect_contents", lambda *_, **__: [])
+        assert preprocess("-c", "3d_fullres") == 0
+    said = capsys.readouterr().out
+    aside = f"{tiny.unlabeled}_removed"
+    assert f"Moved {len(gone)} {message} {aside}: {', '.join(gone)}\n" in said
+    assert {file.name.split(".")[0] for file in Path(aside).glob("*.pkl")} == set(gone)
+    left = {f"lab_0{index}" for index in range(1, 5)} | {"scan_00", "scan_01", "scan_02"} - set(gone)
+    assert {file.stem for file in tiny.unlabeled.glob("*.pkl")} == left
+    assert len(list(tiny.unlabeled.iterdir())) == 3 * len(left)
+    (tiny.preprocessed / "splits_final.json").unlink()  # what it hid may be in use by a training
+    assert preprocess("-c", "3d_fullres") == 0
+    assert "Moved" not in capsys.readouterr().out
+    assert {file.stem for file in tiny.unlabeled.glob("*.pkl")} == left
+    shutil.rmtree(tiny.raw)  # a cluster
+    plans = PlansManager(str(tiny.plans_file))
+    assert ensure_unlabeled(plans, "3d_fullres", tiny.dataset_json) == sorted(
+        name for name in left if name.startswith("scan")
+    )
 
 
 @pytest.mark.parametrize(
