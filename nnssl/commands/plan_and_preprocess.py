@@ -139,6 +139,7 @@ def _plan(args: argparse.Namespace, dataset_id: int, raw: str, preprocessed: str
         ignored = f"; ignored: {', '.join(unused)}" if unused else ""
         print(f"Using the existing plan {plans_file} (--replan makes a new one and keeps a backup{ignored}).")
         _renew_copy(raw, preprocessed)
+        _take_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
         if args.verify_dataset_integrity:
             verify_dataset_integrity(raw, processes)
         return
@@ -240,15 +241,33 @@ def _renew_copy(raw: str, preprocessed: str) -> None:
 def _check_split(source: str, copy: str) -> None:
     """nnU-Net's planner stops without a word where the raw dataset brings a split that differs from the one
     in use."""
-    if not (isfile(source) and isfile(copy)):
-        return
-    theirs, ours = (
-        [(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy)
-    )
-    if ours[: len(theirs)] != theirs:
+    if _splits_differ(source, copy):
         raise ValueError(
             f"{source} and {copy} differ. Keep one: remove the former to use the latter, or the latter to "
             "use the former."
+        )
+
+
+def _splits_differ(source: str, copy: str) -> bool:
+    """Whether both are there, with other training or validation cases."""
+    if not (isfile(source) and isfile(copy)):
+        return False
+    theirs, ours = (
+        [(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy)
+    )
+    return ours[: len(theirs)] != theirs
+
+
+def _take_split(source: str, copy: str) -> None:
+    """Copy a split that the raw dataset brings, as nnU-Net's planner does; say where another is in use."""
+    if isfile(source) and not isfile(copy):
+        load_splits(source)
+        copy_file(source, copy)
+        print(f"The split {source} was copied to {copy}.")
+    elif _splits_differ(source, copy):
+        print(
+            f"WARNING: {source} and {copy} differ, and trainings use the latter. Remove it to use the former "
+            "with the next run of this command."
         )
 
 

@@ -262,6 +262,29 @@ def test_replanning_against_a_differing_split_of_the_raw_dataset_is_refused(
     assert stamps(tiny.preprocessed) == before
 
 
+def test_a_split_that_the_raw_dataset_brings_after_planning_is_copied_or_told(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, copy = tiny.raw / "splits_final.json", tiny.preprocessed / "splits_final.json"
+    content = '[{"train": ["lab_00", "lab_03"], "val": ["lab_04"]}]'
+    source.write_text("{half")
+    assert preprocess("--no_pp") == 1
+    assert f"{source}: not valid JSON" in error(capsys) and not copy.exists()
+    source.write_text(content)
+    assert preprocess("--no_pp") == 0
+    assert f"The split {source} was copied to {copy}." in capsys.readouterr().out
+    assert copy.read_text(encoding="utf-8") == content
+    assert preprocess("--no_pp") == 0
+    said = capsys.readouterr().out
+    assert "was copied" not in said and "differ" not in said
+    assert main(["split", "-d", "777", "--labeled", "1", "--first"]) == 0
+    kept = copy.read_bytes()
+    capsys.readouterr()
+    assert preprocess("--no_pp") == 0
+    assert f"WARNING: {source} and {copy} differ, and trainings use the latter" in capsys.readouterr().out
+    assert copy.read_bytes() == kept
+
+
 def test_bad_names_in_imagesun_are_refused_before_the_labeled_part_is_touched(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
