@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from os.path import abspath, isfile, join
+from os.path import abspath, dirname, isfile, join
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnssl.data.findings import WARNING, Finding, raise_errors
+from nnssl.data.findings import WARNING, Finding, listed, raise_errors
 from nnssl.data.inspection import KEYS_OF_PLAN, inspect_contents, inspect_files
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
@@ -145,14 +145,21 @@ def _plan(args: argparse.Namespace, dataset_id: int, raw: str, preprocessed: str
         return
 
     kept: dict[str, Any] = {}
+    fingerprint = join(preprocessed, "dataset_fingerprint.json")
+    old = _outdated(fingerprint, raw) if isfile(fingerprint) else ""
+    if old:
+        print(f"{fingerprint} is extracted anew: {old}.")
+    elif isfile(fingerprint) and not args.clean:
+        print(f"Using {fingerprint}, since which no case has changed (--clean extracts it anew).")
     with _planning_threads(), _whole_files(plans_file, kept):
-        print("Fingerprint extraction ...")
+        if old or args.clean or not isfile(fingerprint):
+            print("Fingerprint extraction ...")
         extract_fingerprints(
             [dataset_id],
             args.fpe,
             processes,
             args.verify_dataset_integrity,
-            args.clean,
+            args.clean or bool(old),
             args.verbose,
             show_progress_bar=not args.no_pbar,
         )
@@ -172,6 +179,23 @@ def _plan(args: argparse.Namespace, dataset_id: int, raw: str, preprocessed: str
             args.overwrite_target_spacing,
             args.overwrite_plans_name,
         )
+
+
+def _outdated(fingerprint: str, raw: str) -> str:
+    """Why nnU-Net's fingerprint is not that of today's cases, by number and times; empty where it is."""
+    dataset_json = join(raw, "dataset.json")
+    cases = training_files(raw, read_json(dataset_json))
+    try:
+        number = len(read_json(fingerprint)["spacings"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"it cannot be used ({error})"
+    if number != len(cases):
+        return f"it is of {number} cases, the dataset has {len(cases)}"
+    files = [file for images, label in cases.values() for file in (*images, label)]
+    folders = sorted({dirname(file) for file in files})  # newer where a file came, went or was renamed
+    written = os.stat(fingerprint).st_mtime_ns
+    newer = [path for path in (dataset_json, *files, *folders) if os.stat(path).st_mtime_ns > written]
+    return f"{listed(newer, 5)} changed after it was written" if newer else ""
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.unlabeled import ensure_unlabeled
+from tests.place import lean_nnunet
 from tests.raw_dataset import Tiny, write_case, write_dataset
 
 
@@ -119,6 +121,39 @@ def test_planning_from_nothing_then_replanning(
     assert "mine" in replanned["configurations"]
     after = stamps(tiny.preprocessed)
     assert all(before[file] != after[file] for file in after if file.endswith(".b2nd"))
+
+
+@pytest.mark.slow
+def test_replanning_takes_a_new_fingerprint_where_a_case_changed(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lean_nnunet(monkeypatch)
+    file = tiny.preprocessed / "dataset_fingerprint.json"
+
+    def replan() -> str:
+        assert preprocess("--replan", "--no_pp", "-npfp", "1") == 0
+        return capsys.readouterr().out
+
+    assert "Fingerprint extraction ..." in replan()
+    content, said = file.read_bytes(), replan()
+    assert f"Using {file}, since which no case has changed" in said and "Fingerprint" not in said
+    assert file.read_bytes() == content
+
+    for name in ("imagesTr/lab_02_0000", "imagesTr/lab_02_0001", "labelsTr/lab_02"):
+        path = tiny.raw / f"{name}.nii.gz"
+        image = sitk.ReadImage(str(path))
+        image.SetSpacing((3.0, 3.0, 7.0))
+        sitk.WriteImage(image, str(path))
+    said = replan()
+    assert f"{file} is extracted anew: " in said and "lab_02_0000.nii.gz" in said
+    assert [7, 3, 3] in json.loads(file.read_text(encoding="utf-8"))["spacings"]
+
+    for path in (*tiny.raw.glob("imagesTr/lab_03*"), *tiny.raw.glob("labelsTr/lab_03*")):
+        path.unlink()
+    assert f"{file} is extracted anew: it is of 6 cases, the dataset has 5." in replan()
+    file.write_text("{half")
+    assert "it cannot be used" in replan()
+    assert len(json.loads(file.read_text(encoding="utf-8"))["spacings"]) == 5
 
 
 def test_existing_plan_preprocesses_labeled_and_unlabeled_once(
