@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from os.path import abspath, isfile, join
+from os.path import abspath, dirname, isfile, join
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +27,13 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnssl.data.findings import WARNING, Finding, raise_errors
-from nnssl.data.inspection import inspect_contents, inspect_files, inspect_plan_channels
+from nnssl.data.findings import WARNING, Finding, listed, raise_errors
+from nnssl.data.inspection import KEYS_OF_PLAN, inspect_contents, inspect_files, inspect_plan_channels
 from nnssl.data.labeled import copy_ground_truth, ensure_labeled
 from nnssl.data.parallel import usable_cores
 from nnssl.data.raw import plans_in, training_files
 from nnssl.data.split import backup, load_splits
-from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
+from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images, set_removed_aside
 from nnssl.files import copy_file, read_json, write_text
 from nnssl.methods import method_classes
 from nnssl.training.arguments import plans_of_planner
@@ -69,7 +69,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         _check_options(args, raw, preprocessed, plans_file)
         dataset_json = _inspect(args, raw, preprocessed, plans_name)  # before hours of work
         scans = find_unlabeled_images(raw, dataset_json)
-        _plan(args, dataset_id, name, raw, preprocessed, plans_file)
+        _plan(args, dataset_id, raw, preprocessed, plans_file)
         if not args.no_pp:
             _preprocess(args, PlansManager(plans_file), raw, preprocessed)
             print(
@@ -129,9 +129,7 @@ def _report(findings: Iterable[Finding]) -> None:
     raise_errors(found)
 
 
-def _plan(
-    args: argparse.Namespace, dataset_id: int, name: str, raw: str, preprocessed: str, plans_file: str
-) -> None:
+def _plan(args: argparse.Namespace, dataset_id: int, raw: str, preprocessed: str, plans_file: str) -> None:
     """Plan where the plan is absent or ``--replan`` is given; else check the plan that is there."""
     processes = args.npfp or min(8, usable_cores())
     if isfile(plans_file) and not args.replan:
@@ -140,20 +138,28 @@ def _plan(
         ] * args.clean
         ignored = f"; ignored: {', '.join(unused)}" if unused else ""
         print(f"Using the existing plan {plans_file} (--replan makes a new one and keeps a backup{ignored}).")
-        _check_plan(plans_file, name, raw, preprocessed)
+        _renew_copy(plans_file, raw, preprocessed)
+        _take_split(join(raw, "splits_final.json"), join(preprocessed, "splits_final.json"))
         if args.verify_dataset_integrity:
             verify_dataset_integrity(raw, processes)
         return
 
     kept: dict[str, Any] = {}
+    fingerprint = join(preprocessed, "dataset_fingerprint.json")
+    old = _outdated(fingerprint, raw) if isfile(fingerprint) else ""
+    if old:
+        print(f"{fingerprint} is extracted anew: {old}.")
+    elif isfile(fingerprint) and not args.clean:
+        print(f"Using {fingerprint}, since which no case has changed (--clean extracts it anew).")
     with _planning_threads(), _whole_files(plans_file, kept):
-        print("Fingerprint extraction ...")
+        if old or args.clean or not isfile(fingerprint):
+            print("Fingerprint extraction ...")
         extract_fingerprints(
             [dataset_id],
             args.fpe,
             processes,
             args.verify_dataset_integrity,
-            args.clean,
+            args.clean or bool(old),
             args.verbose,
             show_progress_bar=not args.no_pbar,
         )
@@ -173,6 +179,23 @@ def _plan(
             args.overwrite_target_spacing,
             args.overwrite_plans_name,
         )
+
+
+def _outdated(fingerprint: str, raw: str) -> str:
+    """Why nnU-Net's fingerprint is not that of today's cases, by number and times; empty where it is."""
+    dataset_json = join(raw, "dataset.json")
+    cases = training_files(raw, read_json(dataset_json))
+    try:
+        number = len(read_json(fingerprint)["spacings"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"it cannot be used ({error})"
+    if number != len(cases):
+        return f"it is of {number} cases, the dataset has {len(cases)}"
+    files = [file for images, label in cases.values() for file in (*images, label)]
+    folders = sorted({dirname(file) for file in files})  # newer where a file came, went or was renamed
+    written = os.stat(fingerprint).st_mtime_ns
+    newer = [path for path in (dataset_json, *files, *folders) if os.stat(path).st_mtime_ns > written]
+    return f"{listed(newer, 5)} changed after it was written" if newer else ""
 
 
 @contextmanager
@@ -224,21 +247,13 @@ def _find_class(name: str, option: str) -> type:
     return found
 
 
-def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None:
-    """Refuse a plan that is not for this dataset; bring nnU-Net's copy of dataset.json up to date, as
-    planning would."""
-    plans = read_json(plans_file)
-    planned_for = plans.get("dataset_name")
-    if planned_for != name:
-        raise ValueError(
-            f"{plans_file}: key dataset_name is {planned_for!r}, expected {name!r}. "
-            "Use nnUNetv2_move_plans_between_datasets to move a plan."
-        )
+def _renew_copy(plans_file: str, raw: str, preprocessed: str) -> None:
+    """Bring nnU-Net's copy of dataset.json up to date, as planning would; refuse what needs a new plan."""
     source, copy = join(raw, "dataset.json"), join(preprocessed, "dataset.json")
     new = read_json(source)
-    raise_errors(inspect_plan_channels(plans_file, plans, new))
+    raise_errors(inspect_plan_channels(plans_file, read_json(plans_file), new))
     old = read_json(copy) if isfile(copy) else new
-    for key in ("channel_names", "file_ending"):
+    for key in KEYS_OF_PLAN:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{source}: {key} is {new.get(key)}, but was {old.get(key)} when the plan was made. Use "
@@ -251,15 +266,33 @@ def _check_plan(plans_file: str, name: str, raw: str, preprocessed: str) -> None
 def _check_split(source: str, copy: str) -> None:
     """nnU-Net's planner stops without a word where the raw dataset brings a split that differs from the one
     in use."""
-    if not (isfile(source) and isfile(copy)):
-        return
-    theirs, ours = (
-        [(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy)
-    )
-    if ours[: len(theirs)] != theirs:
+    if _splits_differ(source, copy):
         raise ValueError(
             f"{source} and {copy} differ. Keep one: remove the former to use the latter, or the latter to "
             "use the former."
+        )
+
+
+def _splits_differ(source: str, copy: str) -> bool:
+    """Whether both are there, with other training or validation cases."""
+    if not (isfile(source) and isfile(copy)):
+        return False
+    theirs, ours = (
+        [(set(fold["train"]), set(fold["val"])) for fold in load_splits(file)] for file in (source, copy)
+    )
+    return ours[: len(theirs)] != theirs
+
+
+def _take_split(source: str, copy: str) -> None:
+    """Copy a split that the raw dataset brings, as nnU-Net's planner does; say where another is in use."""
+    if isfile(source) and not isfile(copy):
+        load_splits(source)
+        copy_file(source, copy)
+        print(f"The split {source} was copied to {copy}.")
+    elif _splits_differ(source, copy):
+        print(
+            f"WARNING: {source} and {copy} differ, and trainings use the latter. Remove it to use the former "
+            "with the next run of this command."
         )
 
 
@@ -296,6 +329,7 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
                 verbose=args.verbose,
                 show_progress=not args.no_pbar,
             )
+            set_removed_aside(plans_manager, configuration, dataset_json, raw, hidden)
             ensure_unlabeled(
                 plans_manager,
                 configuration,

@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from os.path import isfile, join
+from os.path import join
 from typing import Any
 
 from nnssl.data.findings import WARNING, raise_errors
 from nnssl.errors import told_line
 from nnssl.interruption import Terminated, interruptible
-from nnssl.training.arguments import FINAL, check_data, check_names
+from nnssl.training.arguments import check_data, check_names
 from nnssl.training.lookup import trainer_paths
 
 # nnU-Net's lines, one per trainer that it looks at: for the log file
@@ -106,11 +106,6 @@ def _train(args: argparse.Namespace) -> None:
         search = "\n".join(line for line in lines if line.startswith(SEARCH))
         trainer.print_to_log_file(search, also_print_to_console=False, add_timestamp=False)
         trainer.disable_checkpointing = args.disable_checkpointing
-        if not (args.c or args.val) and isfile(join(trainer.output_folder, FINAL)):
-            trainer.print_to_log_file(
-                f"WARNING: {trainer.output_folder} holds a finished training; this one starts anew and will "
-                "replace its checkpoints"
-            )
         maybe_load_checkpoint(trainer, args.c, args.val)
         if args.pretrained_weights and not args.val:  # as in nnU-Net
             load_weights(trainer, args.pretrained_weights)

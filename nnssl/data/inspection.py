@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from os.path import isdir, isfile, join, lexists
+from os.path import basename, isdir, isfile, join, lexists, normpath
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -43,6 +43,8 @@ from nnssl.files import read_json
 
 NNUNET_FOLDS = 5
 FOLD_KEYS = ("train", "val", "unlabeled")
+KEYS_OF_LABELS = ("labels", "regions_class_order")
+KEYS_OF_PLAN = ("channel_names", "modality", "file_ending")  # a plan is made for them
 
 
 def inspect_files(
@@ -79,15 +81,34 @@ def inspect_files(
         findings, copy = read_dataset_json(join(preprocessed, "dataset.json"))
         if copy != content:  # the same errors need not be told twice
             yield from findings
+        if sound is not None and not errors_of(findings):
+            yield from _differences(raw, preprocessed, sound, copy)
     plans_file = join(preprocessed, plans_name + ".json")
     if isfile(plans_file):
-        findings = list(inspect_plans(plans_file, sections or {}))
+        findings = list(inspect_plans(plans_file, sections or {}, basename(normpath(preprocessed))))
         yield from findings
         if sound is not None and not planning and not errors_of(findings):
             yield from inspect_plan_channels(plans_file, read_json(plans_file), sound)
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
+
+
+def _differences(
+    raw: str, preprocessed: str, new: Mapping[str, Any], old: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """What was edited since planning: trainings go by the copy beside the plan."""
+    number = basename(normpath(preprocessed))[7:10]
+    command = f"nnssl plan-and-preprocess -d {int(number) if number.isdecimal() else 'ID'}"
+    for key in (*KEYS_OF_LABELS, *KEYS_OF_PLAN):
+        if new.get(key) != old.get(key):
+            yield Finding(
+                ERROR,
+                f"{join(raw, 'dataset.json')}, key {key}",
+                f"is {new.get(key)!r}, and {old.get(key)!r} in the copy {join(preprocessed, 'dataset.json')}",
+                "the same",
+                f"Run `{command}{' --replan --clean' * (key in KEYS_OF_PLAN)}`, or take the change back",
+            )
 
 
 def read_dataset_json(file: str) -> tuple[list[Finding], Any]:
@@ -116,8 +137,13 @@ def _labeled_names(
     return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
 
 
-def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Finding]:
-    """The keys of a plans file that every command needs, and its section ``nnssl``."""
+def inspect_plans(
+    plans_file: str, sections: Mapping[str, type], dataset: str | None = None
+) -> Iterator[Finding]:
+    """The keys of a plans file that every command needs, and its section ``nnssl``.
+
+    dataset  name of the dataset that it must be for, since nnU-Net takes folders by the plan; None: any
+    """
     try:
         plans = read_json(plans_file)
     except (ValueError, OSError, RecursionError) as error:
@@ -129,6 +155,15 @@ def inspect_plans(plans_file: str, sections: Mapping[str, type]) -> Iterator[Fin
     for key, fits in PLAN.items():
         if not fits(plans.get(key)):
             yield _wrong_plan(f"{plans_file}, key {key}", plans, key)
+    planned_for = plans.get("dataset_name")
+    if dataset is not None and isinstance(planned_for, str) and planned_for != dataset:
+        yield Finding(
+            ERROR,
+            f"{plans_file}, key dataset_name",
+            f"is {planned_for!r}, whose data and results would be used",
+            repr(dataset),
+            "Remove the file, and take the plan over with nnUNetv2_move_plans_between_datasets",
+        )
     found = plans.get("configurations")
     configurations: dict[str, Any] = found if isinstance(found, dict) else {}
     for name, configuration in configurations.items():

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from os.path import basename, isdir, isfile, join
+from os.path import basename, getsize, isdir, isfile, join
 from typing import Any
 
 import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.freshness import Case, Target, preprocessing_fingerprint, read_properties
+from nnssl.data.freshness import Case, Target, digest, judge, preprocessing_fingerprint, read_properties
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
 from nnssl.files import copy_file, remove_leftovers
 
+COMPARED = 1 << 30  # bytes, about a second
 OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
 
 
@@ -44,6 +45,41 @@ def removed_cases(target: Target, cases: list[Case]) -> list[str]:
     return sorted(found - known)
 
 
+class _TooMuch(Exception):
+    """More to read than a start of a training should take."""
+
+
+def outdated_cases(
+    target: Target, cases: Sequence[Case], names: Collection[str], compared: int = COMPARED
+) -> dict[str, str]:
+    """{case: reason} of those preprocessed cases `names` that the raw dataset has otherwise now. By sizes and
+    times; contents are compared where times alone differ, `compared` bytes of them at most.
+
+    cases  all labeled ones of the raw dataset
+    """
+    left = compared
+
+    def hash_of(file: str) -> str:
+        nonlocal left
+        if (left := left - getsize(file)) < 0:
+            raise _TooMuch
+        return digest(file)
+
+    found, there = {}, {case.name: case for case in cases}
+    for name in sorted(names):
+        if (case := there.get(name)) is None:
+            found[name] = "no longer in imagesTr"
+        elif gone := [basename(file) for file in case.sources if not isfile(file)]:
+            found[name] = f"{', '.join(gone)} is gone"
+        else:
+            try:
+                reason = judge(case, target, hash_of)[0]
+            except _TooMuch:
+                reason = "source touched, content not compared"
+            found |= {name: reason} if reason else {}
+    return found
+
+
 def old_files(folder: str) -> list[str]:
     """Names of the files that nnU-Net wrote before 2.6: .npz, .npy and their .pkl."""
     names = set(os.listdir(folder)) if isdir(folder) else set()
@@ -69,7 +105,7 @@ def undeclared_labels(dataset: Any, cases: Sequence[str], declared: Collection[i
     return found
 
 
-def _set_aside(names: list[str], target: Target, suffix: str) -> str:
+def set_aside(names: list[str], target: Target, suffix: str) -> str:
     """Move files of the target's folder to `<folder><suffix>`: not deleted, the raw scans may be gone."""
     aside = target.folder.rstrip("/\\") + suffix
     os.makedirs(aside, exist_ok=True)
@@ -107,11 +143,11 @@ def ensure_labeled(
         )
     if removed := removed_cases(target, cases):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
-        aside = _set_aside([basename(file) for file in files], target, "_removed")
+        aside = set_aside([basename(file) for file in files], target, "_removed")
         shown = ", ".join(removed[:5]) + " ..." * (len(removed) > 5)
         log(f"Moved {len(removed)} preprocessed cases that are no longer in imagesTr to {aside}: {shown}")
     if old := old_files(target.folder):  # nnU-Net refuses a folder with both kinds
-        aside = _set_aside(old, target, "_before_2.6")
+        aside = set_aside(old, target, "_before_2.6")
         log(f"Moved {len(old)} files of an nnU-Net before 2.6 to {aside}.")
     if not bring_up_to_date(cases, target, num_processes, log, verbose, show_progress):
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")

@@ -163,12 +163,18 @@ def write_splits(splits: list[Fold], splits_file: str) -> str | None:
 
 
 def backup(path: str) -> str:
-    """Copy a file to the first free name of ``<path>.bak``, ``<path>.bak1``, ...; returns that name."""
+    """Copy a file to its `unused_backup`; returns that name."""
+    target = unused_backup(path)
+    copy_file(path, target)
+    return target
+
+
+def unused_backup(path: str) -> str:
+    """The first free name of ``<path>.bak``, ``<path>.bak1``, ..."""
     number, target = 0, path + ".bak"
-    while os.path.exists(target):
+    while os.path.lexists(target):
         number += 1
         target = f"{path}.bak{number}"
-    copy_file(path, target)
     return target
 
 

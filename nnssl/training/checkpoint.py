@@ -4,7 +4,8 @@ own, versions."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch.distributed as dist
 from torch import nn
 
 import nnssl
+from nnssl.data.findings import listed
 from nnssl.files import copy_file, torch_damage
 
 NAMES = tuple(
     f"checkpoint_{name}.pth" for name in ("final", "latest", "best")
 )  # as nnU-Net's --c prefers them
+
+Cases = dict[str, list[str]]  # {train, val, unlabeled: names}, as in the split
 
 
 def read_checkpoint(path: str, device: Any, sound_option: str = "") -> dict[str, Any]:
@@ -56,6 +60,26 @@ def refuse_blocked(folder: str) -> None:
             raise RuntimeError(f"{path}: {torch_damage(path)}, expected a checkpoint. Move it away")
 
 
+def checkpoints_in(folder: str) -> list[str]:
+    """Names of the checkpoints that --c would find there."""
+    return [name for name in NAMES if os.path.isfile(os.path.join(folder, name))]
+
+
+@contextmanager
+def latest_kept(folder: str, acts: bool) -> Iterator[None]:
+    """nnU-Net removes the latest checkpoint at the end of a training, of one that wrote none, too."""
+    latest = os.path.join(folder, NAMES[1])
+    if not (acts and os.path.isfile(latest)):
+        yield
+        return
+    aside = latest + ".kept"
+    os.replace(latest, aside)
+    try:
+        yield
+    finally:
+        os.replace(aside, latest)
+
+
 def complete_best(path: str, ema: Sequence[float]) -> None:
     """nnU-Net writes an epoch as latest, then as best if it is: where a run ended in between, do the second.
 
@@ -86,6 +110,22 @@ def how_to_resume(folder: str, epochs: Mapping[str, int], disabled: bool) -> str
     if taken is not None:
         reason += f", and {os.path.join(folder, taken)}, which --c would take, is of an earlier training"
     return f"{reason}; rerun without --c to start anew"
+
+
+def trained_on(used: Cases, validation: Iterable[str]) -> list[str]:
+    """Validation cases whose labels a run trained on; not those that it had in both on purpose."""
+    return sorted(set(validation) & set(used["train"]) - set(used["val"]))
+
+
+def changed_cases(used: Cases, now: Cases) -> list[str]:
+    """What differs between the cases of a run and those that it has now, one line per key of the split."""
+    lines = []
+    for key in used:
+        there, here = set(used[key]), set(now[key])
+        parts = (("added", here - there), ("removed", there - here))
+        if told := [f"{word} {listed(sorted(names))}" for word, names in parts if names]:
+            lines.append(f"{key}: {'; '.join(told)}")
+    return lines
 
 
 def versions() -> dict[str, str]:

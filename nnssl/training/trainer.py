@@ -29,9 +29,10 @@ from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
 from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
 from nnssl.data.intact import damage_named, dataset_class
-from nnssl.data.labeled import undeclared_labels
+from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
-from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
+from nnssl.data.raw import training_files
+from nnssl.data.split import absent_classes, hidden_cases, nnunet_split, unused_backup
 from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
@@ -56,14 +57,19 @@ from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
+    Cases,
+    changed_cases,
+    checkpoints_in,
     complete_best,
     from_all_ranks,
     highest,
     how_to_resume,
+    latest_kept,
     load_method,
     method_state,
     read_checkpoint,
     refuse_blocked,
+    trained_on,
     versions,
 )
 from nnssl.training.console import FirstSteps, epoch_line, start_block
@@ -139,6 +145,8 @@ class SemiTrainer(nnUNetTrainer):
         self._auto_axes: tuple[int, ...] | None = None
         self._resumed: dict | None = None
         self._unlabeled: list[str] = []  # cases, from the start of the loaders on
+        self._earlier: list[str] = []  # checkpoints of another training in this folder
+        self._used: Cases | None = None  # by the run; in `train` those of all its time
         self._iteration = 0
         self._bar: tqdm | None = None
         self._announced = ""
@@ -383,11 +391,34 @@ class SemiTrainer(nnUNetTrainer):
         known = preprocessed_cases(self.preprocessed_dataset_folder)
         if self.fold != "all":
             raise_errors(inspect_split(self._splits_file, known, only=int(self.fold)))
-            if self.local_rank == 0 and not os.path.isfile(self._splits_file):
-                write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
+            if not os.path.isfile(self._splits_file):
+                self._refuse_incomplete(known)  # on every rank
+                if self.local_rank == 0:
+                    write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
         self._hidden()
         with self._in_the_log_alone():
             return super().do_split()
+
+    def _refuse_incomplete(self, known: list[str]) -> None:
+        """Refuse what a preprocessing that ended too early left: its split would leave cases out for good."""
+        raw = self._raw()
+        missing = sorted(training_files(raw, self.dataset_json).keys() - set(known)) if raw else []
+        if missing:
+            raise RuntimeError(
+                f"{self.preprocessed_dataset_folder}: {len(missing)} of {len(known) + len(missing)} labeled "
+                f"cases in {raw} are not preprocessed ({listed(missing)}), and fold {self.fold} would leave "
+                f"them out. Run `{self._preprocess_command()}`, or take them out of imagesTr and labelsTr"
+            )
+
+    def _raw(self) -> str:
+        """The raw dataset; empty where it is not on this machine."""
+        folder = os.path.join(nnUNet_raw, self.plans_manager.dataset_name) if nnUNet_raw.is_set() else ""
+        return folder if os.path.isdir(folder) else ""
+
+    def _preprocess_command(self) -> str:
+        plans = self.plans_manager
+        number, chosen = int(plans.dataset_name[7:10]), self.configuration_name
+        return f"nnssl plan-and-preprocess -d {number} -c {chosen} -p {plans.plans_name}"
 
     def _hidden(self) -> list[str]:
         """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
@@ -416,15 +447,35 @@ class SemiTrainer(nnUNetTrainer):
                 self.print_to_log_file(f"WARNING: {finding}")
         raise_errors(findings)
 
+    def _warn_of_outdated(self) -> None:
+        """Name labeled cases of this fold that were edited or taken away since they were preprocessed."""
+        if not (raw := self._raw()):
+            return
+        target, cases = labeled_cases(self.plans_manager, self.configuration_name, self.dataset_json, raw)
+        train, val = self.do_split()
+        if cases and (found := outdated_cases(target, cases, {*train, *val})):
+            shown = listed([f"{case} ({reason})" for case, reason in found.items()])
+            self.print_to_log_file(
+                f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as preprocessed, but "
+                f"{raw} has them otherwise now: {shown}. Run "
+                f"`{self._preprocess_command()}` first to use them as they are there"
+            )
+
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         self._refuse_missing_stages()
+        if self.fold == "all" and self._resumed is None:  # a run goes on with the cases that it had
+            self._refuse_incomplete(preprocessed_cases(self.preprocessed_dataset_folder))
+        on_first_rank(self._warn_of_outdated)
         if self.method_class.needs_unlabeled:
             on_first_rank(self._inspect_scans)
             unlabeled = self._prepare_unlabeled(self.configuration_name)
             previous = self._previous_of_unlabeled(unlabeled)
             self._unlabeled = unlabeled
         train, val = super().get_dataloaders()
+        before = [] if self._used is None else self._used["train"]
+        self._used = self._cases_now()
+        self._used["train"] = sorted({*before, *self._used["train"]})
         if self.general.seed is not None:
             for stream in (train, val):
                 make_repeatable(getattr(stream, "data_loader", None) or stream.generator)
@@ -447,6 +498,32 @@ class SemiTrainer(nnUNetTrainer):
             previous,
         )
         return TwoStreams(train, stream), val
+
+    def _cases_now(self) -> Cases:
+        """What the split and the folders give this fold."""
+        train, val = self.do_split()
+        unlabeled = self.method.planned.unlabeled_cases
+        return {
+            key: sorted(map(str, cases))
+            for key, cases in (("train", train), ("val", val), ("unlabeled", unlabeled))
+        }
+
+    def _refuse_trained_on(self, used: Cases, network: str) -> None:
+        """Refuse to validate on cases whose labels `network` was trained on."""
+        if seen := trained_on(used, self._cases_now()["val"]):
+            raise RuntimeError(
+                f"{self._splits_file}, fold {self.fold}, key val: {listed(seen)}, whose labels {network} was "
+                "trained on; expected unseen cases. Restore the split of that training (`nnssl split` keeps "
+                "the one before as splits_final.json.bak), or start a new training"
+            )
+
+    def _compare_cases(self, used: Cases, checkpoint: str) -> None:
+        """Refuse as above; warn of every other change by name."""
+        self._refuse_trained_on(used, checkpoint)
+        for change in changed_cases(used, self._cases_now()):
+            self.print_to_log_file(
+                f"WARNING: the cases of fold {self.fold} are others than those of {checkpoint}: {change}"
+            )
 
     def _warn_without_neighbour(self, samples: int) -> None:
         """Mixing takes place between the unlabeled samples of a step, of all ranks."""
@@ -526,6 +603,7 @@ class SemiTrainer(nnUNetTrainer):
         with interruptible():
             on_first_rank(lambda: lock.acquire(self.print_to_log_file))
             self._lock = lock
+            on_first_rank(self._warn_of_earlier)
             try:
                 with damage_named(self._cases_read):
                     super().run_training()
@@ -542,6 +620,31 @@ class SemiTrainer(nnUNetTrainer):
                     if hasattr(loader, "_finish"):
                         loader._finish()
                 lock.release()
+
+    def _warn_of_earlier(self) -> None:
+        """Name the checkpoints of an earlier training, of which a forgotten --c is the likeliest reason."""
+        there = checkpoints_in(self.output_folder) if self._resumed is None else []
+        self._earlier = [name for name in there if name not in self._epochs_in]
+        if not self._earlier:
+            return
+        fate = "are kept: this one writes none"
+        if not self.disable_checkpointing:
+            fate = "are renamed to *.bak when this one writes its first"
+        self.print_to_log_file(
+            f"WARNING: this training starts anew, but {self.output_folder} holds checkpoints of an earlier "
+            f"one ({', '.join(self._earlier)}), with which --c goes on. They {fate}"
+        )
+
+    def _set_earlier_aside(self) -> None:
+        """All at once, so that --c never finds those of two trainings, and not before it would find ours."""
+        before, self._loud = self._loud, True  # nnU-Net saves where its own lines go into the log alone
+        for name in self._earlier:
+            path = os.path.join(self.output_folder, name)
+            if os.path.isfile(path):
+                kept = unused_backup(path)
+                os.replace(path, kept)
+                self.print_to_log_file(f"{name} of the earlier training is now {os.path.basename(kept)}")
+        self._earlier, self._loud = [], before
 
     def _say_stopped(self, stop: BaseException, line: str) -> None:
         if self._bar is not None:
@@ -719,7 +822,8 @@ class SemiTrainer(nnUNetTrainer):
                 self._pictures.take(epoch)
 
     def on_train_end(self) -> None:
-        super().on_train_end()
+        with latest_kept(self.output_folder, self.disable_checkpointing and self.local_rank == 0):
+            super().on_train_end()
         if isinstance(self.dataloader_train, TwoStreams):
             self.dataloader_train._finish()
 
@@ -731,6 +835,8 @@ class SemiTrainer(nnUNetTrainer):
             if self.local_rank == 0 and (holder := lock.try_acquire(self.print_to_log_file)):
                 self.print_to_log_file(f"WARNING: {holder}; this validates the checkpoint as it is now")
             try:
+                if (used := self._used) is not None:
+                    on_first_rank(lambda: self._refuse_trained_on(used, "this network"))
                 with self.step.autocast(), damage_named(self._cases_read):
                     super().perform_actual_validation(save_probabilities)
                     if self.method_class.needs_unlabeled:
@@ -866,6 +972,7 @@ class SemiTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
         else:
+            self._set_earlier_aside()
             save_torch(checkpoint, filename)
             self._epochs_in[os.path.basename(filename)] = self.current_epoch + 1
 
@@ -895,6 +1002,7 @@ class SemiTrainer(nnUNetTrainer):
                     "method": dataclasses.asdict(self.method_config),
                 },
                 "versions": versions(),
+                "cases": self._cases_now() if self._used is None else self._used,
             },
         }
 
@@ -904,13 +1012,18 @@ class SemiTrainer(nnUNetTrainer):
         checkpoint = read_checkpoint(source, self.device) if isinstance(source, str) else source
         if not self.was_initialized:
             self.initialize()
+        name = source if isinstance(source, str) else "the checkpoint"
         if "nnssl" not in checkpoint:
-            name = source if isinstance(source, str) else "the checkpoint"
             raise RuntimeError(
                 f"{name} was not written by {type(self).__name__}: it has no key `nnssl`, so teachers and "
                 "banks cannot be resumed. Start from its weights with -pretrained_weights instead"
             )
         state = checkpoint["nnssl"]
+        if (used := state.get("cases")) is None:
+            self.print_to_log_file(f"{name} does not name its cases: the split is not compared with them")
+        else:
+            on_first_rank(lambda: self._compare_cases(used, name))
+        self._used = used
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])

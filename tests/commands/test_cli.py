@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnssl
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
+from nnssl.data.unlabeled import ensure_unlabeled
+from tests.place import lean_nnunet
 from tests.raw_dataset import Tiny, write_case, write_dataset
 
 
@@ -120,6 +124,39 @@ def test_planning_from_nothing_then_replanning(
     assert all(before[file] != after[file] for file in after if file.endswith(".b2nd"))
 
 
+@pytest.mark.slow
+def test_replanning_takes_a_new_fingerprint_where_a_case_changed(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lean_nnunet(monkeypatch)
+    file = tiny.preprocessed / "dataset_fingerprint.json"
+
+    def replan() -> str:
+        assert preprocess("--replan", "--no_pp", "-npfp", "1") == 0
+        return capsys.readouterr().out
+
+    assert "Fingerprint extraction ..." in replan()
+    content, said = file.read_bytes(), replan()
+    assert f"Using {file}, since which no case has changed" in said and "Fingerprint" not in said
+    assert file.read_bytes() == content
+
+    for name in ("imagesTr/lab_02_0000", "imagesTr/lab_02_0001", "labelsTr/lab_02"):
+        path = tiny.raw / f"{name}.nii.gz"
+        image = sitk.ReadImage(str(path))
+        image.SetSpacing((3.0, 3.0, 7.0))
+        sitk.WriteImage(image, str(path))
+    said = replan()
+    assert f"{file} is extracted anew: " in said and "lab_02_0000.nii.gz" in said
+    assert [7, 3, 3] in json.loads(file.read_text(encoding="utf-8"))["spacings"]
+
+    for path in (*tiny.raw.glob("imagesTr/lab_03*"), *tiny.raw.glob("labelsTr/lab_03*")):
+        path.unlink()
+    assert f"{file} is extracted anew: it is of 6 cases, the dataset has 5." in replan()
+    file.write_text("{half")
+    assert "it cannot be used" in replan()
+    assert len(json.loads(file.read_text(encoding="utf-8"))["spacings"]) == 5
+
+
 def test_existing_plan_preprocesses_labeled_and_unlabeled_once(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +190,44 @@ def test_hidden_cases_of_a_split_are_preprocessed_too(tiny: Tiny) -> None:
     assert sorted(file.stem for file in tiny.unlabeled.glob("*.pkl")) == expected
 
 
+@pytest.mark.parametrize("folder_stays", [True, False])
+def test_scans_taken_out_or_labeled_are_set_aside_by_name(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder_stays: bool
+) -> None:
+    """Else they would be used again where the raw data are absent."""
+    message = "preprocessed scans that are neither in imagesUn nor hidden by a split to"
+    assert main(["split", "-d", "777", "--labeled", "1", "--val", "lab_05", "--first"]) == 0
+    assert preprocess("-c", "3d_fullres") == 0
+    for channel in (0, 1):
+        name = f"scan_01_000{channel}.nii.gz"
+        (tiny.raw / "imagesUn" / name).rename(tiny.raw / "imagesTr" / name)
+        (tiny.raw / "imagesUn" / f"scan_02_000{channel}.nii.gz").unlink()
+    shutil.copy(tiny.raw / "labelsTr" / "lab_00.nii.gz", tiny.raw / "labelsTr" / "scan_01.nii.gz")
+    if not folder_stays:
+        shutil.rmtree(tiny.raw / "imagesUn")
+    gone = ["scan_01", "scan_02"] if folder_stays else ["scan_01"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl.commands.plan_and_preprocess.inspect_contents", lambda *_, **__: [])
+        assert preprocess("-c", "3d_fullres") == 0
+    said = capsys.readouterr().out
+    aside = f"{tiny.unlabeled}_removed"
+    assert f"Moved {len(gone)} {message} {aside}: {', '.join(gone)}\n" in said
+    assert {file.name.split(".")[0] for file in Path(aside).glob("*.pkl")} == set(gone)
+    left = {f"lab_0{index}" for index in range(1, 5)} | {"scan_00", "scan_01", "scan_02"} - set(gone)
+    assert {file.stem for file in tiny.unlabeled.glob("*.pkl")} == left
+    assert len(list(tiny.unlabeled.iterdir())) == 3 * len(left)
+    (tiny.preprocessed / "splits_final.json").unlink()  # what it hid may be in use by a training
+    assert preprocess("-c", "3d_fullres") == 0
+    assert "Moved" not in capsys.readouterr().out
+    assert {file.stem for file in tiny.unlabeled.glob("*.pkl")} == left
+    shutil.rmtree(tiny.raw)  # a cluster
+    plans = PlansManager(str(tiny.plans_file))
+    assert ensure_unlabeled(plans, "3d_fullres", tiny.dataset_json) == sorted(
+        name for name in left if name.startswith("scan")
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -180,8 +255,13 @@ def test_options_that_name_nothing_are_errors(
 
 def test_plan_of_another_dataset_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.edit_plan(dataset_name="Dataset001_Other")
-    assert preprocess() == 1
-    assert "key dataset_name is 'Dataset001_Other', expected 'Dataset777_Tiny'" in error(capsys)
+    train = ["train", "777", "3d_fullres", "0", "-tr", "nnUNetTrainerMeanTeacher", "-device", "cpu"]
+    for command in (["plan-and-preprocess", "-d", "777"], train):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "key dataset_name: is 'Dataset001_Other', whose data" in said
+        assert "expected 'Dataset777_Tiny'. Remove the file, and take" in said
+    assert checked(capsys, "-d", "777")[0] == 1
 
 
 def test_a_plan_for_another_number_of_channels_is_refused_before_any_case(
@@ -241,6 +321,29 @@ def test_replanning_against_a_differing_split_of_the_raw_dataset_is_refused(
     assert preprocess("--replan") == 1
     assert "splits_final.json differ" in error(capsys)
     assert stamps(tiny.preprocessed) == before
+
+
+def test_a_split_that_the_raw_dataset_brings_after_planning_is_copied_or_told(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, copy = tiny.raw / "splits_final.json", tiny.preprocessed / "splits_final.json"
+    content = '[{"train": ["lab_00", "lab_03"], "val": ["lab_04"]}]'
+    source.write_text("{half")
+    assert preprocess("--no_pp") == 1
+    assert f"{source}: not valid JSON" in error(capsys) and not copy.exists()
+    source.write_text(content)
+    assert preprocess("--no_pp") == 0
+    assert f"The split {source} was copied to {copy}." in capsys.readouterr().out
+    assert copy.read_text(encoding="utf-8") == content
+    assert preprocess("--no_pp") == 0
+    said = capsys.readouterr().out
+    assert "was copied" not in said and "differ" not in said
+    assert main(["split", "-d", "777", "--labeled", "1", "--first"]) == 0
+    kept = copy.read_bytes()
+    capsys.readouterr()
+    assert preprocess("--no_pp") == 0
+    assert f"WARNING: {source} and {copy} differ, and trainings use the latter" in capsys.readouterr().out
+    assert copy.read_bytes() == kept
 
 
 def test_bad_names_in_imagesun_are_refused_before_the_labeled_part_is_touched(

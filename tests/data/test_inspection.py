@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import tifffile
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl.commands.cli import main
 from nnssl.data.dataset_json import inspect_dataset_json
 from nnssl.data.findings import Finding, listed, raise_errors
 from nnssl.data.inspection import (
@@ -829,6 +830,28 @@ def test_a_plan_for_another_number_of_channels_is_an_error_unless_it_is_made_ane
     assert error.startswith(f"{tiny.plans_file}, key normalization_schemes of 2d, 3d_fullres: 1 channel;")
     assert "expected 2 (channel_names in dataset.json)" in error and "--replan --clean" in error
     assert list(inspect_files(str(tiny.raw), str(tiny.preprocessed), planning=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "options"),
+    [
+        ({"labels": {"background": 0, "liver": 1, "b": 2}}, "labels", ""),
+        ({"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}}, "labels", ""),
+        ({"channel_names": {"0": "CT", "1": "CT"}}, "channel_names", " --replan --clean"),
+    ],
+)
+def test_an_edit_of_dataset_json_after_planning_is_an_error_until_it_is_taken_over(
+    tiny: Tiny, change: dict[str, Any], key: str, options: str
+) -> None:
+    assert lines(files(tiny), "error") == []
+    content = json.loads((tiny.raw / "dataset.json").read_text(encoding="utf-8"))
+    (tiny.raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 60, **change}))
+    (error,) = lines(files(tiny), "error")
+    assert f"dataset.json, key {key}: is {change[key]!r}, and {content[key]!r} in the copy" in error
+    assert f"Run `nnssl plan-and-preprocess -d 777{options}`" in error
+    if not options:
+        assert main(["plan-and-preprocess", "-d", "777", "--no_pp"]) == 0
+        assert lines(files(tiny), "error") == []
 
 
 CASES = [f"c{index}" for index in range(6)]

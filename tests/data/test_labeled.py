@@ -11,7 +11,8 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.labeled import copy_ground_truth, ensure_labeled
+from nnssl.data.freshness import digest
+from nnssl.data.labeled import copy_ground_truth, ensure_labeled, labeled_cases, outdated_cases
 from tests.raw_dataset import Tiny, stored, write_image
 
 CASES = [f"lab_{index:02d}" for index in range(6)]
@@ -64,6 +65,36 @@ def test_result_is_bit_identical_to_nnunet_class_locations_included(tiny: Tiny, 
         for label, locations in theirs.pop("class_locations").items():
             np.testing.assert_array_equal(ours["class_locations"][label], locations)
         assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_edited_and_removed_cases_are_found_without_reading_what_was_not_touched(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure(tiny)
+    read: list[str] = []
+    monkeypatch.setattr(
+        "nnssl.data.labeled.digest", lambda file: read.append(Path(file).name) or digest(file)
+    )
+
+    def outdated(names: list[str] = CASES, **options: Any) -> dict[str, str]:
+        plans_manager = PlansManager(str(tiny.plans_file))
+        target, cases = labeled_cases(plans_manager, "3d_fullres", tiny.dataset_json, str(tiny.raw))
+        return outdated_cases(target, cases, names, **options)
+
+    assert outdated() == {} and read == []
+    os.utime(tiny.raw / "labelsTr" / "lab_01.nii.gz")
+    assert outdated() == {} and read == ["lab_01.nii.gz"]
+    assert outdated(compared=10) == {"lab_01": "source touched, content not compared"}
+    write_image(tiny.raw / "labelsTr" / "lab_02.nii.gz", np.ones((10, 28, 26), np.uint8))
+    (tiny.raw / "labelsTr" / "lab_03.nii.gz").unlink()
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_04_000{channel}.nii.gz").unlink()
+    assert outdated() == {
+        "lab_02": "source changed",
+        "lab_03": "lab_03.nii.gz is gone",
+        "lab_04": "no longer in imagesTr",
+    }
+    assert outdated(["lab_00", "lab_05"]) == {}
 
 
 def test_second_call_writes_nothing(tiny: Tiny) -> None:

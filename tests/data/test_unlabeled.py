@@ -398,6 +398,17 @@ def test_scan_that_is_still_preprocessed_as_labeled_is_refused(tiny: Tiny) -> No
         ensure(tiny)
 
 
+def test_scan_that_is_preprocessed_as_both_is_refused_where_the_raw_data_are_absent(tiny: Tiny) -> None:
+    ensure(tiny)
+    tiny.labeled.mkdir()
+    (tiny.labeled / "scan_00.pkl").write_bytes(b"")
+    shutil.rmtree(tiny.raw)
+    with pytest.raises(
+        ValueError, match=r"scan_00: preprocessed without label in .*_unlabeled and with label"
+    ):
+        ensure(tiny)
+
+
 def test_all_channels_in_one_file_as_in_imagestr_are_accepted(tmp_path: Path) -> None:
     for folder in ("imagesTr", "imagesUn"):
         (tmp_path / folder).mkdir()

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.commands.cli import main
@@ -33,7 +34,7 @@ from nnssl.training.checkpoint import how_to_resume
 from nnssl.training.lock import NAME, own_process, started
 from nnssl.training.trainer import SemiTrainer
 from tests.building import put
-from tests.place import SHORT, SMALL, Place, losses
+from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +143,61 @@ def test_how_to_go_on_is_what_nnunet_would_do(
         (tmp_path / f"checkpoint_{name}.pth").touch()
     epochs = {f"checkpoint_{name}.pth": epoch for name, epoch in own.items()}
     assert line in how_to_resume(str(tmp_path), epochs, disabled)
+
+
+def test_a_forgotten_c_loses_no_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not of the training that was interrupted, nor of the second one that was."""
+    place.plan(**{**SHORT, "num_epochs": 3})
+    epochs = {}
+    for attempt in range(3):
+        trainer = place.trainer(TRAINER)
+        trainer.initial_lr = 0.01 * (attempt + 1)  # to tell them apart
+        trainer.on_epoch_start = dies_in_epoch(trainer, 2 - (attempt == 2))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run_training()
+        epochs[attempt] = capsys.readouterr().out
+    folder = Path(trainer.output_folder)
+    assert "starts anew" not in epochs[0]
+    for attempt, suffix in ((1, ".bak"), (2, ".bak1")):
+        assert f"WARNING: this training starts anew, but {folder} holds checkpoints" in epochs[attempt]
+        assert (
+            f"checkpoint_latest.pth of the earlier training is now checkpoint_latest.pth{suffix}"
+            in (epochs[attempt])
+        )
+    names = [f"checkpoint_{name}.pth" for name in ("best", "latest")]
+    assert {p.name for p in folder.glob("checkpoint_*")} == {
+        n + s for n in names for s in ("", ".bak", ".bak1")
+    }
+    found = [torch.load(folder / f"{names[1]}{s}", weights_only=False) for s in (".bak", ".bak1", "")]
+    assert [content["current_epoch"] for content in found] == [2, 2, 1]
+    first = [content["nnssl"]["history"][0]["lr"] for content in found]
+    assert first == pytest.approx([0.01, 0.02, 0.03])
+
+
+def test_until_the_first_checkpoint_a_forgotten_c_changes_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.plan(**{**SHORT, "num_epochs": 3})
+    first = place.trainer(TRAINER)
+    first.on_epoch_start = dies_in_epoch(first, 2)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_training()
+    folder = Path(first.output_folder)
+    before = {p.name: p.read_bytes() for p in folder.glob("checkpoint_*")}
+    second = place.trainer(TRAINER)
+    second.on_epoch_start = dies_in_epoch(second, 0)
+    with pytest.raises(KeyboardInterrupt):
+        second.run_training()
+    assert {p.name: p.read_bytes() for p in folder.glob("checkpoint_*")} == before
+    without = place.trainer(TRAINER)
+    without.disable_checkpointing = True
+    without.run_training()
+    assert {p.name: p.read_bytes() for p in folder.glob("checkpoint_*")} == before
+    assert "They are kept: this one writes none" in capsys.readouterr().out
+    resumed = place.trainer(TRAINER, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    resumed.run_training()
+    assert {p.name for p in folder.glob("checkpoint_*")} == {"checkpoint_final.pth", "checkpoint_best.pth"}
 
 
 def ended(group: int, deadline: float) -> bool:

@@ -24,7 +24,7 @@ from nnssl.training.memory_format import channels_last
 from nnssl.training.randomness import seed_everything
 from nnssl.training.trainer import SemiTrainer
 from tests.building import put
-from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses, run
+from tests.place import MEAN_TEACHER, SHORT, SMALL, Place, dies_in_epoch, losses, run, trained
 from tests.teacher_method import AveragingTrainer
 
 pytestmark = pytest.mark.slow
@@ -200,6 +200,7 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
             "mirror_axes",
             "config",
             "versions",
+            "cases",
         }
         kept = {k.split(".")[0] for k in state["method"]}
         assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
@@ -248,6 +249,72 @@ def test_continuing_under_another_configuration_is_refused(place: Place) -> None
     place.plan("Wider", **SHORT, DiffCL={**SMALL, "bank_size": 32})
     with pytest.raises(RuntimeError, match="bank"):
         place.trainer(plans="Wider").load_checkpoint(path)
+
+
+def write_fold(place: Place, **keys: list[int]) -> None:
+    """A split of one fold by the numbers of its cases."""
+    fold = {key: [f"lab_{number:02d}" for number in numbers] for key, numbers in keys.items()}
+    (place.preprocessed / "splits_final.json").write_text(json.dumps([fold]))
+
+
+def test_cases_that_were_trained_on_are_not_validated_as_unseen(drawn: Place) -> None:
+    write_fold(drawn, train=[0, 1, 2], val=[5], unlabeled=[3, 4])
+    path = os.path.join(trained(drawn).output_folder, "checkpoint_final.pth")
+    write_fold(drawn, train=[1, 2], val=[0, 5], unlabeled=[3, 4])
+    for only_validate in (False, True):
+        with pytest.raises(
+            RuntimeError, match=r"splits_final.json, fold 0, key val: lab_00, whose labels /.*"
+        ):
+            maybe_load_checkpoint(drawn.trainer(MEAN_TEACHER), not only_validate, only_validate)
+
+    content = torch.load(path, weights_only=False)
+    assert content["nnssl"]["cases"]["train"] == ["lab_00", "lab_01", "lab_02"]
+    del content["nnssl"]["cases"]  # an older checkpoint
+    torch.save(content, path)
+    trainer = drawn.trainer(MEAN_TEACHER)
+    maybe_load_checkpoint(trainer, True, False)
+    assert "does not name its cases" in Path(trainer.log_file).read_text(encoding="utf-8")
+
+
+def test_other_changes_of_a_fold_are_told_by_name(drawn: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fold(drawn, train=[0, 1, 2], val=[5], unlabeled=[3, 4])
+    trained(drawn)
+    write_fold(drawn, train=[0, 1, 3], val=[5], unlabeled=[4])
+    trainer = drawn.trainer(MEAN_TEACHER)
+    maybe_load_checkpoint(trainer, True, False)
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "checkpoint_final.pth: train: added lab_03; removed lab_02" in log
+    assert "checkpoint_final.pth: unlabeled: removed lab_03" in log and ": val: " not in log
+
+    # while a training runs, too
+    write_fold(drawn, train=[0, 1], val=[2, 5])
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: pytest.fail("validated"))
+    with pytest.raises(RuntimeError, match=r"key val: lab_02, whose labels this network was trained on"):
+        trainer.perform_actual_validation()
+
+
+def test_a_case_stays_trained_on_in_the_checkpoints_of_the_continued_run(place: Place) -> None:
+    place.plan(**{**SHORT, "num_epochs": 2})
+    write_fold(place, train=[0, 1, 2], val=[5])
+    killed = place.trainer(MEAN_TEACHER)
+    killed.on_epoch_start = dies_in_epoch(killed, 1)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    write_fold(place, train=[0, 1], val=[5])
+    resumed = place.trainer(MEAN_TEACHER, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    run(resumed)
+    write_fold(place, train=[0, 1], val=[2, 5])
+    with pytest.raises(RuntimeError, match=r"key val: lab_02"):
+        maybe_load_checkpoint(place.trainer(MEAN_TEACHER), False, True)
+
+
+def test_fold_all_validates_on_what_it_trained_on(drawn: Place) -> None:
+    (drawn.preprocessed / "splits_final.json").unlink()
+    trainer = drawn.trainer(MEAN_TEACHER, fold="all")
+    trainer.initialize()
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    maybe_load_checkpoint(drawn.trainer(MEAN_TEACHER, fold="all"), False, True)
 
 
 @pytest.mark.parametrize("axes", [[2], [0, 1], [], None])
@@ -400,6 +467,40 @@ def test_fold_all_and_unlisted_folds_are_refused_where_labels_are_hidden(place: 
     for fold in ("all", 3):
         with pytest.raises(ValueError, match=r"splits_final.json hides labels"):
             place.trainer(fold=fold).initialize()
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_preprocessing_that_ended_too_early_is_told_before_a_split_is_made(place: Place, fold: Any) -> None:
+    splits_file = place.preprocessed / "splits_final.json"
+    splits_file.unlink()
+    for file in (place.preprocessed / "nnUNetPlans_3d_fullres").glob("lab_03*"):
+        file.unlink()
+    message = (
+        r"nnUNetPlans_3d_fullres: 1 of 6 labeled cases in .*Dataset777_Tiny are not preprocessed \(lab_03\), "
+        r".*`nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        place.trainer("nnUNetTrainerSupervised", fold=fold).run_training()
+    assert not splits_file.exists()
+    shutil.rmtree(place.raw)  # a machine with preprocessed data alone
+    trainer = place.trainer("nnUNetTrainerSupervised", fold=fold)
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert len(trainer.do_split()[0]) == (5 if fold == "all" else 4)
+
+
+def test_a_label_edited_after_preprocessing_is_named_at_the_start(place: Place) -> None:
+    write_fold(place, train=[0, 1, 2], val=[5])
+    for number, text in ((1, b"a trained one"), (4, b"one of no fold")):
+        (place.raw / "labelsTr" / f"lab_{number:02d}.nii.gz").write_bytes(text)
+    trainer = place.trainer("nnUNetTrainerSupervised")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert f"WARNING: 1 labeled cases of fold 0 are used as preprocessed, but {place.raw} has" in log
+    assert (
+        "lab_01 (source changed). Run `nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`" in log
+    )
 
 
 def test_fold_all_stays_normal_with_imagesun_only(place: Place) -> None:
