@@ -84,6 +84,7 @@ class SemiMethod(nn.Module):
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
     acceptance         of the last step: `count_accepted`; None where every pseudo-label is taken
+    pretrained         whether this run began with -pretrained_weights; known before the first step
 
     A step is `before_step`, `terms`, backward pass and optimizer, `after_step`. `terms` changes nothing that
     is saved: called twice with the same random state, it gives the same losses. It may leave behind
@@ -108,6 +109,7 @@ class SemiMethod(nn.Module):
         self.labels = planned.labels
         self.diagnostics: dict[str, Tensor] = {}
         self.acceptance: Tensor | None = None
+        self.pretrained = False
         self.build()
 
     @classmethod

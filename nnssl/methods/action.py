@@ -60,12 +60,15 @@ from nnssl.networks.heads import VoxelProjector, in_float32, scale_gradient
 from nnssl.sampling import gather_interpolated
 
 CROP = {2: 8, 3: 4}  # logits per axis of a crop, by the number of axes
+# shares of the phases; the first sees no label, and a trained network forgets in it
+FROM_NOTHING, FROM_PRETRAINED = (0.25, 0.25, 0.5), (0.0, 0.25, 0.75)
 
 
 @dataclass(frozen=True)
 class ACTIONConfig(Config):
-    # shares of the training that the phases take, with sum 1; 0 leaves a phase out (100, 100 and 200 epochs)
-    phase_fractions: tuple[Share, Share, Share] = (0.25, 0.25, 0.5)
+    # shares of the training that the phases take, with sum 1; 0 leaves a phase out; null: 0.25, 0.25, 0.5
+    # (ACTION: 100, 100 and 200 epochs), and 0, 0.25, 0.75 in a run from pretrained weights (ours)
+    phase_fractions: tuple[Share, Share, Share] | None = None
     weight_global: NonNegative = 1.0  # weight of L_g (ACTION)
     weight_local: NonNegative = 1.0  # weight of L_l (ACTION)
     weight_pseudo: NonNegative = 1.0  # weight of L_u (ACTION)
@@ -90,7 +93,7 @@ class ACTIONConfig(Config):
 
     def check(self) -> None:
         """`phase_fractions` have sum 1; with `weight_global` 0 the first of them is 0, too."""
-        fractions = list(self.phase_fractions)
+        fractions = list(self.phase_fractions or FROM_NOTHING)
         if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
             raise ValueError(f"phase_fractions must be shares with sum 1, found {fractions}")
         if self.weight_global == 0 and fractions[0] > 0:
@@ -186,14 +189,16 @@ class ACTION(TeacherMethod):
     def phase_at(self, t: float) -> int:
         """1, 2 or 3; phases without a share of the training do not occur."""
         present = [
-            (i, end)
-            for i, (f, end) in enumerate(zip(self.config.phase_fractions, self.ends(), strict=True), 1)
-            if f > 0
+            (i, end) for i, (f, end) in enumerate(zip(self.fractions, self.ends(), strict=True), 1) if f > 0
         ]
         return next((i for i, end in present if t < end), present[-1][0])
 
     def ends(self) -> list[float]:
-        return list(accumulate(self.config.phase_fractions))
+        return list(accumulate(self.fractions))
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        return self.config.phase_fractions or (FROM_PRETRAINED if self.pretrained else FROM_NOTHING)
 
     def before_step(self, t: float) -> None:
         phase = self.phase_at(t)

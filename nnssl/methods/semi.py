@@ -15,13 +15,14 @@ R        a draw per unlabeled sample: quarter turns in planes of equal spacing a
 s, a_s   deep supervision scales and nnU-Net's weights of them
 x        x_l beside R x_s, the latter with CutMix boxes between its samples
 
-Every ingredient is a key of its own and can be switched off; those below are off unless asked for.
+f drops half of the channels of its encoder features in the unlabeled stream, unless it began with pretrained
+weights (`channel_dropout`). Every ingredient is a key of its own and can be switched off; those below are off
+unless asked for.
 mirrored_pass        p is the mean with F^-1 probabilities(f_ema(F x_w)), F a random mirroring among
                      `mirror_axes`; w is also multiplied by 1 - the total variation of both
 paste_share          in that share of the steps x is x_l with a box of R x_s, and R x_s with a box of x_l, and
                      L_sup the weighted form of nnU-Net's loss over the voxels that come from x_l
 adaptive_thresholds  T_k = min(T, running mean of c over the voxels of class k = argmax p) instead of T
-channel_dropout      f drops channels of its encoder features in the unlabeled stream
 agreement            (general key) lambda(t) times the cosine of the mean gradients of both terms, cut at 0
 """
 
@@ -66,7 +67,9 @@ class SemiConfig(Config):
     paste_share: Share = 0.0  # share of the steps that paste between labeled and unlabeled patches (ours)
     cutmix_probability: Share = 0.5  # probability of a CutMix box, in the other steps (UniMatch)
     box_edge: Share = 2 / 3  # edge of a pasted box, as a share of the patch's edge (BCP)
-    channel_dropout: Share = 0.0  # dropout of encoder channels in the unlabeled stream (UniMatch)
+    # share of channels that f's encoder features lose in the unlabeled stream (UniMatch); null: 0.5, and 0 in
+    # a run from pretrained weights
+    channel_dropout: Share | None = None
 
     def check(self) -> None:
         """`adaptive_thresholds` only with a `threshold` to lower."""
@@ -273,7 +276,10 @@ class Semi(TeacherMethod):
 
     def student_outputs(self, images: Tensor, clean: int) -> Outputs:
         """f at every scale; channels are dropped behind the first `clean` images."""
-        return self.walk(self.student, images, clean, self.config.channel_dropout).outputs
+        dropout = self.config.channel_dropout
+        if dropout is None:
+            dropout = 0.0 if self.pretrained else 0.5
+        return self.walk(self.student, images, clean, dropout).outputs
 
     def unlabeled_loss(self, outputs: Outputs, y: Tensor, w: Tensor) -> Tensor:
         """L_u."""

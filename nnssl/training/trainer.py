@@ -232,6 +232,7 @@ class SemiTrainer(nnUNetTrainer):
             return load_pretrained_weights(network, path, verbose)
         fresh = self.method.fresh_blocks
         self.print_to_log_file(load_pretrained(self.method, network, path, self.dataset_json, fresh))
+        self.method.pretrained = True
 
     def build(self) -> None:
         """Networks, method and optimizer, on the device. Of the data only the names of cases are asked."""
@@ -996,6 +997,7 @@ class SemiTrainer(nnUNetTrainer):
                 "rng": from_all_ranks(rng_state()),
                 "history": self.history.rows,
                 "mirror_axes": self._auto_axes,
+                "pretrained": self.method.pretrained,
                 "agreement": None if self.agreement is None else self.agreement.state_dict(),
                 "config": {
                     "general": dataclasses.asdict(self.general),
@@ -1046,6 +1048,7 @@ class SemiTrainer(nnUNetTrainer):
             self.method.planned = dataclasses.replace(self.method.planned, mirror_axes=self._auto_axes)
         if self.agreement is not None and state.get("agreement"):
             self.agreement.load_state_dict(state["agreement"])
+        self.method.pretrained = state.get("pretrained", False)
         self._resumed = state
         if isinstance(source, str) and self.local_rank == 0 and not self.disable_checkpointing:
             complete_best(source, self.logger.get_value("ema_fg_dice", None))

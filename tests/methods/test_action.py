@@ -296,6 +296,15 @@ def test_a_phase_without_a_loss_is_refused() -> None:
     assert ACTIONConfig(weight_global=0, phase_fractions=(0.0, 0.5, 0.5)).weight_global == 0
 
 
+def test_a_trained_network_leaves_out_the_phase_without_labels_unless_it_is_asked_for() -> None:
+    m = method(config=replace(SMALL, phase_fractions=None))
+    assert [m.phase_at(t) for t in (0.0, 0.3, 0.6)] == [1, 2, 3]
+    m.pretrained = True
+    assert [m.phase_at(t) for t in (0.0, 0.3, 0.6)] == [2, 3, 3]
+    m.config = replace(SMALL, phase_fractions=(0.5, 0.0, 0.5))
+    assert [m.phase_at(t) for t in (0.0, 0.3, 0.6)] == [1, 1, 3]
+
+
 def test_phases_share_the_whole_training() -> None:
     with pytest.raises(ValueError, match=r"phase_fractions must be shares with sum 1, found \[0.5, 0.4"):
         ACTIONConfig(phase_fractions=(0.5, 0.4, 0.2))

@@ -259,3 +259,15 @@ def test_every_ingredient_can_be_switched_off() -> None:
     expected = deep_supervision_loss(logits, y, m.labels, torch.ones_like(y[:, :1]), (1.0,))
     torch.testing.assert_close(terms["pseudo"], expected)
     assert m.weights(0.0) == {"supervised": 1.0, "pseudo": 1.0}
+
+
+def test_channels_drop_from_nothing_and_not_from_pretrained_weights() -> None:
+    """Unless the key says otherwise."""
+    asked: list[float] = []
+    for pretrained, config in ((False, {}), (True, {}), (True, {"channel_dropout": 0.3})):
+        m = method(**config)
+        m.pretrained = pretrained
+        walk = m.walk
+        m.walk = lambda *args, walk=walk: asked.append(args[-1]) or walk(*args)
+        m(Task().batch(), 0.5)
+    assert asked == [0.5, 0.0, 0.3]

@@ -126,3 +126,19 @@ def test_a_network_of_other_widths_is_refused_by_name(place: Place, finished: st
     trainer = place.trainer("nnUNetTrainerFixMatch")
     with pytest.raises(RuntimeError, match=r"checkpoint_final\.pth does not fit .* expected \(6, .*-p\)"):
         maybe_load_checkpoint(trainer, False, False, finished)
+
+
+def test_a_run_knows_that_it_began_with_them_when_it_goes_on(place: Place, finished: str) -> None:
+    fresh = place.trainer("nnUNetTrainerSemi")
+    fresh.initialize()
+    assert fresh.method.pretrained is False
+    began = place.trainer("nnUNetTrainerSemi")
+    maybe_load_checkpoint(began, False, False, finished)
+    assert began.method.pretrained is True
+    began.disable_checkpointing = False
+    began.on_train_start()
+    began.on_train_end()
+    path = os.path.join(began.output_folder, "checkpoint_final.pth")
+    resumed = place.trainer("nnUNetTrainerSemi")
+    resumed.load_checkpoint(path)
+    assert resumed.method.pretrained is True
