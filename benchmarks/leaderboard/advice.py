@@ -1,6 +1,6 @@
 """What `nnssl advise` knows: the committed tables of the leaderboard and the costs of steps, in one small
 file of the package. Of the tables the rows of trainers that start from a supervised network and are compared
-with supervised training that goes on, all keys of the method at their defaults.
+with continued supervised training, all keys of the method at their defaults.
 
     python -m benchmarks.leaderboard.advice    # `report` on the committed results does it, too
 """

@@ -320,7 +320,7 @@ def _checked(name: str, content: dict[str, Any]) -> Suite:
     if lost := [row for row in rows if row.start is not None and row.start not in beginnings]:
         raise SuiteError(
             f"start: row {lost[0].name} would start from {lost[0].start}, which is not among the suite's "
-            "rows of one training from nothing"
+            "rows of one training from scratch"
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SuiteError(f"methods: two of them would write the same row {twice[0]}; rename one")

@@ -1,7 +1,7 @@
 """``nnssl advise``: which trainer to try on a dataset, why, and what that costs, before the hours are spent.
 
 The choice comes from the tables of the leaderboard, which ship with the package: trainings that go on from a
-finished supervised network, against supervised training that goes on for as long. Nothing is known beyond
+finished supervised network, against supervised training continued for as long. Nothing is known beyond
 what they measured, and the advice says where that ends. Time and memory come from a few steps on this device.
 """
 
@@ -156,8 +156,8 @@ def _distance(a: int, b: int) -> float:
 def _sentence(suite: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     seeds = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}"
     return (
-        f"{suite['title']}, {row['labels']} labels: {100 * row['gain']:+.1f} Dice points against supervised "
-        f"training that went on [{100 * row['low']:.1f}, {100 * row['high']:.1f}], {suite['cases']} cases, "
+        f"{suite['title']}, {row['labels']} labels: {100 * row['gain']:+.1f} Dice points against continued "
+        f"supervised training [{100 * row['low']:.1f}, {100 * row['high']:.1f}], {suite['cases']} cases, "
         f"{seeds}"
     )
 

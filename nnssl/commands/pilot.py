@@ -43,7 +43,7 @@ def pilot(
     """Train supervised and with `trainer` (None: the advised one) for `share` of the epochs, same seed, and
     compare them on the validation cases; returns the table.
 
-    Both start from the checkpoint `pretrained` (None: from nothing) and go by a plan of their own,
+    Both start from the checkpoint `pretrained` (None: from scratch) and go by a plan of their own,
     ``PLANS_pilot_<hash of its content, the fold's cases and that checkpoint>``. What is finished is not
     repeated, what was interrupted goes on. The report goes to `output` (None: beside the models).
     """

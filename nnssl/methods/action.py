@@ -61,7 +61,7 @@ from nnssl.sampling import gather_interpolated
 
 CROP = {2: 8, 3: 4}  # logits per axis of a crop, by the number of axes
 # shares of the phases; the first sees no label, and a trained network forgets in it
-FROM_NOTHING, FROM_PRETRAINED = (0.25, 0.25, 0.5), (0.0, 0.25, 0.75)
+FROM_SCRATCH, FROM_PRETRAINED = (0.25, 0.25, 0.5), (0.0, 0.25, 0.75)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ACTIONConfig(Config):
 
     def check(self) -> None:
         """`phase_fractions` have sum 1; with `weight_global` 0 the first of them is 0, too."""
-        fractions = list(self.phase_fractions or FROM_NOTHING)
+        fractions = list(self.phase_fractions or FROM_SCRATCH)
         if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
             raise ValueError(f"phase_fractions must be shares with sum 1, found {fractions}")
         if self.weight_global == 0 and fractions[0] > 0:
@@ -198,7 +198,7 @@ class ACTION(TeacherMethod):
 
     @property
     def fractions(self) -> tuple[float, float, float]:
-        return self.config.phase_fractions or (FROM_PRETRAINED if self.pretrained else FROM_NOTHING)
+        return self.config.phase_fractions or (FROM_PRETRAINED if self.pretrained else FROM_SCRATCH)
 
     def before_step(self, t: float) -> None:
         phase = self.phase_at(t)

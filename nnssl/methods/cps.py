@@ -13,7 +13,7 @@ lambda(t) Gaussian ramp over the first 40 % of training
 Differs from the paper:
 - The mixed image is the strong view: CutMix alone changes no intensities.
 - Dice beside CE, as nnU-Net trains.
-- A ramp, because networks trained from nothing start with wrong labels.
+- A ramp, because networks trained from scratch start with wrong labels.
 """
 
 from __future__ import annotations

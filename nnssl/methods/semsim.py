@@ -25,7 +25,7 @@ Differs from the paper:
 - A temperature and a scale s for the cosines, and an r to fit: with the published constants L_intra and
   L_cross act on hardly any voxel. `diagnostics` log the share that each term acts on.
 - The objective is twice the published one: f then learns from L_sup at nnU-Net's learning rate.
-- A ramp, because networks trained from nothing are soon certain of wrong labels.
+- A ramp, because networks trained from scratch are soon certain of wrong labels.
 - SFM takes the three deepest encoder stages, on planned 2D and 3D grids; windows and sub-regions are at least
   2 voxels wide, so fewer on small grids.
 - Labels and predictions are averaged onto the grid of e; prototypes are made of the voxels that hold a class

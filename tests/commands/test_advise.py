@@ -53,7 +53,7 @@ def test_the_best_is_advised_and_of_equals_the_cheapest() -> None:
     found = choose(FACTS, tables(row("Dear", 0.05, 0.03, 0.07), row("Cheap", 0.045, 0.01, 0.08)))
     assert found.trainer == "nnUNetTrainerCheap"
     text = " ".join(found.reasons)
-    assert "+4.5 Dice points against supervised training that went on [1.0, 8.0], 20 cases, 1 seed" in text
+    assert "+4.5 Dice points against continued supervised training [1.0, 8.0], 20 cases, 1 seed" in text
     assert "-pretrained_weights" in text
     assert "no worse than Dear" in text and "2.0 times a supervised one" in text
     assert (
