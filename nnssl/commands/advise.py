@@ -382,12 +382,26 @@ def advise(
     if measure:
         for line in costs(dataset_id, facts, advice, plans_name, chosen):
             print(line)
-    pilot = f"nnssl pilot -d {dataset_id} -c {facts.configuration} -f {fold}"
-    pilot += f" -p {plans_name}" * (plans_name != "nnUNetPlans")
-    if start := finished_network(facts, plans_name):
-        pilot += f" --share 0.2 -pretrained_weights {shlex.quote(start)}"
-    print(f"Next: {pilot}")
+    for line in _next(dataset_id, facts, advice, plans_name):
+        print(line)
     return advice
+
+
+def _next(dataset_id: int, facts: Facts, advice: Advice, plans_name: str) -> Iterator[str]:
+    """What to type."""
+    plan = f" -p {plans_name}" * (plans_name != "nnUNetPlans")
+    pilot = f"nnssl pilot -d {dataset_id} -c {facts.configuration} -f {facts.fold}{plan}"
+    start = finished_network(facts, plans_name)
+    if start:
+        pilot += f" --share 0.2 -pretrained_weights {shlex.quote(start)}"
+    if advice.method != SUPERVISED:
+        yield f"Next: {pilot}"
+        return
+    if not start:
+        train = f"nnssl train {dataset_id} {facts.configuration} {facts.fold}{plan}"
+        yield f"Next: {train} -tr nnUNetTrainer{SUPERVISED}"
+    if facts.unlabeled:
+        yield f"To see what unlabeled scans do on your data: {pilot} -tr nnUNetTrainerSemi"
 
 
 def finished_network(facts: Facts, plans_name: str) -> str | None:

@@ -14,8 +14,8 @@ import pytest
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 
 from benchmarks.leaderboard import advice
-from nnssl.commands import pilot
-from nnssl.commands.advise import Facts, cases_of, choose, duration, facts_of, measure_steps, measured
+from nnssl.commands import advise, pilot
+from nnssl.commands.advise import Advice, Facts, cases_of, choose, duration, facts_of, measure_steps, measured
 from nnssl.commands.cli import main
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.unlabeled import unlabeled_folder
@@ -132,6 +132,30 @@ def test_facts_and_costs_of_a_dataset(place: Place, capsys: pytest.CaptureFixtur
     assert "run `nnssl plan-and-preprocess -d 777` first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "unlabeled", "lines"),
+    [
+        ("Semi", 5, ["Next: nnssl pilot -d 777 -c 3d_fullres -f 0 -p other"]),
+        (
+            "Supervised",
+            5,
+            [
+                "Next: nnssl train 777 3d_fullres 0 -p other -tr nnUNetTrainerSupervised",
+                "To see what unlabeled scans do on your data: nnssl pilot -d 777 -c 3d_fullres -f 0 -p other "
+                "-tr nnUNetTrainerSemi",
+            ],
+        ),
+        ("Supervised", 0, ["Next: nnssl train 777 3d_fullres 0 -p other -tr nnUNetTrainerSupervised"]),
+    ],
+)
+def test_the_command_after_the_advice_can_be_carried_out(
+    place: Place, method: str, unlabeled: int, lines: list[str]
+) -> None:
+    """A pilot of supervised training alone would be refused."""
+    facts = replace(FACTS, unlabeled=unlabeled)
+    assert list(advise._next(777, facts, Advice(method, (), ()), "other")) == lines
+
+
 @pytest.mark.slow
 def test_a_pilot_trains_both_and_goes_on_where_it_was_interrupted(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -193,9 +217,9 @@ def test_a_pilot_of_a_finished_network_starts_both_from_it_and_goes_on_without(
     start.parent.mkdir(parents=True)
     start.write_bytes(b"weights")
     assert main(["advise", "-d", "777", "-device", "cpu", "--no-measure"]) == 0
-    proposed = capsys.readouterr().out.rpartition("Next: nnssl ")[2].split()
+    proposed = capsys.readouterr().out.rpartition("nnssl pilot")[2].partition(" -tr ")[0].split()
     assert proposed[-4:] == ["--share", "0.2", "-pretrained_weights", str(start)]
-    arguments = [*proposed, "-tr", "nnUNetTrainerSemi", "-device", "cpu"]
+    arguments = ["pilot", *proposed, "-tr", "nnUNetTrainerSemi", "-device", "cpu"]
     for status in (1, 1, 0):
         assert main(arguments) == status
     assert "over 1 validation case" in capsys.readouterr().out
