@@ -126,7 +126,7 @@ def test_facts_and_costs_of_a_dataset(place: Place, capsys: pytest.CaptureFixtur
     assert main(["advise", "-d", "777", "-device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "3 labeled and 5 unlabeled cases, 2 classes, 2 x 2 steps" in said
-    assert "s per step on 1 CPU thread," in said and "Next: nnssl pilot -d 777 -c 3d_fullres -f 0" in said
+    assert "s per step on 1 CPU thread," in said and "nnssl pilot -d 777 -c 3d_fullres -f 0" in said
     (place.preprocessed / "nnUNetPlans.json").unlink()
     assert main(["advise", "-d", "777"]) == 1
     assert "run `nnssl plan-and-preprocess -d 777` first" in capsys.readouterr().err
