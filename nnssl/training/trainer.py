@@ -795,10 +795,9 @@ class SemiTrainer(nnUNetTrainer):
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
             means = {k: float(np.mean([g[k] for g in gathered])) for k in means}
-        steps = (
-            self.num_iterations_per_epoch
-        )  # weights of the last one: a phase may begin with the next epoch
-        weights = self.method.weights((self.current_epoch + 1 - 1 / steps) / self.num_epochs)
+        # of the epoch's last step: with the next epoch a phase may begin
+        last = self.current_epoch + 1 - 1 / self.num_iterations_per_epoch
+        weights = self.method.weights(last / self.num_epochs)
         means["total"] = means.pop("loss")
         # beside the validation loss, which is supervised, too
         shown = "loss/supervised" if weights.get("supervised") else "total"
