@@ -261,13 +261,22 @@ def test_every_ingredient_can_be_switched_off() -> None:
     assert m.weights(0.0) == {"supervised": 1.0, "pseudo": 1.0}
 
 
-def test_channels_drop_from_nothing_and_not_from_pretrained_weights() -> None:
+def test_channels_drop_from_scratch_and_not_from_pretrained_weights() -> None:
     """Unless the key says otherwise."""
     asked: list[float] = []
-    for pretrained, config in ((False, {}), (True, {}), (True, {"channel_dropout": 0.3})):
-        m = method(**config)
-        m.pretrained = pretrained
+
+    def spy(m: Any) -> None:
         walk = m.walk
-        m.walk = lambda *args, walk=walk: asked.append(args[-1]) or walk(*args)
+
+        def counted(*args: Any) -> Any:
+            asked.append(args[-1])
+            return walk(*args)
+
+        m.walk = counted
+
+    for pretrained, dropout in ((False, None), (True, None), (True, 0.3)):
+        m = method(channel_dropout=dropout)
+        m.pretrained = pretrained
+        spy(m)
         m(Task().batch(), 0.5)
     assert asked == [0.5, 0.0, 0.3]
