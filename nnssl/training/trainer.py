@@ -1003,7 +1003,7 @@ class SemiTrainer(nnUNetTrainer):
                     "method": dataclasses.asdict(self.method_config),
                 },
                 "versions": versions(),
-                "cases": self._cases_now() if self._used is None else self._used,
+                "cases": self._used,
             },
         }
 

@@ -195,6 +195,7 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
         assert set(state) == {
             "method",
             "rng",
+            "pretrained",
             "history",
             "agreement",
             "mirror_axes",
