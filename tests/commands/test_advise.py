@@ -149,9 +149,10 @@ def test_facts_and_costs_of_a_dataset(place: Place, capsys: pytest.CaptureFixtur
     ],
 )
 def test_the_command_after_the_advice_can_be_carried_out(
-    place: Place, method: str, unlabeled: int, lines: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, unlabeled: int, lines: list[str]
 ) -> None:
     """A pilot of supervised training alone would be refused."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
     facts = replace(FACTS, unlabeled=unlabeled)
     assert list(advise._next(777, facts, Advice(method, (), ()), "other")) == lines
 

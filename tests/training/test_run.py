@@ -174,6 +174,7 @@ def test_a_forgotten_c_loses_no_checkpoint(place: Place, capsys: pytest.CaptureF
     assert first == pytest.approx([0.01, 0.02, 0.03])
 
 
+@pytest.mark.nightly
 def test_until_the_first_checkpoint_a_forgotten_c_changes_nothing(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

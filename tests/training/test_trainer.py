@@ -294,6 +294,7 @@ def test_other_changes_of_a_fold_are_told_by_name(drawn: Place, monkeypatch: pyt
         trainer.perform_actual_validation()
 
 
+@pytest.mark.nightly
 def test_a_case_stays_trained_on_in_the_checkpoints_of_the_continued_run(place: Place) -> None:
     place.plan(**{**SHORT, "num_epochs": 2})
     write_fold(place, train=[0, 1, 2], val=[5])
