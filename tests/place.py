@@ -172,6 +172,7 @@ def trained(drawn: Place, name: str = MEAN_TEACHER, checkpoint: str = "checkpoin
     trainer = drawn.trainer(name)
     trainer.initialize()
     trainer.inference_allowed_mirroring_axes = (0, 2)
+    trainer._used = trainer._cases_now()  # as the start of the loaders does
     trainer.save_checkpoint(os.path.join(trainer.output_folder, checkpoint))
     for file, content in (
         ("plans.json", trainer.plans_manager.plans),
