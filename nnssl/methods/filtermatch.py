@@ -70,7 +70,7 @@ class FilterMatch(SemiMethod):
     def describe(self) -> str:
         """What will not act here."""
         said, allowed, cases = [], self.planned.mirror_axes, len(self.case_index)
-        if not {len(self.planned.patch_size) - 1, len(self.planned.patch_size) - 2} <= set(allowed):
+        if not self.may_turn:
             still = f"before {self.config.mirror_from:.0%} of the training" if allowed else "ever"
             said.append(f"mirror_axes {list(allowed)} let no patch be turned, so none is moved {still}")
         if self.config.filter_share and int(self.config.filter_share * cases) == 0:
@@ -133,11 +133,17 @@ class FilterMatch(SemiMethod):
             return regions
         return torch.cat([regions, torch.zeros_like(regions[:, :1])], 1)
 
+    @property
+    def may_turn(self) -> bool:
+        """A turn by 180 degrees is a mirroring along both axes of the plane."""
+        dim = len(self.planned.patch_size)
+        return {dim - 2, dim - 1} <= set(self.planned.mirror_axes)
+
     def orientation(self, dim: int, t: float) -> Orientation:
         """R: one to three quarter turns in a square plane, else 180 degrees; mirrorings where allowed."""
         plane, allowed = (dim - 2, dim - 1), self.planned.mirror_axes
         turns: tuple[tuple[int, int, int], ...] = ()
-        if set(plane) <= set(allowed):
+        if self.may_turn:
             square = square_planes(self.planned.patch_size, self.planned.spacing, plane)
             quarters = 1 + int(torch.randint(3, ())) if square else 2
             turns = ((quarters, -2, -1),)

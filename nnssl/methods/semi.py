@@ -276,10 +276,20 @@ class Semi(TeacherMethod):
 
     def student_outputs(self, images: Tensor, clean: int) -> Outputs:
         """f at every scale; channels are dropped behind the first `clean` images."""
+        return self.walk(self.student, images, clean, self.channel_dropout).outputs
+
+    @property
+    def channel_dropout(self) -> float:
         dropout = self.config.channel_dropout
         if dropout is None:
             dropout = 0.0 if self.pretrained else 0.5
-        return self.walk(self.student, images, clean, dropout).outputs
+        return dropout
+
+    def announce(self, t: float) -> str:
+        if self.config.channel_dropout is not None:
+            return ""
+        start = "from pretrained weights" if self.pretrained else "from scratch"
+        return f"Semi: channel dropout {self.channel_dropout:g}, the default {start}"
 
     def unlabeled_loss(self, outputs: Outputs, y: Tensor, w: Tensor) -> Tensor:
         """L_u."""

@@ -262,8 +262,9 @@ def test_every_ingredient_can_be_switched_off() -> None:
 
 
 def test_channels_drop_from_scratch_and_not_from_pretrained_weights() -> None:
-    """Unless the key says otherwise."""
+    """Unless the key says otherwise; the log says which default acts."""
     asked: list[float] = []
+    said: list[str] = []
 
     def spy(m: Any) -> None:
         walk = m.walk
@@ -279,4 +280,10 @@ def test_channels_drop_from_scratch_and_not_from_pretrained_weights() -> None:
         m.pretrained = pretrained
         spy(m)
         m(Task().batch(), 0.5)
+        said.append(m.announce(0.5))
     assert asked == [0.5, 0.0, 0.3]
+    assert said == [
+        "Semi: channel dropout 0.5, the default from scratch",
+        "Semi: channel dropout 0, the default from pretrained weights",
+        "",
+    ]
