@@ -1,7 +1,9 @@
 """`summary`: methods by mean rank over all suites and budgets.
 
-In every suite and budget the methods are ranked by their Dice minus that of supervised training, paired by
-case and seed; supervised training itself stands at 0. Ties share the mean of their ranks. Rank 1 is the best.
+In every suite and budget those methods that have rows in all of them are ranked by their Dice minus that of
+supervised training, paired by case and seed; supervised training itself stands at 0. Ties share the mean of
+their ranks. Rank 1 is the best. Other methods, such as ablations, would shift the ranks where they
+have rows.
 """
 
 from __future__ import annotations
@@ -51,13 +53,19 @@ def cost(entry: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
 
 
 def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry per method, those with rows everywhere first, by mean rank."""
+    """One entry per method: those with rows everywhere by mean rank, then the others, without ranks."""
     methods: dict[str, dict[str, Any]] = {}
+    everywhere = set.intersection(*({e["method"] for e in entries} for entries in by_column.values()))
     for column, entries in by_column.items():
-        gains = [e.get("dice_minus_supervised", 0.0) for e in entries]
-        for entry, gain, rank in zip(entries, gains, rankdata([-g for g in gains]), strict=True):
-            own = methods.setdefault(entry["method"], {"ranks": {}, "gains": {}, "costs": []})
-            own["ranks"][column], own["gains"][column] = float(rank), float(gain)
+        gains = {e["method"]: float(e.get("dice_minus_supervised", 0.0)) for e in entries}
+        compared = [m for m in gains if m in everywhere]
+        ranks = dict(zip(compared, rankdata([-gains[m] for m in compared]).tolist(), strict=True))
+        for entry in entries:
+            method = entry["method"]
+            own = methods.setdefault(method, {"ranks": {}, "gains": {}, "costs": []})
+            own["gains"][column] = gains[method]
+            if method in everywhere:
+                own["ranks"][column] = ranks[method]
             if "against_supervised" in entry:
                 own.setdefault("verdicts", {})[column] = entry["against_supervised"]
             if entry.get("cost"):
@@ -65,22 +73,22 @@ def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
     table = [
         {
             "method": method,
-            "mean_rank": float(np.mean(list(own["ranks"].values()))),
+            "mean_rank": float(np.mean(list(own["ranks"].values()))) if own["ranks"] else None,
             "mean_gain": float(np.mean(list(own["gains"].values()))),
             "cost": float(np.mean(own["costs"])) if own["costs"] else None,
             **{k: own.get(k, {}) for k in ("ranks", "gains", "verdicts")},
         }
         for method, own in methods.items()
     ]
-    return sorted(table, key=lambda e: (-len(e["ranks"]), e["mean_rank"], e["method"]))
+    return sorted(table, key=lambda e: (-len(e["gains"]), e["mean_rank"] or 0, -e["mean_gain"], e["method"]))
 
 
 def markdown(by_column: Mapping[str, Sequence[Any]], table: Sequence[Mapping[str, Any]]) -> str:
     heads = ["method", "mean rank", "in", "mean Dice − supervised", *VERDICTS, "cost of a step", *by_column]
     lines = ["# All suites and budgets", ""]
     lines += [
-        "Ranks by Dice minus supervised training's, paired by case and seed; rank 1 is the best. `in`: "
-        "suites and budgets with a row; compare mean ranks only between methods that are in equally many. "
+        "Ranks by Dice minus supervised training's, paired by case and seed, among the methods with rows in "
+        "all suites and budgets; rank 1 is the best. `in`: suites and budgets with a row. "
         "Above and below: the bootstrap interval does not hold 0. Cost: processor time per step, in "
         "supervised steps. Last columns: Dice points above supervised training.",
         "",
@@ -90,7 +98,7 @@ def markdown(by_column: Mapping[str, Sequence[Any]], table: Sequence[Mapping[str
     for entry in table:
         verdicts = list(entry["verdicts"].values())
         cells = [NAMES.get(entry["method"], entry["method"]), number(entry["mean_rank"])]
-        cells += [str(len(entry["ranks"])), number(entry["mean_gain"], 100, signed=True)]
+        cells += [str(len(entry["gains"])), number(entry["mean_gain"], 100, signed=True)]
         cells += [str(verdicts.count(word)) if verdicts else "" for word in VERDICTS]
         cells += [number(entry["cost"])]
         cells += [number(entry["gains"].get(column), 100, signed=True) for column in by_column]

@@ -32,12 +32,18 @@ def test_methods_are_ranked_by_paired_gains_over_suites_and_budgets(tmp_path: Pa
     assert text == (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
-def test_methods_with_fewer_rows_come_last_and_say_so(tmp_path: Path) -> None:
+def test_methods_with_fewer_rows_come_last_and_shift_no_ranks(tmp_path: Path) -> None:
     write_rows(tmp_path, suite())
     for path in (tmp_path / "smoke").glob("DiffCL_n4_*.json"):
         path.unlink()
     lines = summary.write_summary([suite()], tmp_path).splitlines()
-    assert lines[-1].startswith("| DiffCL | 1.00 | 1 |")
+    assert lines[-1].startswith("| DiffCL |  | 1 | +10.00 |")
+    table = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert {e["method"]: e["mean_rank"] for e in table} == {
+        "self_training": 1.0,
+        "supervised": 2.0,
+        "DiffCL": None,
+    }
 
 
 def test_rows_to_rank_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
