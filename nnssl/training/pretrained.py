@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nnssl.networks.upsampling import as_interpolating
 from nnssl.training.checkpoint import read_checkpoint
 
+OWN_SHARE = 0.1  # of the initial segmentation layers, in a second network of the same architecture
 HEADS = ".seg_layers."  # nnU-Net's name of the layers that depend on the labels
 
 
@@ -21,8 +22,9 @@ def load_pretrained(
     as names and shapes agree. Returns what was done, in one line.
 
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
-    trained on the same labels. A second network of the same architecture keeps its own, so that the two
-    differ. One that differs anyway takes them as well: where it sees further channels it starts blind to
+    trained on the same labels. A second network of the same architecture adds a tenth of its own to them, so
+    that the two differ; with its own alone it would teach the first its mistakes. One that differs anyway takes
+    them as they are: where it sees further channels it starts blind to
     those, with the function of the source; where it interpolates, from the means of the transposed
     convolutions over their kernels.
 
@@ -58,10 +60,13 @@ def load_pretrained(
 def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: bool) -> int:
     own = network.state_dict()
     fits = {key: fit for key, value in own.items() if (fit := _fitted(key, value, source)) is not None}
-    if not (heads and any(fit.adapted for fit in fits.values())):
+    if not heads:
         fits = {key: fit for key, fit in fits.items() if HEADS not in f".{key}"}
-    network.load_state_dict({**own, **{key: fit.weight for key, fit in fits.items()}})
-    return len(fits)
+    weights = {key: fit.weight for key, fit in fits.items()}
+    if not any(fit.adapted for fit in fits.values()):
+        weights |= {k: w + OWN_SHARE * own[k] for k, w in weights.items() if HEADS in f".{k}"}
+    network.load_state_dict({**own, **weights})
+    return len(weights)
 
 
 class _Fit(NamedTuple):
