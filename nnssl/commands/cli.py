@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -412,20 +413,28 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    if not args.folders:
-        _need("nnUNet_results")
+    _check_options(args, *([] if args.folders else ["nnUNet_results"]))
     from nnssl.commands.report import report
 
     report(args)
 
 
-def _need(*variables: str) -> None:
+def _check_options(args: argparse.Namespace, *variables: str) -> None:
+    """ValueError where a variable of nnU-Net that the command needs is not set, -o is no folder, or -device
+    is not there."""
+    from nnssl.training.arguments import check_device
+
     for variable in variables:
         nnunet_folder(variable)
+    output = getattr(args, "o", None)
+    if output and os.path.lexists(output) and not os.path.isdir(output):
+        raise ValueError(f"-o {output}: is no folder. Choose a new one, or remove it.")
+    if getattr(args, "device", None):
+        check_device(args.device)
 
 
 def _export(args: argparse.Namespace) -> None:
-    _need("nnUNet_results")
+    _check_options(args, "nnUNet_results")
     from nnssl.commands.export import export_model
 
     folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
@@ -437,28 +446,28 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _pseudo_label(args: argparse.Namespace) -> None:
-    _need("nnUNet_raw", "nnUNet_results")
+    _check_options(args, "nnUNet_raw", "nnUNet_results")
     from nnssl.commands.pseudo_label import pseudo_label, summary
 
     print(summary(pseudo_label(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.device)))
 
 
 def _adopt(args: argparse.Namespace) -> None:
-    _need("nnUNet_raw", "nnUNet_preprocessed")
+    _check_options(args, "nnUNet_raw", "nnUNet_preprocessed")
     from nnssl.commands.adopt import adopt
 
     adopt(args.d, args.folder, args.dry_run, args.accept_unedited, args.np)
 
 
 def _advise(args: argparse.Namespace) -> None:
-    _need("nnUNet_preprocessed", "nnUNet_results")
+    _check_options(args, "nnUNet_preprocessed", "nnUNet_results")
     from nnssl.commands.advise import advise
 
     advise(args.d, args.c, args.f, args.p, args.device, not args.no_measure)
 
 
 def _pilot(args: argparse.Namespace) -> None:
-    _need("nnUNet_preprocessed", "nnUNet_results")
+    _check_options(args, "nnUNet_preprocessed", "nnUNet_results")
     from nnssl.commands.pilot import pilot
 
     print(

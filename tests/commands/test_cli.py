@@ -113,6 +113,31 @@ def test_every_command_says_which_variable_it_needs(
     assert f"{variable} is not set: export {variable}=" in error(capsys)
 
 
+@pytest.mark.parametrize("command", ["export", "pseudo-label", "report", "pilot"])
+@pytest.mark.usefixtures("tiny")
+def test_an_output_that_is_a_file_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "out").touch()
+    model = {"pilot": [], "report": ["-c", "2d", "-tr", "nnUNetTrainerSemi"]}
+    options = model.get(command, ["-c", "2d", "-tr", "nnUNetTrainerSemi", "-f", "0"])
+    assert main([command, "-d", "777", *options, "-o", str(tmp_path / "out")]) == 1
+    assert f"-o {tmp_path / 'out'}: is no folder" in error(capsys)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_device_that_is_not_there_is_told_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    output = tmp_path / "out"
+    model = ["-c", "2d", "-tr", "nnUNetTrainerSemi", "-f", "0", "-o", str(output)]
+    for command in (["advise"], ["pilot"], ["pseudo-label", *model]):
+        assert main([*command, "-d", "777", "-device", "cuda"]) == 1
+        assert "-device cuda: PyTorch" in error(capsys)
+    assert not output.exists()
+
+
 # plan-and-preprocess
 
 
