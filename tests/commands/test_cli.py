@@ -297,6 +297,16 @@ def test_scans_taken_out_or_labeled_are_set_aside_by_name(
         ),
         (["-np", "1", "2"], "-np: 2 numbers for 3 configurations"),
         (["-pl", "NoPlanner"], "-pl NoPlanner: nnU-Net has no such class"),
+        (["--replan", "-preprocessor_name", "No"], "-preprocessor_name No: nnU-Net has no such class"),
+        (
+            ["--replan", "-overwrite_target_spacing", "0", "1", "1"],
+            "-overwrite_target_spacing 0.0 1.0 1.0: exp",
+        ),
+        (["--replan", "-gpu_memory_target", "-3"], "-gpu_memory_target -3: expected GB above 0"),
+        (["-overwrite_plans_name", "a/b"], "-overwrite_plans_name a/b: expected a plain name"),
+        (["-overwrite_plans_name", "Mine.json"], "-overwrite_plans_name Mine.json: expected a plain name"),
+        (["-np", "0"], "-np 0: expected 1 or more processes"),
+        (["-d", "777", "778"], "no dataset 778 in"),
     ],
 )
 def test_options_that_name_nothing_are_errors(
