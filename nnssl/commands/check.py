@@ -249,11 +249,14 @@ def _dataset(
 
 
 def _sound_plans(plans_file: str) -> dict[str, Any] | None:
-    """The plan, where nothing is wrong with it but perhaps its section nnssl."""
+    """The plan, where nothing is wrong with it but perhaps a size or a key of its section nnssl."""
     try:
         plans = read_json(plans_file)
         reader, configurations = plans["image_reader_writer"], plans["configurations"]
-        identified = all("data_identifier" in c or "inherits_from" in c for c in configurations.values())
+        identified = all(
+            c["inherits_from"] in configurations if "inherits_from" in c else "data_identifier" in c
+            for c in configurations.values()
+        ) and isinstance(plans.get("nnssl", {}), dict)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return plans if isinstance(reader, str) and identified else None

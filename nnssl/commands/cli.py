@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.errors import told_line
 from nnssl.interruption import STATUS, Terminated, interruptible
 from nnssl.training.arguments import add_arguments
-from nnssl.training.lookup import check_numbers
+from nnssl.training.lookup import DATASET, check_folders, check_numbers, dataset_name, nnunet_folder
 
 DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_and_preprocess
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch to itself: nothing a user could do about
     warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
+        check_folders()
         check_numbers()
         with interruptible():
             return args.run(args) or 0
@@ -61,6 +63,19 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(version_line())
         parser.exit()
+
+
+def _dataset_id(text: str) -> int:
+    """The number of a dataset given by number or name."""
+    if not DATASET.fullmatch(text):
+        try:
+            return int(text)
+        except ValueError:
+            pass
+    try:
+        return int(DATASET.fullmatch(dataset_name(text))[1])  # type: ignore[index]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         "An existing splits_final.json is kept as a backup.",
         allow_abbrev=False,
     )
-    split.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    split.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     split.add_argument(
         "--labeled", type=int, required=True, metavar="N", help="training cases that keep their label"
     )
@@ -128,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="check installation, dataset and split, and say what to fix", allow_abbrev=False
     )
-    check.add_argument("-d", type=int, metavar="ID", help="dataset ID")
+    check.add_argument("-d", type=_dataset_id, metavar="ID", help="dataset ID or name")
     check.add_argument("-c", metavar="CONFIG", help="configuration (default: all that are preprocessed)")
     check.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     check.add_argument("-tr", metavar="TRAINER", help="memory and time of a step of it, too; with -d")
@@ -152,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the same plan).",
         allow_abbrev=False,
     )
-    export.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    export.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     export.add_argument("-c", required=True, metavar="CONFIG", help="configuration")
     export.add_argument(
         "-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases"
@@ -189,7 +204,7 @@ def _add_pseudo_label(commands: argparse._SubParsersAction[argparse.ArgumentPars
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    add("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     add("-c", required=True, metavar="CONFIG", help="configuration")
     add("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
     add("-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases")
@@ -214,7 +229,7 @@ def _add_adopt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "models stay. All or nothing: values, grids and names are checked first. Rerun to resume.",
         allow_abbrev=False,
     )
-    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    parser.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     parser.add_argument("folder", metavar="FOLDER", help="corrected segmentations, named like their scans")
     parser.add_argument("-np", type=int, metavar="N", help="preprocessing processes (default: nnU-Net's)")
     parser.add_argument("--dry-run", action="store_true", help="check and tell, change nothing")
@@ -242,7 +257,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FOLDER",
         help="instead of -d, -c and -tr: TRAINER__PLANS__CONFIG, or fold_X in it",
     )
-    add("-d", type=int, metavar="ID", help="dataset ID")
+    add("-d", type=_dataset_id, metavar="ID", help="dataset ID or name")
     add("-c", metavar="CONFIG", help="configuration")
     add("-f", nargs="+", metavar="FOLD", help="folds (default: all that are there)")
     add("-tr", nargs="+", metavar="TRAINER", help="trainers, as in nnUNetv2_train -tr")
@@ -289,7 +304,7 @@ def _add_pilot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     """Which dataset, and on which device."""
     add = parser.add_argument
-    add("-d", type=int, required=True, metavar="ID", help="dataset ID")
+    add("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     add("-c", metavar="CONFIG", help="configuration (default: 3d_fullres, or else 2d)")
     add("-f", default="0", metavar="FOLD", help="fold (default: 0)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
@@ -305,7 +320,7 @@ def _add_plan_and_preprocess(commands: argparse._SubParsersAction[argparse.Argum
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-d", nargs="+", type=int, required=True, metavar="ID", help="dataset IDs")
+    add("-d", nargs="+", type=_dataset_id, required=True, metavar="ID", help="dataset IDs or names")
     add(
         "-c",
         nargs="+",
@@ -398,12 +413,28 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    _check_options(args, *([] if args.folders else ["nnUNet_results"]))
     from nnssl.commands.report import report
 
     report(args)
 
 
+def _check_options(args: argparse.Namespace, *variables: str) -> None:
+    """ValueError where a variable of nnU-Net that the command needs is not set, -o is no folder, or -device
+    is not there."""
+    from nnssl.training.arguments import check_device
+
+    for variable in variables:
+        nnunet_folder(variable)
+    output = getattr(args, "o", None)
+    if output and os.path.lexists(output) and not os.path.isdir(output):
+        raise ValueError(f"-o {output}: is no folder. Choose a new one, or remove it.")
+    if getattr(args, "device", None):
+        check_device(args.device)
+
+
 def _export(args: argparse.Namespace) -> None:
+    _check_options(args, "nnUNet_results")
     from nnssl.commands.export import export_model
 
     folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
@@ -415,24 +446,28 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _pseudo_label(args: argparse.Namespace) -> None:
+    _check_options(args, "nnUNet_raw", "nnUNet_results")
     from nnssl.commands.pseudo_label import pseudo_label, summary
 
     print(summary(pseudo_label(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.device)))
 
 
 def _adopt(args: argparse.Namespace) -> None:
+    _check_options(args, "nnUNet_raw", "nnUNet_preprocessed")
     from nnssl.commands.adopt import adopt
 
     adopt(args.d, args.folder, args.dry_run, args.accept_unedited, args.np)
 
 
 def _advise(args: argparse.Namespace) -> None:
+    _check_options(args, "nnUNet_preprocessed", "nnUNet_results")
     from nnssl.commands.advise import advise
 
     advise(args.d, args.c, args.f, args.p, args.device, not args.no_measure)
 
 
 def _pilot(args: argparse.Namespace) -> None:
+    _check_options(args, "nnUNet_preprocessed", "nnUNet_results")
     from nnssl.commands.pilot import pilot
 
     print(

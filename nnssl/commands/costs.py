@@ -10,7 +10,7 @@ from typing import Any
 
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.findings import ERROR, OK, WARNING, Finding
-from nnssl.training.lookup import known_trainers, meant
+from nnssl.training.lookup import check_trainer
 
 
 def step_costs(
@@ -34,14 +34,15 @@ def step_costs(
     class nnUNetTrainerSupervised(SemiTrainer):
         method_class = Supervised
 
-    if trainer in list_trainers(trainers_folder()):
-        found = getattr(importlib.import_module(f"nnssl_trainers.{trainer}"), trainer)
-    else:
-        try:
+    try:
+        check_trainer(trainer)
+        if trainer in list_trainers(trainers_folder()):
+            found = getattr(importlib.import_module(f"nnssl_trainers.{trainer}"), trainer)
+        else:
             found = recursive_find_trainer_class_by_name(trainer)
-        except RuntimeError:
-            yield Finding(ERROR, f"-tr {trainer}", "no such trainer", remedy=meant(trainer, known_trainers()))
-            return
+    except (ValueError, RuntimeError) as error:
+        yield Finding(ERROR, f"-tr {trainer}", str(error).removeprefix(f"-tr {trainer}: "))
+        return
     if not issubclass(found, SemiTrainer):
         yield Finding(OK, f"-tr {trainer}", "no trainer of ours: what a step costs is not predicted")
         return

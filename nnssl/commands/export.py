@@ -55,6 +55,8 @@ def export_model(
             f"no trained model in {source}: train it first, or correct -tr, -p or -c. "
             f"{trained_models(source)}"
         )
+    for fold in folds:  # a training that never began has made the folder alone
+        checkpoint_file(source, fold, checkpoint_name)
     plans, dataset_json = (read_json(join(source, name)) for name in ("plans.json", "dataset.json"))
     plans = _plain(plans)
     expected = _planned_weights(plans, configuration, dataset_json)

@@ -25,6 +25,7 @@ from nnssl.files import read_json, write_json
 from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
 from nnssl.report.scores import FEWEST
+from nnssl.training.lookup import check_trainer
 
 RESAMPLES, CONFIDENCE = 10_000, 95
 
@@ -53,6 +54,8 @@ def pilot(
         raise ValueError(f"--share {share:g}: expected more than 0 and at most 1.")
     if pretrained and not isfile(pretrained):
         raise ValueError(f"-pretrained_weights {pretrained}: no such file.")
+    if trainer:
+        check_trainer(trainer)
     facts = facts_of(dataset_id, configuration, fold, plans_name)
     chosen = trainer or choose(facts, measured()).trainer
     baseline = f"nnUNetTrainer{SUPERVISED}"

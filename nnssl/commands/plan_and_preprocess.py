@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,8 +56,8 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
             f"-np: {len(args.np)} numbers for {len(args.c)} configurations. Give one number, or one per "
             "configuration."
         )
-    for dataset_id in args.d:
-        name = dataset_name(dataset_id)
+    _check_values(args)
+    for dataset_id, name in [(one, dataset_name(one)) for one in args.d]:  # all names before any work
         raw, preprocessed = (
             join(nnunet_folder(variable), name) for variable in ("nnUNet_raw", "nnUNet_preprocessed")
         )
@@ -81,6 +82,22 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
                 f"There are no unlabeled scans yet: put them into {join(raw, 'imagesUn')}, or hide labels "
                 "with `nnssl split`."
             )
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Refuse values that nnU-Net would take, and fail with, hang at or write into a plan."""
+    spacing, memory, name = args.overwrite_target_spacing, args.gpu_memory_target, args.overwrite_plans_name
+    for option, number in [("-np", n) for n in args.np or []] + [("-npfp", args.npfp)]:
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number}: expected 1 or more processes.")
+    if spacing and not all(0 < mm < math.inf for mm in spacing):
+        raise ValueError(f"-overwrite_target_spacing {' '.join(map(str, spacing))}: expected mm above 0.")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"-gpu_memory_target {memory:g}: expected GB above 0.")
+    if name is not None and (not name.strip() or {"/", "\\"} & set(name) or name.endswith(".json")):
+        raise ValueError(f"-overwrite_plans_name {name}: expected a plain name, without folder and .json.")
+    if args.preprocessor_name:
+        _find_class(args.preprocessor_name, "-preprocessor_name", "preprocessing")
 
 
 def _check_options(args: argparse.Namespace, raw: str, preprocessed: str, plans_file: str) -> None:
@@ -239,9 +256,9 @@ def _plans_name(planner: str) -> str:
     return str(inspect.signature(_find_class(planner, "-pl")).parameters["plans_name"].default)
 
 
-def _find_class(name: str, option: str) -> type:
-    folder = join(nnunetv2.__path__[0], "experiment_planning")
-    found = recursive_find_python_class(folder, name, "nnunetv2.experiment_planning")
+def _find_class(name: str, option: str, package: str = "experiment_planning") -> type:
+    folder = join(nnunetv2.__path__[0], package)
+    found = recursive_find_python_class(folder, name, f"nnunetv2.{package}")
     if found is None:
         raise ValueError(f"{option} {name}: nnU-Net has no such class in {folder}.")
     return found

@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from os.path import basename, isdir, isfile, join, lexists, normpath
+from os.path import basename, dirname, isdir, isfile, join, lexists, normpath
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -39,6 +39,7 @@ from nnssl.data.names import (
 )
 from nnssl.data.raw import num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
+from nnssl.data.sizes import inherited, inspect_sizes
 from nnssl.files import read_json
 
 NNUNET_FOLDS = 5
@@ -164,6 +165,7 @@ def inspect_plans(
             repr(dataset),
             "Remove the file, and take the plan over with nnUNetv2_move_plans_between_datasets",
         )
+    yield from _plans_name(plans_file, plans.get("plans_name"))
     found = plans.get("configurations")
     configurations: dict[str, Any] = found if isinstance(found, dict) else {}
     for name, configuration in configurations.items():
@@ -175,7 +177,24 @@ def inspect_plans(
                 yield _wrong_plan(f"{place}.inherits_from", configuration, "inherits_from")
         elif not isinstance(configuration.get("data_identifier"), str):
             yield _wrong_plan(f"{place}.data_identifier", configuration, "data_identifier")
+        if isinstance(configuration, dict):
+            yield from inspect_sizes(place, configuration, inherited(configurations, name))
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
+
+
+def _plans_name(plans_file: str, name: Any) -> Iterator[Finding]:
+    """A copied plan whose name was left as it was: nnU-Net names the folder of results by the key."""
+    expected = basename(plans_file).removesuffix(".json")
+    if isinstance(name, str) and name != expected:
+        shared = isfile(join(dirname(plans_file), f"{name}.json"))
+        yield Finding(
+            ERROR if shared else WARNING,
+            f"{plans_file}, key plans_name",
+            f"is {name!r}, after which the folder of results is named"
+            + (f": trainings of {name}.json would be mixed up or overwritten" if shared else ""),
+            f"{expected!r}, as the file",
+            "Correct the key (and the name of a folder of results that a training has made already)",
+        )
 
 
 def inspect_plan_channels(

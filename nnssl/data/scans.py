@@ -104,8 +104,11 @@ def _keep(
     others: Mapping[str, Statistics], known: Mapping[Scan, Statistics], keys: Mapping[Scan, str], file: str
 ) -> None:
     cases = {**others, **{keys[scan]: v for scan, v in known.items() if "error" not in v}}
+    folder = os.path.dirname(file)
+    if not os.path.isdir(os.path.dirname(folder)):  # nnUNet_preprocessed points nowhere: told by others
+        return
     with contextlib.suppress(OSError):  # read-only: measured anew next time
-        os.makedirs(os.path.dirname(file), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         write_text(json.dumps({"format": FORMAT, "cases": cases}), file)
 
 

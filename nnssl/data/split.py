@@ -100,6 +100,8 @@ def make_splits(
     Raises ValueError where the numbers or names cannot be had.
     """
     names = sorted(cases)
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: expected 0 or more.")
     if val is None:
         if len(names) < 2:
             raise ValueError(f"{len(names)} labeled case(s): a split needs two. Train with fold all.")

@@ -9,7 +9,7 @@ from os.path import isdir, isfile, join
 from typing import Any
 
 from nnssl.files import read_json
-from nnssl.training.lookup import dataset_name, known_trainers, meant, nnunet_folder, plans_of
+from nnssl.training.lookup import check_trainer, dataset_name, meant, nnunet_folder, plans_of
 
 NNUNET_FOLDS = 5
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
@@ -47,18 +47,13 @@ def check_names(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     ):  # fmt: skip
         if wrong:
             raise ValueError(reason)
-    if args.fold != "all" and not args.fold.isdecimal():
-        raise ValueError(f"fold {args.fold}: expected a number or all.")
+    check_fold_name(args.fold)
     if args.pretrained_weights and not isfile(args.pretrained_weights):
         raise ValueError(f"-pretrained_weights {args.pretrained_weights}: no such file.")
     folder, _ = nnunet_folder("nnUNet_preprocessed"), nnunet_folder("nnUNet_results")
     if not isdir(folder):
         raise ValueError(f"nnUNet_preprocessed={folder} does not exist. Correct the variable.")
-    if args.tr not in (known := known_trainers()):
-        ours = [name for name in known if name.startswith("nnUNetTrainer")]
-        raise ValueError(
-            f"-tr {args.tr}: no such trainer. {meant(args.tr, ours)} `nnssl trainers` lists ours."
-        )
+    check_trainer(args.tr)
     dataset = dataset_name(args.dataset_name_or_id)
     preprocessed = join(folder, dataset)
     plans_file = join(preprocessed, args.p + ".json")
@@ -137,8 +132,14 @@ def check_data(args: argparse.Namespace, dataset: str, plans: dict[str, Any], ra
         raise ValueError(f"--val_best: no {BEST} in {folder}.")
 
 
+def check_fold_name(fold: str) -> None:
+    if fold != "all" and not fold.isdecimal():
+        raise ValueError(f"fold {fold}: expected a number or all.")
+
+
 def check_fold(fold: str, splits_file: str) -> None:
     """ValueError where the split has no such fold."""
+    check_fold_name(fold)
     if fold == "all":
         return
     folds = len(read_json(splits_file)) if isfile(splits_file) else NNUNET_FOLDS

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from os.path import isdir, isfile, join
 
@@ -86,6 +87,23 @@ def nnunet_folder(variable: str) -> str:
     if not folder:
         raise ValueError(f"{variable} is not set: export {variable}=/where/you/keep/{variable}")
     return folder
+
+
+def check_folders() -> None:
+    """ValueError where the shell left a ~ as it is: all would be read and written below a folder ./~."""
+    for variable in FOLDERS:
+        if (value := os.environ.get(variable, "")).startswith("~"):
+            raise ValueError(
+                f"{variable}={value}: the shell expands no ~ within quotes, and a folder of this name would "
+                f"be made. export {variable}={shlex.quote(os.path.expanduser(value))}"
+            )
+
+
+def check_trainer(name: str) -> None:
+    """ValueError where nnU-Net would find no trainer of this name."""
+    if name not in (known := known_trainers()):
+        ours = [one for one in known if one.startswith("nnUNetTrainer")]
+        raise ValueError(f"-tr {name}: no such trainer. {meant(name, ours)} `nnssl trainers` lists ours.")
 
 
 def check_numbers() -> None:

@@ -253,6 +253,8 @@ def test_the_comparison_is_paired_and_leaves_out_what_is_not_there() -> None:
 def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         (["-f", "all"], "has no validation cases"),
+        (["-f", "one"], "fold one: expected a number or all"),
+        (["-tr", "Semi"], "-tr Semi: no such trainer. Did you mean nnUNetTrainerSemi"),
         (["--share", "2"], "expected more than 0 and at most 1"),
         (["-tr", "nnUNetTrainerSupervised"], "which is what a pilot compares with"),
         (["-pretrained_weights", "nowhere.pth"], "-pretrained_weights nowhere.pth: no such file"),

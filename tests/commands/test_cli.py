@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import SimpleITK as sitk
@@ -81,6 +82,60 @@ def test_wrong_usage_exits_with_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main(arguments)
     assert exit_status.value.code == 2
+
+
+def test_a_dataset_may_be_given_by_its_name(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", "-d", "Dataset777_Tiny", "--labeled", "2"]) == 0
+    assert f"{tiny.preprocessed / 'splits_final.json'}:" in capsys.readouterr().out
+    for name in ("Dataset777_Tinny", "Tiny"):
+        with pytest.raises(SystemExit):
+            main(["split", "-d", name, "--labeled", "2"])
+        assert f"argument -d: no dataset {name} in nnUNet_raw=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (["advise"], "nnUNet_preprocessed"),
+        (["pilot"], "nnUNet_results"),
+        (["report", "-c", "2d", "-tr", "nnUNetTrainerSemi", "-o", "out"], "nnUNet_results"),
+        (["export", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerSemi", "-o", "out"], "nnUNet_results"),
+        (["pseudo-label", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerSemi", "-o", "out"], "nnUNet_raw"),
+        (["adopt", "corrected"], "nnUNet_raw"),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_every_command_says_which_variable_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], variable: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    assert main([*arguments, "-d", "777"]) == 1
+    assert f"{variable} is not set: export {variable}=" in error(capsys)
+
+
+@pytest.mark.parametrize("command", ["export", "pseudo-label", "report", "pilot"])
+@pytest.mark.usefixtures("tiny")
+def test_an_output_that_is_a_file_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "out").touch()
+    model = {"pilot": [], "report": ["-c", "2d", "-tr", "nnUNetTrainerSemi"]}
+    options = model.get(command, ["-c", "2d", "-tr", "nnUNetTrainerSemi", "-f", "0"])
+    assert main([command, "-d", "777", *options, "-o", str(tmp_path / "out")]) == 1
+    assert f"-o {tmp_path / 'out'}: is no folder" in error(capsys)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_device_that_is_not_there_is_told_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    output = tmp_path / "out"
+    model = ["-c", "2d", "-tr", "nnUNetTrainerSemi", "-f", "0", "-o", str(output)]
+    for command in (["advise"], ["pilot"], ["pseudo-label", *model]):
+        assert main([*command, "-d", "777", "-device", "cuda"]) == 1
+        assert "-device cuda: PyTorch" in error(capsys)
+    assert not output.exists()
 
 
 # plan-and-preprocess
@@ -242,6 +297,16 @@ def test_scans_taken_out_or_labeled_are_set_aside_by_name(
         ),
         (["-np", "1", "2"], "-np: 2 numbers for 3 configurations"),
         (["-pl", "NoPlanner"], "-pl NoPlanner: nnU-Net has no such class"),
+        (["--replan", "-preprocessor_name", "No"], "-preprocessor_name No: nnU-Net has no such class"),
+        (
+            ["--replan", "-overwrite_target_spacing", "0", "1", "1"],
+            "-overwrite_target_spacing 0.0 1.0 1.0: exp",
+        ),
+        (["--replan", "-gpu_memory_target", "-3"], "-gpu_memory_target -3: expected GB above 0"),
+        (["-overwrite_plans_name", "a/b"], "-overwrite_plans_name a/b: expected a plain name"),
+        (["-overwrite_plans_name", "Mine.json"], "-overwrite_plans_name Mine.json: expected a plain name"),
+        (["-np", "0"], "-np 0: expected 1 or more processes"),
+        (["-d", "777", "778"], "no dataset 778 in"),
     ],
 )
 def test_options_that_name_nothing_are_errors(
@@ -576,6 +641,41 @@ def test_check_names_unset_and_absent_folders(
     assert any("nnUNet_raw is not set" in line for line in lines["warn"])
     assert any(f"mkdir -p '{tmp_path / 'absent'}'" in line for line in lines["FAIL"])
     assert any("nnUNet_results is not set" in line for line in lines["FAIL"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_check_writes_nothing_where_there_is_no_folder_of_preprocessed_data(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    monkeypatch.chdir(tiny.raw.parent.parent)
+    monkeypatch.setenv("nnUNet_preprocessed", folder)
+    before = sorted(Path().rglob("*"))
+    assert checked(capsys, "-d", "777")[0] == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.usefixtures("trainers_set")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nnssl": None}, '"nnssl" in the plans file must be a JSON object'),
+        ({"configurations": {"2d": {"inherits_from": "3d"}}}, "key configurations.2d.inherits_from: is '3d'"),
+    ],
+)
+def test_check_goes_on_after_a_wrong_plan(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    tiny.edit_plan(**changes)
+    status, lines = checked(capsys, "-d", "777")
+    assert status == 1 and any(message in line for line in lines["FAIL"])
+    assert any("6 labeled cases, 3 scans in imagesUn" in line for line in lines["ok"])
+
+
+@pytest.mark.usefixtures("trainers_set")
+def test_check_names_a_trainer_that_is_meant(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines = checked(capsys, "-d", "777", "-c", "3d_fullres", "-tr", "Semi")
+    assert any("-tr Semi: no such trainer. Did you mean nnUNetTrainerSemi" in line for line in lines["FAIL"])
 
 
 @pytest.mark.usefixtures("trainers_set")

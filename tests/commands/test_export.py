@@ -181,6 +181,10 @@ def test_what_was_not_trained_is_refused_with_what_there_is(
         "nnUNetTrainerCPS__nnUNetPlans__3d_fullres" in said
         and f"Trained there: {MEAN_TEACHER}__nnUNetPlans__3d_fullres" in said
     )
+    begun = drawn.results / "nnUNetTrainerBCP__nnUNetPlans__3d_fullres" / "fold_0"  # and refused at once
+    begun.mkdir(parents=True)
+    assert export(tmp_path / "out", name="nnUNetTrainerBCP") == 1
+    assert f"{begun / 'checkpoint_final.pth'} does not exist" in capsys.readouterr().err
     assert export(tmp_path / "out") == 1
     assert "Found: fold_0/checkpoint_latest.pth. Choose with -f and -chk" in capsys.readouterr().err
     assert not files(tmp_path / "out")

@@ -83,6 +83,16 @@ def test_a_variable_that_is_not_set_is_named(
     assert f"{variable} is not set: export {variable}=" in told(capsys, TRAIN)
 
 
+def test_a_home_folder_that_the_shell_did_not_expand_is_told(
+    trains: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trains.raw)
+    monkeypatch.setenv("nnUNet_results", "~/results")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert "nnUNet_results=~/results: " in (said := told(capsys, TRAIN))
+    assert "export nnUNet_results=/home/me/results" in said and not (trains.raw / "~").exists()
+
+
 @pytest.mark.parametrize(("variable", "value"), [("nnUNet_n_proc_DA", "two"), ("nnUNet_def_n_proc", "0")])
 def test_a_variable_that_is_no_number_is_named(
     trains: Tiny,

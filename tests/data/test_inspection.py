@@ -32,6 +32,7 @@ from nnssl.data.names import inspect_names
 from nnssl.data.scans import FILE, Usual, label_statistics
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
 from nnssl.methods.fixmatch import FixMatchConfig
+from tests.place import ARCHITECTURE
 from tests.raw_dataset import SHAPE, SPACING, Tiny, planned_dataset, write_case, write_image
 
 SOUND = {
@@ -821,6 +822,48 @@ def test_the_plan_and_its_section_are_checked(
     tiny.edit_plan(**change)
     (finding,) = inspect_plans(str(tiny.plans_file), {"FixMatch": FixMatchConfig})
     assert finding.level == level and message in str(finding)
+
+
+def test_a_copied_plan_that_kept_its_name_is_an_error_where_both_would_share_results(tiny: Tiny) -> None:
+    copy = tiny.preprocessed / "Mine.json"
+    shutil.copy(tiny.plans_file, copy)
+    (finding,) = inspect_plans(str(copy), {})
+    assert finding.level == "error" and f"{copy}, key plans_name: is 'nnUNetPlans', after which" in str(
+        finding
+    )
+    assert "trainings of nnUNetPlans.json would be mixed up" in str(finding) and "'Mine'" in str(finding)
+    tiny.plans_file.unlink()
+    (finding,) = inspect_plans(str(copy), {})
+    assert finding.level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"patch_size": [9, 28, 30]},
+            "is [9, 28, 30]; expected multiples of [2, 4, 4], by which the network",
+        ),
+        ({"patch_size": [9, 28, 30]}, "Take [8, 28, 28], for example"),
+        ({"patch_size": [28, 24]}, "is [28, 24]; expected 3 whole numbers above 0"),
+        ({"patch_size": [10.0, 28, 24]}, "expected 3 whole numbers above 0"),
+        ({"batch_size": 2.5}, ".batch_size: is 2.5; expected a whole number above 0"),
+        ({"batch_size": 0}, ".batch_size: is 0"),
+        ({"spacing": [0, 0.9, 0.8]}, ".spacing: is [0, 0.9, 0.8]; expected mm along each axis"),
+        ({"patch_size": [8, 28, 28], "batch_size": 1}, ""),
+    ],
+)
+@pytest.mark.parametrize("inherits", [False, True])
+def test_sizes_that_no_training_could_use_are_errors(
+    tiny: Tiny, changes: dict[str, Any], message: str, inherits: bool
+) -> None:
+    tiny.edit_plan("3d_fullres", architecture=ARCHITECTURE)
+    own = json.loads(tiny.plans_file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
+    edited = {"inherits_from": "3d_fullres", **changes} if inherits else {**own, **changes}
+    tiny.edit_plan(configurations={"3d_fullres": own, "mine": edited})
+    findings = list(inspect_plans(str(tiny.plans_file), {}))
+    assert len(findings) == (message != "")
+    assert all(message in str(finding) and "configurations.mine." in str(finding) for finding in findings)
 
 
 def test_a_plan_for_another_number_of_channels_is_an_error_unless_it_is_made_anew(tiny: Tiny) -> None:

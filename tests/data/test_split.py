@@ -143,6 +143,7 @@ def test_unlabeled_limits_the_hidden_cases_and_leaves_the_rest_out() -> None:
         ((CASES, 1, None, [], True, 0), r"--val: no case is named"),
         ((CASES, 1, None, CASES, True, 0), r"--labeled 1: fold 0 has 0 training cases"),
         ((CASES[:1], 1, None, None, True, 0), r"1 labeled case\(s\): a split needs two"),
+        ((CASES, 1, None, None, False, -1), r"--seed -1: expected 0 or more"),
     ],
 )
 def test_impossible_splits_are_refused(arguments: Any, message: str) -> None:
