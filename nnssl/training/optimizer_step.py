@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MAX_GRADIENT_NORM = 12.0  # nnU-Net
+LOWEST_SCALE = 2.0**-14  # nnU-Net's scaler starts at 2^16 and halves: the search for a scale ends long before
 
 
 class OptimizationStep:
     """Takes steps of one optimizer and counts those it had to skip.
 
     A step whose loss (or, without loss scaling, whose gradient) is not finite changes no weight. `patience`
-    such steps in a row raise RuntimeError: the last checkpoint is then the last good one.
+    such steps in a row raise RuntimeError: the last checkpoint is then the last good one. So does a gradient
+    that is not finite at any scale of the loss.
 
     Args:
         optimizer: over all networks and heads.
@@ -100,8 +102,14 @@ class OptimizationStep:
             self._skip()
             return False
         self.skipped_in_a_row = 0
-        if gradients_are_finite:  # with a scaler, others are the ordinary search for a scale
+        if gradients_are_finite:
             self.optimizer.step()
+        elif self._scale < LOWEST_SCALE:  # above, it is the ordinary search for a scale
+            raise RuntimeError(
+                f"the loss was finite, but at no scale down to {self._scale:g} its gradient: no step changes "
+                "a weight any more, and the checkpoints in the output folder are the last good ones. Set "
+                '"amp" to bfloat16 or float32 under "nnssl" in the plans file, then resume with --c'
+            )
         if self.scaler is not None:
             self.scaler.update()
         return bool(gradients_are_finite)

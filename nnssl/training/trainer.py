@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -828,8 +828,9 @@ class SemiTrainer(nnUNetTrainer):
             self.dataloader_train._finish()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's, in the precision of the training on a CPU too; on CUDA nnU-Net predicts in its own,
-        float16."""
+        """nnU-Net's, in the precision of the training on a CPU; on CUDA in nnU-Net's own, float16, as
+        nnUNetv2_predict."""
+        precision = self.step.autocast() if self.device.type == "cpu" else nullcontext()
         lock = TrainingLock(self.output_folder)
         with interruptible():
             if self.local_rank == 0 and (holder := lock.try_acquire(self.print_to_log_file)):
@@ -837,7 +838,7 @@ class SemiTrainer(nnUNetTrainer):
             try:
                 if (used := self._used) is not None:
                     on_first_rank(lambda: self._refuse_trained_on(used, "this network"))
-                with self.step.autocast(), damage_named(self._cases_read):
+                with precision, damage_named(self._cases_read):
                     super().perform_actual_validation(save_probabilities)
                     if self.method_class.needs_unlabeled:
                         for configuration in self.configuration_manager.next_stage_names or []:

@@ -46,6 +46,24 @@ def test_a_step_that_the_search_for_a_scale_leaves_out_changed_no_weight() -> No
     assert step.skipped == 0
 
 
+def test_a_gradient_that_is_finite_at_no_scale_ends_the_run() -> None:
+    """The scaler would halve its scale to 0, and all further steps would change nothing without a word."""
+    layer = nn.Linear(2, 1)
+    before = layer.weight.clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    step = OptimizationStep(
+        torch.optim.SGD(layer.parameters(), 0.1), scaler, "float16", torch.device("cpu"), 3
+    )
+    taken = []
+    with pytest.raises(RuntimeError, match=r"at no scale down to 3\.05176e-05 its gradient"):
+        for _ in range(100):
+            step.optimizer.zero_grad()
+            x = torch.zeros(1)
+            # sqrt has an infinite slope at 0, and 0 * inf is NaN
+            taken.append(step.take((layer.weight.sum() + (x * layer.weight.sum()).sqrt()).sum()))
+    assert len(taken) == 31 and not any(taken) and torch.equal(layer.weight, before)
+
+
 def test_every_network_is_clipped_on_its_own() -> None:
     gentle, wild = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD([*gentle.parameters(), *wild.parameters()], 1.0)
