@@ -88,9 +88,9 @@ def test_a_home_folder_that_the_shell_did_not_expand_is_told(
 ) -> None:
     monkeypatch.chdir(trains.raw)
     monkeypatch.setenv("nnUNet_results", "~/results")
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(trains.raw))
     assert "nnUNet_results=~/results: " in (said := told(capsys, TRAIN))
-    assert "export nnUNet_results=/home/me/results" in said and not (trains.raw / "~").exists()
+    assert f"export nnUNet_results={trains.raw / 'results'}" in said and not (trains.raw / "~").exists()
 
 
 @pytest.mark.parametrize(("variable", "value"), [("nnUNet_n_proc_DA", "two"), ("nnUNet_def_n_proc", "0")])
