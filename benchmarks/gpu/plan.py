@@ -135,7 +135,7 @@ def pieces(short: Suite, official: Suite, dry: bool, trainers: Sequence[str] = (
     """All pieces in order of value; `trainers`: without the tasks of other trainers."""
     every = [STOCK, *sorted(list_trainers(trainers_folder()), key=_by_use)]
     cores = os.cpu_count() or 1
-    together = 2 if dry else max(1, min(4, cores // 4))
+    together = 2 if dry else max(1, min(8, cores // 2))
     few, most = (0, 0) if dry else (2, max(2, cores - 2))
     names = lambda some: [f"nnUNetTrainer{name}" for name in some]  # noqa: E731
 
