@@ -20,9 +20,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST_LINE = 128  # 0.6 of the time of chunks here, as much at 200 tokens, more above
-FEWEST_LINES = 64  # fewer do not fill the products
-BLOCK = 2**18  # entries of the matrices worked on at once: they stay in a core's cache
+LONGEST_LINE = 128  # 0.6 of the time of chunks here on a CPU, as much at 200 tokens, more above
+FEWEST_LINES = {"cpu": 64}  # fewer do not fill the products; elsewhere one line suffices
+BLOCK = {"cpu": 2**18}  # entries of the matrices worked on at once: they stay in a core's cache
+BLOCK_ELSEWHERE = 2**24  # bounds the buffers
+
+
+def is_short(lines: int, length: int, device: torch.device) -> bool:
+    """Whether products per line are the faster way on this device."""
+    return lines >= FEWEST_LINES.get(device.type, 1) and length <= LONGEST_LINE
 
 
 def scan_both_directions(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -54,8 +60,19 @@ def _mixing(log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(log_decay: Tensor) -> list[slice]:
     lines, heads, length = log_decay.shape
-    size = max(1, BLOCK // (heads * length**2))
+    entries = BLOCK.get(log_decay.device.type, BLOCK_ELSEWHERE)
+    size = max(1, entries // (heads * length**2))
     return [slice(start, start + size) for start in range(0, lines, size)]
+
+
+def _over_heads(a: Tensor, b: Tensor) -> Tensor:
+    """sum_h a_h b_h of (lines, H, L, L); on a CPU without a product of that size."""
+    if a.device.type != "cpu" or torch.compiler.is_compiling():
+        return (a * b).sum(1)
+    total = a[:, 0] * b[:, 0]
+    for head in range(1, a.shape[1]):
+        total.addcmul_(a[:, head], b[:, head])
+    return total
 
 
 class _Dual(torch.autograd.Function):
@@ -81,9 +98,7 @@ class _Dual(torch.autograd.Function):
             S, E = _mixing(log_decay[k], B[k], C[k])
             torch.matmul(grad_y[k], S, out=grad_u[k])
             grad_S = grad_y[k].mT @ u[k]
-            grad_score = grad_S[:, 0] * E[:, 0]
-            for head in range(1, S.shape[1]):
-                grad_score.addcmul_(grad_S[:, head], E[:, head])
+            grad_score = _over_heads(grad_S, E)
             torch.bmm(grad_score, B[k], out=grad_C[k])
             torch.bmm(grad_score.mT, C[k], out=grad_B[k])
             lower = grad_S.mul_(S).tril_(-1)  # of the exponents

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl.ssm.dual import FEWEST_LINES, LONGEST_LINE, scan_both_directions
+from nnssl.ssm import dual
 from nnssl.ssm.ssd import ssd_scan
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
@@ -65,6 +65,7 @@ def _why_no_mamba_ssm() -> str:
         return f"installed but broken: {type(broken).__name__}: {broken}"
 
 
+@torch.compiler.disable  # Triton kernels of their own: the compiled graph ends here and goes on behind
 def _mamba_ssm_scan(
     x: Tensor,
     dt: Tensor,
@@ -172,14 +173,14 @@ class Mamba2Mixer(nn.Module):
     def bidirectional(self, x: Tensor) -> Tensor:
         """x (B, L, d_model) -> same shape: both directions with shared weights, summed before the norm.
 
-        Without convolution and groups, many short lines on a processor take the faster of two ways to the
-        same sum.
+        Without convolution and groups, short lines take the faster of two ways to the same sum, unless
+        mamba-ssm's kernels are demanded.
         """
         z, xbcdt = self._project(x)
         lines, length, _ = x.shape
-        short = lines >= FEWEST_LINES and length <= LONGEST_LINE and x.device.type == "cpu"
-        if self.groups == 1 and self.conv1d.kernel_size[0] == 1 and short:
-            y = scan_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
+        plain = self.groups == 1 and self.conv1d.kernel_size[0] == 1 and self.backend != "mamba_ssm"
+        if plain and dual.is_short(lines, length, x.device):
+            y = dual.scan_both_directions(*self._scan_inputs(xbcdt, False)).flatten(-2)
         else:
             y = self._mix(xbcdt, False) + self._mix(xbcdt, True)
         return self.out_proj(self.norm(y, z))

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import flop_registry
 from nnssl.data.streams import share_of_batch
 from nnssl.losses import correlation
 from nnssl.networks import hf_mamba
-from nnssl.ssm import mamba, ssd
+from nnssl.ssm import dual, ssd
 from nnssl.training.randomness import restore_rng, rng_state
 from nnssl.training.tensorboard import SILENT
 
@@ -341,7 +341,8 @@ class _FloatOnCuda(TorchFunctionMode):
 def _as_on_cuda() -> Iterator[None]:
     """What the code and autocast do on CUDA, though the tensors are on the CPU."""
     with (
-        mock.patch.object(mamba, "FEWEST_LINES", math.inf),
+        mock.patch.object(dual, "FEWEST_LINES", {}),
+        mock.patch.object(dual, "BLOCK", {}),
         mock.patch.object(ssd, "SEGMENT_TOKENS", {}),
         mock.patch.object(correlation, "CHUNK", {}),
         _FloatOnCuda(),

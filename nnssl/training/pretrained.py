@@ -23,8 +23,8 @@ def load_pretrained(
 
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
     trained on the same labels. A second network of the same architecture adds a tenth of its own to them, so
-    that the two differ; with its own alone it would teach the first its mistakes. One that differs anyway
-    takes them as they are: where it sees further channels it starts blind to those, with the function of the
+    that the two differ; with its own alone it would teach the first its mistakes. A teacher, which does not
+    learn by itself, and a network that differs anyway take them as they are: where it sees further channels it starts blind to those, with the function of the
     source; where it interpolates, from the means of the transposed convolutions over their kernels.
 
     dataset_json  of the training that starts
@@ -62,8 +62,9 @@ def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: boo
     if not heads:
         fits = {key: fit for key, fit in fits.items() if HEADS not in f".{key}"}
     weights = {key: fit.weight for key, fit in fits.items()}
-    if not any(fit.adapted for fit in fits.values()):
-        weights |= {k: w + OWN_SHARE * own[k] for k, w in weights.items() if HEADS in f".{k}"}
+    learns = any(weight.requires_grad for weight in network.parameters())  # unlike a teacher
+    if learns and not any(fit.adapted for fit in fits.values()):
+        weights |= {k: w.to(own[k]) + OWN_SHARE * own[k] for k, w in weights.items() if HEADS in f".{k}"}
     network.load_state_dict({**own, **weights})
     return len(weights)
 

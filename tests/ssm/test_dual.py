@@ -40,7 +40,7 @@ def test_blocks_of_lines_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         return [y, *torch.autograd.grad(y.square().sum(), arguments)]
 
     whole = result()
-    monkeypatch.setattr("nnssl.ssm.dual.BLOCK", 2 * 2 * 6**2)  # two lines, two lines, one line
+    monkeypatch.setattr("nnssl.ssm.dual.BLOCK", {"cpu": 2 * 2 * 6**2})  # two lines, two lines, one line
     torch.testing.assert_close(result(), whole)
 
 

@@ -103,7 +103,7 @@ def test_output_and_gradients_equal_the_formulas_token_by_token(
 def test_both_directions_are_scanned_with_the_same_weights_and_summed_before_the_norm(
     d_conv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nnssl.ssm.mamba.FEWEST_LINES", 2)
+    monkeypatch.setattr("nnssl.ssm.dual.FEWEST_LINES", {"cpu": 2})
     mixer, x = Mamba2Mixer(8, d_state=4, d_conv=d_conv, headdim=8), torch.randn(2, 13, 8)
     parameters = {name: value.detach().double() for name, value in mixer.named_parameters()}
     zxbcdt = x.double() @ parameters["in_proj.weight"].T
@@ -122,7 +122,7 @@ def test_many_lines_take_a_faster_way_to_the_same_sum(
     mixer = Mamba2Mixer(16, d_state=4, d_conv=1, headdim=8, memory=(1.0, 27.0)).to(dtype)
     x = torch.randn(3, 29, 16, dtype=dtype, requires_grad=True)
     slow = mixer.bidirectional(x)
-    monkeypatch.setattr("nnssl.ssm.mamba.FEWEST_LINES", 3)
+    monkeypatch.setattr("nnssl.ssm.dual.FEWEST_LINES", {"cpu": 3})
     monkeypatch.setattr("nnssl.ssm.mamba.ssd_scan", None)
     fast = mixer.bidirectional(x)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]

@@ -78,6 +78,21 @@ def test_a_second_network_adds_a_tenth_of_its_own_segmentation_layers(place: Pla
     assert not torch.equal(first, weights["decoder.seg_layers.0.weight"])
 
 
+def test_a_teacher_starts_as_the_pretrained_network(place: Place, finished: str) -> None:
+    weights = torch.load(finished, weights_only=False)["network_weights"]
+    trainer = place.trainer("nnUNetTrainerSemi")
+    maybe_load_checkpoint(trainer, False, False, finished)
+    for key, value in trainer.method.teacher.state_dict().items():
+        assert torch.equal(value, weights[key])
+
+
+def test_the_networks_may_be_on_another_device_than_the_checkpoint(place: Place, finished: str) -> None:
+    trainer = place.trainer("nnUNetTrainerCPS")
+    trainer.initialize()
+    trainer.method.second.to("meta")
+    maybe_load_checkpoint(trainer, False, False, finished)
+
+
 @pytest.mark.parametrize(("name", "path"), [("CAML", "auxiliary.decoder"), ("MCNet", "second")])
 def test_a_decoder_that_interpolates_starts_from_it_with_the_means_of_its_transposed_convolutions(
     place: Place, finished: str, name: str, path: str
