@@ -24,8 +24,9 @@ def load_pretrained(
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
     trained on the same labels. A second network of the same architecture adds a tenth of its own to them, so
     that the two differ; with its own alone it would teach the first its mistakes. A teacher, which does not
-    learn by itself, and a network that differs anyway take them as they are: where it sees further channels it starts blind to those, with the function of the
-    source; where it interpolates, from the means of the transposed convolutions over their kernels.
+    learn by itself, and a network that differs anyway take them as they are: where it sees further channels
+    it starts blind to those, with the function of the source; where it interpolates, from the means of the
+    transposed convolutions over their kernels.
 
     dataset_json  of the training that starts
     fresh         parts of the names of tensors that no stock network has; left as they are
