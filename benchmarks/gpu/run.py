@@ -104,6 +104,8 @@ class Runner:
                 task = queue.pop(0)
                 if task.seconds <= self.left():
                     self.start(task, beside_others=bool(waiting or self.running) and limit > 1)
+                else:
+                    print(f"{task.name}: about {task.seconds:.0f} s, too long for this call", flush=True)
             time.sleep(POLL_SECONDS)
         self.stop()
 

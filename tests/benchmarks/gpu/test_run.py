@@ -96,7 +96,9 @@ def test_a_task_that_hangs_is_ended_and_the_next_one_begins(
     assert not alive(int((tmp_path / "child").read_text(encoding="utf-8")))
 
 
-def test_time_limit_ends_what_runs_and_leaves_it_to_be_done(tmp_path: Path) -> None:
+def test_time_limit_ends_what_runs_and_leaves_it_to_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     long, too_long = task("sleeping", seconds=600), task("sleeping", "too long", guess=10_000, seconds=1)
     begun = time.monotonic()
     runner(tmp_path, seconds=4).run([Piece("a", "", [task("square", number=1), too_long, long])])
@@ -104,6 +106,7 @@ def test_time_limit_ends_what_runs_and_leaves_it_to_be_done(tmp_path: Path) -> N
     found = rows(tmp_path)
     assert found["square"]["status"] == "finished"
     assert found["sleeping"]["status"] == "unfinished" and "too long" not in found
+    assert "too long: about 10000 s, too long for this call" in capsys.readouterr().out
     assert not alive(int((tmp_path / "child").read_text(encoding="utf-8")))
 
 
