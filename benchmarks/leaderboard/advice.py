@@ -1,6 +1,7 @@
 """What `nnssl advise` knows: the committed tables of the leaderboard and the costs of steps, in one small
 file of the package. Of the tables the rows of trainers that start from a supervised network and are compared
-with continued supervised training, all keys of the method at their defaults.
+with continued supervised training, all keys of the method at their defaults; of suites alone in which every
+such method has a row.
 
     python -m benchmarks.leaderboard.advice    # `report` on the committed results does it, too
 """
@@ -38,8 +39,8 @@ def content() -> str:
             for e in read_json(file)["table"]
             if e["method"] in whole and "dice_minus_continued" in e
         ]
-        if not rows:
-            continue
+        if {row["method"] for row in rows} < set(whole.values()) or not rows:
+            continue  # half a comparison: what was run first would be advised
         one = read_json(min((LEADERBOARD / "results" / file.stem).glob("*.json")))
         schedule = suite.schedule
         suites.append(

@@ -124,7 +124,7 @@ def test_signs_of_life_and_a_training_taken_over(tmp_path: Path, monkeypatch: py
         time.sleep(0.01)
     assert os.path.getmtime(tmp_path / NAME) > 0
     (tmp_path / NAME).unlink()  # by mistake
-    while not (tmp_path / NAME).exists() and time.monotonic() < patience:
+    while not ((tmp_path / NAME).exists() and (tmp_path / NAME).read_text()) and time.monotonic() < patience:
         time.sleep(0.01)
     mine.verify()
     write(tmp_path, pid=12, host="node8")
