@@ -39,7 +39,7 @@ def content() -> str:
             for e in read_json(file)["table"]
             if e["method"] in whole and "dice_minus_continued" in e
         ]
-        if {row["method"] for row in rows} < set(whole.values()) or not rows:
+        if not rows or {row["method"] for row in rows} < set(whole.values()):
             continue  # half a comparison: what was run first would be advised
         one = read_json(min((LEADERBOARD / "results" / file.stem).glob("*.json")))
         schedule = suite.schedule
