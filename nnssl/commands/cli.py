@@ -14,7 +14,7 @@ from nnssl.commands.environment import version_line
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.errors import told_line
 from nnssl.interruption import STATUS, Terminated, interruptible
-from nnssl.training.arguments import add_arguments
+from nnssl.training.arguments import add_arguments, fold_name
 from nnssl.training.lookup import DATASET, check_folders, check_numbers, dataset_name, nnunet_folder
 
 DEFAULT_CONFIGURATIONS = ["2d", "3d_fullres", "3d_lowres"]  # as nnUNetv2_plan_and_preprocess
@@ -170,7 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     export.add_argument("-c", required=True, metavar="CONFIG", help="configuration")
     export.add_argument(
-        "-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases"
+        "-f",
+        type=fold_name,
+        nargs="+",
+        required=True,
+        metavar="FOLD",
+        help="folds; all: the model trained on all cases",
     )
     export.add_argument("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
     export.add_argument(
@@ -207,7 +212,14 @@ def _add_pseudo_label(commands: argparse._SubParsersAction[argparse.ArgumentPars
     add("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     add("-c", required=True, metavar="CONFIG", help="configuration")
     add("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
-    add("-f", nargs="+", required=True, metavar="FOLD", help="folds; all: the model trained on all cases")
+    add(
+        "-f",
+        type=fold_name,
+        nargs="+",
+        required=True,
+        metavar="FOLD",
+        help="folds; all: the model trained on all cases",
+    )
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add(
         "-chk",
@@ -259,7 +271,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add("-d", type=_dataset_id, metavar="ID", help="dataset ID or name")
     add("-c", metavar="CONFIG", help="configuration")
-    add("-f", nargs="+", metavar="FOLD", help="folds (default: all that are there)")
+    add("-f", type=fold_name, nargs="+", metavar="FOLD", help="folds (default: all that are there)")
     add("-tr", nargs="+", metavar="TRAINER", help="trainers, as in nnUNetv2_train -tr")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add("-o", required=True, metavar="DIR", help="output folder")
@@ -306,7 +318,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     add("-c", metavar="CONFIG", help="configuration (default: 3d_fullres, or else 2d)")
-    add("-f", default="0", metavar="FOLD", help="fold (default: 0)")
+    add("-f", type=fold_name, default="0", metavar="FOLD", help="fold (default: 0)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add("-device", choices=["cuda", "cpu", "mps"], help="default: cuda where there is one, else cpu")
 

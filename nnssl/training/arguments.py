@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dataset_name_or_id", metavar="DATASET", help="number or name of the dataset")
     add("configuration", metavar="CONFIG", help="2d, 3d_fullres, ...")
-    add("fold", metavar="FOLD", help="number of the fold, or all")
+    add("fold", type=fold_name, metavar="FOLD", help="number of the fold, or all")
     add("-tr", required=True, metavar="TRAINER", help="one of `nnssl trainers`, nnU-Net's or your own")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add("-pretrained_weights", metavar="FILE", help="checkpoint to start from")
@@ -130,6 +130,11 @@ def check_data(args: argparse.Namespace, dataset: str, plans: dict[str, Any], ra
         raise ValueError(f"--val: no {FINAL} in {folder}, the training is not finished. Resume it with --c.")
     if args.val and args.val_best and not isfile(join(folder, BEST)):
         raise ValueError(f"--val_best: no {BEST} in {folder}.")
+
+
+def fold_name(text: str) -> str:
+    """As nnU-Net names its folder: 00 is fold 0."""
+    return str(int(text)) if text.isdecimal() else text
 
 
 def check_fold_name(fold: str) -> None:

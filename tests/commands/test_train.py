@@ -143,7 +143,8 @@ def test_the_dataset_is_inspected_first_and_other_folds_do_not_matter(
     monkeypatch.setattr("nnssl.commands.train._train", lambda args: begun.append(args.fold))
     assert main(TRAIN) == 0
     assert main(changed(3, "all")) == 0
-    assert begun == ["0", "all"]
+    assert main(changed(3, "00")) == 0
+    assert begun == ["0", "all", "0"]
     write_case(trains.raw / "imagesUn", "lab_01", 1)
     capsys.readouterr()
     assert "lab_01" in told(capsys, TRAIN)
