@@ -65,6 +65,7 @@ class FilterMatch(SemiMethod):
         self.register_buffer("entropy", torch.zeros(n))  # sum over the patches seen since the last choice
         self.register_buffer("seen", torch.zeros(n))  # their number
         self.pending: tuple[Tensor, Tensor] | None = None
+        self._last_step: int | None = None  # that changed a weight, in this process
         self._outside: set[str] | None = set()  # names of `left` on the host; None: to be read
 
     def describe(self) -> str:
@@ -180,8 +181,10 @@ class FilterMatch(SemiMethod):
         self.entropy += new[0]
         self.seen += new[1]
         step, interval = round(t * self.planned.steps), round(self.config.filter_every * self.planned.steps)
-        if step and step % max(1, interval) == 0:
+        last = step - 1 if self._last_step is None else self._last_step
+        if step // max(1, interval) > max(0, last // max(1, interval)):  # also where that step was skipped
             self.shrink_pool()
+        self._last_step = step
 
     def shrink_pool(self) -> None:
         """The scans of the lowest mean entropy leave; what was not seen stays, and so does at least one."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,14 +122,17 @@ def test_one_scan_always_stays_and_nothing_leaves_at_share_0() -> None:
     assert still.outside() == set() and still.announce(0.5) == ""
 
 
-def test_the_choice_comes_at_every_interval() -> None:
+@pytest.mark.parametrize(("skipped", "expected"), [((), [25, 50, 75]), ((25, 26, 75), [27, 50, 76])])
+def test_the_choice_comes_at_every_interval_though_a_step_is_skipped(
+    skipped: tuple[int, ...], expected: list[int]
+) -> None:
     task = Task()
     m = method(task, FilterMatchConfig(filter_every=0.25), steps=100)
-    calls: list[None] = []
-    m.shrink_pool = lambda: calls.append(None)
-    for step in range(100):
+    calls: list[int] = []
+    for step in (step for step in range(100) if step not in skipped):
+        m.shrink_pool = partial(calls.append, step)
         m.after_step(task.batch(), step / 100)
-    assert len(calls) == 3
+    assert calls == expected
 
 
 def test_patches_of_scans_that_have_left_give_way_to_others() -> None:
