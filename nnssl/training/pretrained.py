@@ -48,26 +48,31 @@ def load_pretrained(
         )
     deployed.load_state_dict({**target, **{k: source[k] for k in wanted}})
     others = {
-        name: count
+        name: taken
         for name, network in method.named_children()
-        if network is not deployed and (count := _take_what_fits(network, source, heads))
+        if network is not deployed and (taken := _take_what_fits(network, source, heads))
     }
     said = f"pretrained weights: {path}, {len(wanted)} of {len(target)} tensors; segmentation layers "
     said += "taken over (same labels)" if heads else "fresh (other labels)"
-    return said + "".join(f"; {name}: {count} tensors" for name, count in others.items())
+    return said + "".join(f"; {name}: {taken}" for name, taken in others.items())
 
 
-def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: bool) -> int:
+def _take_what_fits(network: nn.Module, source: Mapping[str, Tensor], heads: bool) -> str:
+    """What was taken; empty where nothing fits."""
     own = network.state_dict()
     fits = {key: fit for key, value in own.items() if (fit := _fitted(key, value, source)) is not None}
     if not heads:
         fits = {key: fit for key, fit in fits.items() if HEADS not in f".{key}"}
     weights = {key: fit.weight for key, fit in fits.items()}
     learns = any(weight.requires_grad for weight in network.parameters())  # unlike a teacher
+    mixed = {}
     if learns and not any(fit.adapted for fit in fits.values()):
-        weights |= {k: w.to(own[k]) + OWN_SHARE * own[k] for k, w in weights.items() if HEADS in f".{k}"}
-    network.load_state_dict({**own, **weights})
-    return len(weights)
+        mixed = {k: w.to(own[k]) + OWN_SHARE * own[k] for k, w in weights.items() if HEADS in f".{k}"}
+    network.load_state_dict({**own, **weights, **mixed})
+    if not weights:
+        return ""
+    said = f"{len(weights)} tensors"
+    return said + f", with {OWN_SHARE:.0%} of its own in its segmentation layers" * bool(mixed)
 
 
 class _Fit(NamedTuple):

@@ -76,6 +76,7 @@ def test_a_second_network_adds_a_tenth_of_its_own_segmentation_layers(place: Pla
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
     first = trainer.method.second.decoder.seg_layers[0].weight
     assert not torch.equal(first, weights["decoder.seg_layers.0.weight"])
+    assert "tensors, with 10% of its own in its segmentation layers" in Path(trainer.log_file).read_text()
 
 
 def test_a_teacher_starts_as_the_pretrained_network(place: Place, finished: str) -> None:
