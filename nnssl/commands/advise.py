@@ -22,7 +22,7 @@ from os.path import dirname, isdir, isfile, join
 from typing import Any
 from unittest import mock
 
-from nnssl.data.findings import listed
+from nnssl.data.findings import listed, raise_errors
 from nnssl.files import read_json
 
 SUPERVISED = "Supervised"
@@ -173,8 +173,9 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
 
     from nnssl.commands.pseudo_label import classes_of
     from nnssl.config import resolve
+    from nnssl.data.inspection import inspect_plans
     from nnssl.data.raw import plans_in
-    from nnssl.methods import known_methods
+    from nnssl.methods import method_classes
 
     name = str(convert_id_to_dataset_name(dataset_id))
     folder = join(nnUNet_preprocessed, name)
@@ -184,13 +185,15 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
             f"{file} does not exist. Plans here: {plans_in(folder)}; run `nnssl plan-and-preprocess -d "
             f"{dataset_id}` first, or name one with -p."
         )
+    methods = method_classes()
+    raise_errors(inspect_plans(file, {m: found.config_class for m, found in methods.items()}, name))
     plans, dataset_json = PlansManager(file), read_json(join(folder, "dataset.json"))
     available = plans.available_configurations
     chosen = configuration or next((c for c in ("3d_fullres", "2d") if c in available), available[0])
     if chosen not in available:
         raise ValueError(f"-c {chosen}: the plan has {', '.join(available)}.")
     labeled, _, unlabeled = cases_of(dataset_id, chosen, fold, plans_name)
-    general, _ = resolve(plans.plans.get("nnssl", {}), None, None, known_methods(), file)
+    general, _ = resolve(plans.plans.get("nnssl", {}), None, None, set(methods), file)
     return Facts(
         name,
         chosen,
@@ -208,11 +211,12 @@ def cases_of(
     dataset_id: int, configuration: str, fold: str, plans_name: str
 ) -> tuple[list[str], list[str], list[str]]:
     """Labeled, validation and unlabeled cases that a training of the fold has. ValueError for a fold that is
-    not there."""
+    not there, or wrong."""
     from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnssl.data.inspection import inspect_split
     from nnssl.data.split import hidden_cases, load_splits, nnunet_split, training_cases
     from nnssl.data.unlabeled import unlabeled_cases
     from nnssl.training.arguments import check_fold
@@ -221,6 +225,8 @@ def cases_of(
     folder = join(nnUNet_preprocessed, name)
     cases, splits_file = training_cases(name), join(folder, "splits_final.json")
     check_fold(fold, splits_file)
+    if fold != "all":
+        raise_errors(inspect_split(splits_file, cases, only=int(fold)))
     hidden = hidden_cases(splits_file, fold, cases)
     plans = PlansManager(join(folder, f"{plans_name}.json"))
     dataset_json = read_json(join(folder, "dataset.json"))
@@ -229,10 +235,6 @@ def cases_of(
     if fold == "all":
         return sorted(cases), sorted(cases), unlabeled
     folds = load_splits(splits_file) if isfile(splits_file) else nnunet_split(cases)
-    if int(fold) >= len(folds):
-        raise ValueError(
-            f"fold {fold}: {len(cases)} labeled cases make {len(folds)} folds. Choose one of these."
-        )
     return list(folds[int(fold)]["train"]), list(folds[int(fold)]["val"]), unlabeled
 
 

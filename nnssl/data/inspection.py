@@ -175,8 +175,8 @@ def inspect_plans(
         elif "inherits_from" in configuration:
             if configuration["inherits_from"] not in {*configurations} - {name}:
                 yield _wrong_plan(f"{place}.inherits_from", configuration, "inherits_from")
-        elif not isinstance(configuration.get("data_identifier"), str):
-            yield _wrong_plan(f"{place}.data_identifier", configuration, "data_identifier")
+        else:
+            yield from _complete(place, configuration)
         if isinstance(configuration, dict):
             yield from inspect_sizes(place, configuration, inherited(configurations, name))
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
@@ -230,6 +230,26 @@ PLAN: dict[str, Callable[[Any], bool]] = {
     "foreground_intensity_properties_per_channel": lambda value: isinstance(value, dict),
     "configurations": lambda value: isinstance(value, dict) and len(value) > 0,
 }
+
+# of a configuration that inherits from none; what stands in the others is looked at by `inspect_sizes`
+CONFIGURATION: dict[str, Callable[[Any], bool]] = {
+    "data_identifier": lambda value: isinstance(value, str),
+    "preprocessor_name": lambda value: isinstance(value, str),
+    "normalization_schemes": lambda value: isinstance(value, list),
+    "use_mask_for_norm": lambda value: isinstance(value, list),
+    "architecture": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("batch_size", "patch_size", "spacing"), lambda value: True),
+}
+
+
+def _complete(place: str, configuration: Mapping[str, Any]) -> Iterator[Finding]:
+    # plans before nnU-Net 2.4 say UNet_class_name instead, and are translated
+    wanted = CONFIGURATION.keys() - ({"architecture"} if "UNet_class_name" in configuration else set())
+    if absent := sorted(wanted - configuration.keys()):
+        yield _wrong_plan(f"{place}.{', '.join(absent)}", configuration, "")
+    for key in sorted(wanted & configuration.keys()):
+        if not CONFIGURATION[key](configuration[key]):
+            yield _wrong_plan(f"{place}.{key}", configuration, key)
 
 
 def _wrong_plan(place: str, content: Mapping[str, Any], key: str) -> Finding:

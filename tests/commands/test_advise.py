@@ -300,6 +300,15 @@ def test_dice_of_classes_and_of_regions_of_one_label(
     assert pilot.dice_of(str(tmp_path), dataset) == {"c.nii.gz": {"a": 0.5, "b": 0.25}}
 
 
+def test_a_plan_without_a_patch_is_refused_by_name(place: Place) -> None:
+    file = place.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    del plans["configurations"]["3d_fullres"]["patch_size"]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(ValueError, match=r"configurations\.3d_fullres\.patch_size: absent"):
+        facts_of(777, None, "0", "nnUNetPlans")
+
+
 def test_advice_counts_the_scans_that_a_training_takes_and_writes_no_split(place: Place) -> None:
     splits = place.preprocessed / "splits_final.json"
     splits.unlink(missing_ok=True)
@@ -307,6 +316,10 @@ def test_advice_counts_the_scans_that_a_training_takes_and_writes_no_split(place
     assert not splits.exists()
     with pytest.raises(ValueError, match="fold 9"):
         facts_of(777, None, "9", "nnUNetPlans")
+    splits.write_text('[{"train": [], "val": ["lab_00"]}]')
+    with pytest.raises(ValueError, match="fold 0, key train: empty"):
+        facts_of(777, None, "0", "nnUNetPlans")
+    splits.unlink()
     folder = Path(unlabeled_folder(str(place.preprocessed / "nnUNetPlans_3d_fullres")))
     there = sorted(file.stem for file in folder.glob("*.pkl"))
     assert facts_of(777, None, "0", "nnUNetPlans").unlabeled == len(there) > 0

@@ -810,7 +810,12 @@ def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
         ({"configurations": []}, "error", "key configurations: is []"),
         ({"configurations": {"2d": None}}, "error", "key configurations.2d: is None"),
         ({"configurations": {"2d": {"inherits_from": "2d"}}}, "error", "configurations.2d.inherits_from: is"),
-        ({"configurations": {"2d": {}}}, "error", "configurations.2d.data_identifier: absent"),
+        (
+            {"configurations": {"2d": {}}},
+            "error",
+            "configurations.2d.architecture, batch_size, data_identifier, normalization_schemes, patch_size, "
+            "preprocessor_name, spacing, use_mask_for_norm: absent",
+        ),
         ({"transpose_forward": [0, 1]}, "error", "key transpose_forward: is [0, 1]"),
         ({"image_reader_writer": "NoIO"}, "error", "key image_reader_writer: is 'NoIO'"),
         ({"image_reader_writer": 3}, "error", "key image_reader_writer"),
