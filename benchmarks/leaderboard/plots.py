@@ -11,13 +11,14 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from benchmarks.leaderboard.suite import Suite
 from nnssl.files import replacing
 
-PLAIN, BOUND, BASE = "#4878a8", "#9aa0a6", "#e39c37"
+PLAIN, STARTED, BOUND, BASE = "#4878a8", "#5fa68a", "#9aa0a6", "#e39c37"
 NAMES = {
     "supervised": "supervised only",
     "supervised_all": "supervised, all labels",
@@ -59,12 +60,17 @@ def write_pictures(
     return {name: text for name, text in names.items() if shown or name != "overlay"}
 
 
-def colour(method: str) -> str:
-    return BOUND if method.startswith("supervised") else BASE if method == "self_training" else PLAIN
+def colour(suite: Suite, method: str) -> str:
+    if method.lower().startswith("supervised"):
+        return BOUND
+    own = suite.method.get(method, {})
+    if method == "self_training" or own.get("trainer") == "self_training":
+        return BASE
+    return STARTED if suite.started(method) else PLAIN
 
 
 def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Dice of every method, a panel per budget."""
+    """Dice of every method, a panel per budget; apart by colour what starts from another row's network."""
     shown = [b for b in suite.budgets if any(e["budget"] == b for e in table)]
     most = max(len([e for e in table if e["budget"] == b]) for b in shown)
     figure = Figure(figsize=(4.6 * len(shown) + 0.6, 0.32 * most + 1.4), layout="constrained")
@@ -74,7 +80,11 @@ def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
         values = [100 * e["dice"] for e in entries]
         errors = [100 * (e["dice_sd"] or 0) for e in entries]
         axis.barh(
-            range(len(entries)), values, xerr=errors, color=[colour(e["method"]) for e in entries], height=0.7
+            range(len(entries)),
+            values,
+            xerr=errors,
+            color=[colour(suite, e["method"]) for e in entries],
+            height=0.7,
         )
         ends = [value + error for value, error in zip(values, errors, strict=True)]
         for k, (value, end) in enumerate(zip(values, ends, strict=True)):
@@ -88,6 +98,18 @@ def draw_bars(suite: Suite, table: Sequence[Mapping[str, Any]]) -> Figure:
             xlim=(max(0, lowest - 3), max(ends) + 2),
         )
         axis.spines[["top", "right"]].set_visible(False)
+    used = {colour(suite, e["method"]) for e in table}
+    if {PLAIN, STARTED} <= used:
+        kinds = {
+            STARTED: "from a finished network",
+            PLAIN: "from scratch",
+            BASE: "self-training",
+            BOUND: "labels alone",
+        }
+        handles = [Patch(color=c, label=kind) for c, kind in kinds.items() if c in used]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+        )
     return figure
 
 
