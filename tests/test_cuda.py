@@ -64,6 +64,7 @@ def step(cuda: FakeCuda, method: SemiMethod, batch: Any, t: float, dtype: torch.
     """Forward pass and update of one step; what the host waited for."""
     if isinstance(method, FilterMatch):
         method._outside = set()  # what was read after the last choice; the stand-in for values knows no names
+        method._last_step = None  # else the time between the moments of a test would be one of choice
     with cuda:
         method.before_step(t)
         with half_precision(dtype):

@@ -157,7 +157,7 @@ def _inspect_gzip(file: str, strict: bool) -> None:
 
 
 def _inspect_nifti(file: str, strict: bool) -> None:
-    """Bytes as the header says and, where `strict`, finite numbers."""
+    """Bytes as the header says, no imaginary part (readers drop it) and, where `strict`, finite numbers."""
     chunks, head = _chunks(file), b""
     for chunk in chunks:
         head += chunk
@@ -171,13 +171,19 @@ def _inspect_nifti(file: str, strict: bool) -> None:
         return
     start, count, dtype = voxels
     end = start + count * dtype.itemsize
-    look = strict and dtype.kind == "f"
+    is_complex = dtype.kind == "c"
+    look = is_complex or (strict and dtype.kind == "f")
     found, finite, rest = 0, True, b""  # rest: of a number that lies in two chunks
     for chunk in itertools.chain([head], chunks):
         if look:
             rest += chunk[max(0, start - found) : max(0, end - found)]
             numbers = np.frombuffer(rest[: len(rest) // dtype.itemsize * dtype.itemsize], dtype)
-            finite = finite and bool(np.isfinite(numbers).all())
+            finite = finite and not (strict and not np.isfinite(numbers).all())
+            if is_complex and numbers.imag.any():
+                raise SourceError(
+                    f"{file}: complex numbers, whose imaginary part readers drop; expected real ones. Save "
+                    "their magnitude, or remove the case."
+                )
             rest = rest[numbers.nbytes :]
         found += len(chunk)
     if found < start:

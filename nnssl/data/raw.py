@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from os.path import abspath, expandvars, isdir, join
 from typing import Any
@@ -209,9 +208,7 @@ def _read(read: Any, files: Sequence[str], strict: bool) -> Any:
     for file in files:
         inspect_file(file, strict)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part is no rounding
-            return read(files)
+        return read(files)
     except Exception as error:
         guilty = list(files)
         for file in files if len(files) > 1 else []:
@@ -241,8 +238,6 @@ EXPECTED = {  # kinds of content by ending; others are named in the message
 def _reason(error: Exception, files: Sequence[str], read: Any) -> str:
     """Why a reader failed, for the user: what the file is if not what its name says, else the reader's own
     words without its source files and addresses."""
-    if isinstance(error, np.exceptions.ComplexWarning):
-        return "complex numbers, expected real ones such as their magnitude"
     for file in files:
         kind, expected = kind_of(file), next((v for k, v in EXPECTED.items() if file.lower().endswith(k)), ())
         if kind and expected and kind not in expected:

@@ -163,13 +163,6 @@ def test_nan_that_the_reader_turns_into_zero_is_refused_only_where_strict(tmp_pa
         read(tmp_path / "a.nii.gz")
 
 
-def test_complex_numbers_are_refused_instead_of_halved(tmp_path: Path) -> None:
-    file = tmp_path / "a.nii.gz"
-    sitk.WriteImage(sitk.GetImageFromArray(np.full((6, 5, 4), 1 + 2j, np.complex64)), str(file))
-    with pytest.raises(SourceError, match=r"a\.nii\.gz: cannot be read \(complex numbers"):
-        read(file)
-
-
 def test_nan_that_the_reader_hands_on_is_refused_and_its_channel_named(tmp_path: Path) -> None:
     image = np.ones((6, 5, 4), np.float32)
     write_image(tmp_path / "a.mha", image)

@@ -145,6 +145,12 @@ REFUSED_NIFTI: dict[str, tuple[bytes, str, bool, bool]] = {  # reason, whether S
     "scl_slope 10^38": (put(of_type("i2"), 112, "f", 1e38), FINITE, True, True),
     "one voxel NaN": (put(nifti(), START + 40, "f", NAN), FINITE, True, True),
     "one voxel infinite": (put(nifti(), START + 40, "f", INF), FINITE, True, True),
+    "complex64, imaginary part not 0": (
+        of_type("c8")[:-4] + b"\0\0\x80?",
+        "complex numbers, whose",
+        True,
+        True,
+    ),
     "lowest float32 as no data": (put(nifti(), START + 40, "f", -3.4e38), "values of 3.4e+38", True, True),
     "two volumes (4D)": (nifti(np.stack([VOXELS_XYZ] * 2, -1)), "", True, False),
     "sform of zeros": (sform(*[0] * 12), "", False, True),
