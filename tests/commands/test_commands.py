@@ -86,14 +86,14 @@ def plan(shell: Shell) -> None:
     configuration = edited["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
     kwargs = configuration["architecture"]["arch_kwargs"]
-    kwargs["features_per_stage"] = [8, 16, 32, 32, 32, 32][: kwargs["n_stages"]]
+    kwargs["features_per_stage"] = [4, 8, 16, 16, 16, 16][: kwargs["n_stages"]]
     edited["nnssl"] = {
         "num_epochs": 4,
-        "num_iterations_per_epoch": 4,
+        "num_iterations_per_epoch": 2,
         "num_val_iterations_per_epoch": 1,
         "save_every": 1,
         "seed": 0,
-        "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 4096},
+        "DiffCL": {"ddim_steps": 2, "hfm_max_tokens": 1024},
     }
     plans.write_text(json.dumps(edited))
 
@@ -219,6 +219,7 @@ def test_every_system_trains_and_predicts_real_scans(method: str, shell: Shell) 
     assert set(np.unique(sitk.GetArrayFromImage(predicted))) <= {0, 1, 2}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("shell", [on(PHANTOMS)], indirect=True)
 def test_find_best_configuration_accepts_our_trainers(shell: Shell) -> None:
     (shell.preprocessed / "splits_final.json").unlink(missing_ok=True)

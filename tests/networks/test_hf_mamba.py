@@ -287,7 +287,7 @@ def test_what_cannot_take_an_hfm_is_refused() -> None:
         insert_hfm(planned(), PATCH[1:], SPACING, max_tokens=200)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_block_compiles_as_one_graph() -> None:
     hfm, x = HighFrequencyMamba(4, (1, 1)), torch.randn(1, 4, 5, 6, requires_grad=True)
     nn.init.ones_(hfm.gate)

@@ -62,20 +62,23 @@ def test_supervised_losses_equal_stock_nnunet(place: Place) -> None:
         np.testing.assert_allclose(logs[0][key], logs[1][key], atol=1e-6, err_msg=key)
 
 
-def test_the_same_seed_gives_the_same_run(place: Place) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(place: Place) -> None:
     first = losses(run(place.trainer()))
     shutil.rmtree(place.results)
     assert losses(run(place.trainer())) == first
     assert list(first[0])[:3] == ["epoch", "lr", "loss/supervised"] and len(first) == 2
-
-
-def test_another_seed_gives_another_run(place: Place) -> None:
-    first = losses(run(place.trainer()))
     place.plan("Other", **{**SHORT, "seed": 1}, DiffCL=SMALL)
     assert losses(run(place.trainer(plans="Other")))[0]["loss/supervised"] != first[0]["loss/supervised"]
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerDiffCL", "nnUNetTrainerSupervised", "nnUNetTrainerSemi"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnUNetTrainerDiffCL",
+        "nnUNetTrainerSemi",
+        pytest.param("nnUNetTrainerSupervised", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_continued_run_equals_an_uninterrupted_one(place: Place, name: str) -> None:
     weighed = name == "nnUNetTrainerSemi" or None  # its state must survive, too
     place.plan(**{**SHORT, "num_epochs": 4}, DiffCL=SMALL, agreement=weighed)
@@ -144,7 +147,7 @@ def test_the_validation_on_a_cpu_runs_in_the_precision_of_the_training(
     assert found == [(getattr(torch, amp), True)]
 
 
-@pytest.mark.parametrize("config", ["3d_fullres", "2d"])
+@pytest.mark.parametrize("config", ["3d_fullres", pytest.param("2d", marks=pytest.mark.nightly)])
 def test_channels_last_changes_rounding_only_and_lasts_through_a_continuation(
     place: Place, config: str
 ) -> None:

@@ -51,7 +51,7 @@ def test_one_trainer_on_a_planned_dataset(planned: Path, tmp_path: Path) -> None
     assert "1 of 1 finished" in text and text in ended.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_everything(tmp_path: Path) -> None:
     ended = dry_run("--work", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
