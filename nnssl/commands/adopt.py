@@ -233,6 +233,11 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
         content = read_json(join(preprocessed, file)) if file.endswith(".json") else None
         if not (isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()):
             continue
+        if content.get("dataset_name") != basename(preprocessed):
+            raise ValueError(
+                f"{join(preprocessed, file)}, key dataset_name: is {content.get('dataset_name')!r}, "
+                f"whose data would be changed; expected {basename(preprocessed)!r}. Correct or remove it."
+            )
         plans = PlansManager(content)
         for configuration in plans.available_configurations:
             target, _ = labeled_cases(plans, configuration, dataset_json, raw)

@@ -173,7 +173,7 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
 
     from nnssl.commands.pseudo_label import classes_of
     from nnssl.config import resolve
-    from nnssl.data.inspection import inspect_plans
+    from nnssl.data.inspection import inspect_plans, read_dataset_json
     from nnssl.data.raw import plans_in
     from nnssl.methods import method_classes
 
@@ -186,6 +186,9 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
             f"{dataset_id}` first, or name one with -p."
         )
     methods = method_classes()
+    for place in (folder, join(os.environ.get("nnUNet_raw", ""), name)):
+        if isfile(join(place, "dataset.json")):
+            raise_errors(read_dataset_json(join(place, "dataset.json"))[0])
     raise_errors(inspect_plans(file, {m: found.config_class for m, found in methods.items()}, name))
     plans, dataset_json = PlansManager(file), read_json(join(folder, "dataset.json"))
     available = plans.available_configurations
@@ -219,14 +222,15 @@ def cases_of(
     from nnssl.data.inspection import inspect_split
     from nnssl.data.split import hidden_cases, load_splits, nnunet_split, training_cases
     from nnssl.data.unlabeled import unlabeled_cases
-    from nnssl.training.arguments import check_fold
+    from nnssl.training.arguments import check_fold, check_fold_name
 
     name = str(convert_id_to_dataset_name(dataset_id))
     folder = join(nnUNet_preprocessed, name)
     cases, splits_file = training_cases(name), join(folder, "splits_final.json")
-    check_fold(fold, splits_file)
+    check_fold_name(fold)
     if fold != "all":
         raise_errors(inspect_split(splits_file, cases, only=int(fold)))
+    check_fold(fold, splits_file)
     hidden = hidden_cases(splits_file, fold, cases)
     plans = PlansManager(join(folder, f"{plans_name}.json"))
     dataset_json = read_json(join(folder, "dataset.json"))

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folders()
         check_numbers()
         with interruptible():
-            return args.run(args) or 0
+            status: int = args.run(args) or 0
+            sys.stdout.flush()
+            return status
     except (KeyboardInterrupt, Terminated) as stop:
         if traceback:
             raise
@@ -43,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             what = "interrupted" if interrupted else "terminated"
             print(f"nnssl {args.command}: {what}. Rerun to resume.", file=sys.stderr)
         return 130 if interrupted else STATUS
+    except BrokenPipeError:  # nobody reads on, as behind | head
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else the interpreter complains at its end
+        return 141  # as shells count it
     except Exception as error:
         line = told_line(error)
         if traceback or (line is None and args.command == "train"):  # nobody repeats a training for it

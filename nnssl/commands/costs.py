@@ -47,7 +47,11 @@ def step_costs(
         yield Finding(OK, f"-tr {trainer}", "no trainer of ours: what a step costs is not predicted")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_card = predict(found, plans, configuration, dataset_json, "cuda")
+    try:
+        on_card = predict(found, plans, configuration, dataset_json, "cuda")
+    except ValueError as error:  # a key that this method refuses
+        yield Finding(ERROR, f"{configuration}, {trainer}", str(error))
+        return
     here = on_card if device == "cuda" else predict(found, plans, configuration, dataset_json, "cpu")
     known: dict[str, Any] = {"cuda": dataclasses.asdict(on_card), "smallest_card_gb": on_card.smallest_card}
     known |= {"cpu": dataclasses.asdict(here)} if device == "cpu" else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnssl.data.findings import listed
 from nnssl.files import read_json, save_torch, scratch_folder, write_json
 from nnssl.training.checkpoint import read_checkpoint
 from nnssl.training.lookup import dataset_name
@@ -83,6 +85,7 @@ def export_model(
                 continue  # of an export that was killed before its archive was in place
             if _there(place) and not overwrite:
                 raise _exists(place)
+            _refuse_more_than_an_export(place)
             if os.path.lexists(place):  # goes with the temporary folder
                 os.rename(place, join(temporary, f"old-{os.path.basename(place)}"))
             os.rename(written, place)
@@ -98,6 +101,16 @@ def _exists(place: str) -> FileExistsError:
     return FileExistsError(
         f"{place} already exists: choose another folder with -o, or replace it with --overwrite"
     )
+
+
+def _refuse_more_than_an_export(place: str) -> None:
+    """A training of stock nnU-Net has the same folder: its checkpoints and validation are not ours to go."""
+    files = {os.path.relpath(join(root, file), place) for root, _, names in os.walk(place) for file in names}
+    ours = re.compile(r"(plans|dataset|dataset_fingerprint)\.json|fold_[^/\\]+[/\\]" + re.escape(FINAL))
+    if more := sorted(file for file in files if not ours.fullmatch(file)):
+        raise FileExistsError(
+            f"{place} is no export alone, it holds {listed(more, 3)}: choose another folder with -o"
+        )
 
 
 def _same(folder: str, other: str) -> bool:

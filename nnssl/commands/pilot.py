@@ -15,10 +15,12 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
 from nnssl.commands.pseudo_label import classes_of
+from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.freshness import digest
 from nnssl.data.parallel import usable_cores
 from nnssl.files import read_json, write_json
@@ -26,6 +28,7 @@ from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
 from nnssl.report.scores import FEWEST
 from nnssl.training.lookup import check_trainer
+from nnssl.training.trainer import SemiTrainer
 
 RESAMPLES, CONFIDENCE = 10_000, 95
 
@@ -56,6 +59,13 @@ def pilot(
         raise ValueError(f"-pretrained_weights {pretrained}: no such file.")
     if trainer:
         check_trainer(trainer)
+        if trainer not in list_trainers(trainers_folder()) and not issubclass(
+            recursive_find_trainer_class_by_name(trainer), SemiTrainer
+        ):
+            raise ValueError(
+                f"-tr {trainer}: its schedule is not the plan's, so all its epochs would run. Name one "
+                f"of `nnssl trainers` (nnUNetTrainer{SUPERVISED} is stock nnU-Net's training)."
+            )
     facts = facts_of(dataset_id, configuration, fold, plans_name)
     chosen = trainer or choose(facts, measured()).trainer
     baseline = f"nnUNetTrainer{SUPERVISED}"

@@ -94,8 +94,13 @@ def _check_values(args: argparse.Namespace) -> None:
         raise ValueError(f"-overwrite_target_spacing {' '.join(map(str, spacing))}: expected mm above 0.")
     if memory is not None and not 0 < memory < math.inf:
         raise ValueError(f"-gpu_memory_target {memory:g}: expected GB above 0.")
-    if name is not None and (not name.strip() or {"/", "\\"} & set(name) or name.endswith(".json")):
-        raise ValueError(f"-overwrite_plans_name {name}: expected a plain name, without folder and .json.")
+    if name is not None and (
+        not name.strip() or {"/", "\\"} & set(name) or name.endswith(".json") or "__" in name
+    ):
+        raise ValueError(
+            f"-overwrite_plans_name {name}: expected a plain name, without folder, .json and the __ that "
+            "parts the names of models."
+        )
     if args.preprocessor_name:
         _find_class(args.preprocessor_name, "-preprocessor_name", "preprocessing")
 
@@ -120,7 +125,11 @@ def _inspect(args: argparse.Namespace, raw: str, preprocessed: str, plans_name: 
     """Print what is odd about a dataset and refuse what is wrong, before anything is written; its
     dataset.json."""
     sections = {name: method.config_class for name, method in method_classes().items()}
-    _report(inspect_files(raw, preprocessed, plans_name, sections, planning=True))
+    findings = inspect_files(raw, preprocessed, plans_name, sections, planning=True)
+    if args.replan:  # what is wrong with the old plan goes with it, all but the section that is kept
+        old = join(preprocessed, plans_name + ".json") + ", key "
+        findings = (f for f in findings if not f.place.startswith(old) or f.place == f"{old}nnssl")
+    _report(findings)
     dataset_json: dict[str, Any] = read_json(join(raw, "dataset.json"))
     if not args.no_pp:
         plans_file = join(preprocessed, plans_name + ".json")

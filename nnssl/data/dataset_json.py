@@ -275,6 +275,15 @@ def _entries(file: str, content: Content) -> Iterator[Finding]:
         ):
             yield Finding(ERROR, here, f"is {entry!r}"[:200], expected)
             continue
+        ending = content.get("file_ending")
+        if isinstance(ending, str) and not label.endswith(ending):
+            yield Finding(
+                ERROR,
+                here,
+                f"the label is {label}, which nnU-Net copies as {case}{ending} and then cannot read",
+                f"a file that ends in {ending} (file_ending)",
+                "Convert it",
+            )
         for path in dict.fromkeys((*images, label)):
             expanded = normpath(expandvars(path))
             # beside the dataset (../Dataset002_Other/...) is what nnU-Net documents, further up is not

@@ -382,8 +382,21 @@ def _overlaps(place: str, fold: Mapping[str, list[str]]) -> Iterator[Finding]:
         )
 
 
+KINDS = (".b2nd", ".pkl", ".npz", ".npy")  # of preprocessed files, today's and older ones
+
+
 def inspect_preprocessed(folder: str) -> Iterator[Finding]:
-    """Files that an older nnU-Net left among the preprocessed cases: nnU-Net reads one kind only."""
+    """Files among the preprocessed cases that are none, or that an older nnU-Net left: nnU-Net reads one kind
+    only."""
+    names = os.listdir(folder) if isdir(folder) else []
+    if strays := sorted(n for n in names if not n.endswith(KINDS) and isfile(join(folder, n))):
+        yield Finding(
+            ERROR,
+            folder,
+            f"{listed(strays)} among the preprocessed cases, by which nnU-Net no longer knows their kind",
+            f"names that end in {', '.join(KINDS)}",
+            "Remove what is no case",
+        )
     if old := [name for name in old_files(folder) if not name.endswith(".pkl")]:
         mixed = any(name.endswith(".b2nd") for name in os.listdir(folder))
         yield Finding(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config
@@ -36,6 +36,10 @@ class Supervised(SemiMethod):
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
         return {"supervised": self.supervised_loss(self.student(batch.labeled), batch.target)}
+
+    def deployed(self, which: str) -> nn.Module:
+        """The student: what other methods deploy on the same plan is none of the baseline's business."""
+        return self.student
 
     def weights(self, t: float) -> dict[str, float]:
         return {"supervised": 1.0}

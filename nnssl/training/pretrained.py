@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.networks.upsampling import as_interpolating
-from nnssl.training.checkpoint import read_checkpoint
 
 OWN_SHARE = 0.1  # of the initial segmentation layers, in a second network of the same architecture
 HEADS = ".seg_layers."  # nnU-Net's name of the layers that depend on the labels
 
 
 def load_pretrained(
-    method: nn.Module, deployed: nn.Module, path: str, dataset_json: Mapping[str, Any], fresh: Sequence[str]
+    method: nn.Module,
+    deployed: nn.Module,
+    checkpoint: Mapping[str, Any],
+    path: str,
+    dataset_json: Mapping[str, Any],
+    fresh: Sequence[str],
 ) -> str:
-    """The weights of the checkpoint into the deployed network, and into other networks of the method as far
-    as names and shapes agree. Returns what was done, in one line.
+    """The weights of the checkpoint, which was read from `path`, into the deployed network, and into other
+    networks of the method as far as names and shapes agree. Returns what was done, in one line.
 
     Unlike in nnU-Net, the deployed network's segmentation layers are taken over, too, where the source was
     trained on the same labels. A second network of the same architecture adds a tenth of its own to them, so
@@ -30,9 +34,8 @@ def load_pretrained(
 
     dataset_json  of the training that starts
     fresh         parts of the names of tensors that no stock network has; left as they are
-    Raises RuntimeError where the networks differ otherwise, or the checkpoint cannot be read.
+    Raises RuntimeError where the networks differ otherwise.
     """
-    checkpoint = read_checkpoint(path, "cpu")
     source: dict[str, Tensor] = checkpoint["network_weights"]
     target = deployed.state_dict()
     labels = checkpoint.get("init_args", {}).get("dataset_json", {}).get("labels")

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -230,9 +230,25 @@ class SemiTrainer(nnUNetTrainer):
         """In the place of nnU-Net's `load_pretrained_weights`, which refuses networks with blocks of ours."""
         if network is not self.network:  # of another trainer in this process
             return load_pretrained_weights(network, path, verbose)
+        checkpoint = read_checkpoint(path, "cpu")
         fresh = self.method.fresh_blocks
-        self.print_to_log_file(load_pretrained(self.method, network, path, self.dataset_json, fresh))
+        said = load_pretrained(self.method, network, checkpoint, path, self.dataset_json, fresh)
+        self.print_to_log_file(said)
+        if line := self._seen_by(checkpoint):
+            self.print_to_log_file(f"WARNING: {path} {line}: its validation is not on unseen cases")
         self.method.pretrained = True
+
+    def _seen_by(self, checkpoint: Mapping[str, Any]) -> str:
+        """Why a network may know labels of this fold's validation cases; empty where nothing says so."""
+        origin = checkpoint.get("init_args", {})
+        dataset = origin.get("plans", {}).get("dataset_name")
+        if self.fold == "all" or dataset != self.plans_manager.dataset_name:
+            return ""
+        if used := checkpoint.get("nnssl", {}).get("cases"):
+            seen = trained_on(used, self._cases_now()["val"])
+            return f"was trained on the labels of {listed(seen)} of key val" if seen else ""
+        fold = origin.get("fold")
+        return f"is of fold {fold} of this dataset, and this is fold {self.fold}" * (fold != self.fold)
 
     def build(self) -> None:
         """Networks, method and optimizer, on the device. Of the data only the names of cases are asked."""
@@ -1021,6 +1037,11 @@ class SemiTrainer(nnUNetTrainer):
                 "banks cannot be resumed. Start from its weights with -pretrained_weights instead"
             )
         state = checkpoint["nnssl"]
+        if (other := checkpoint["trainer_name"]) != type(self).__name__:
+            raise RuntimeError(
+                f"{name} was written by {other}, expected {type(self).__name__}. Resume with -tr {other}, or "
+                "start from its weights with -pretrained_weights"
+            )
         if (used := state.get("cases")) is None:
             self.print_to_log_file(f"{name} does not name its cases: the split is not compared with them")
         else:
@@ -1031,13 +1052,21 @@ class SemiTrainer(nnUNetTrainer):
         self.logger.load_checkpoint(checkpoint["logging"])
         self._best_ema = checkpoint["_best_ema"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
-        self.network.load_state_dict(checkpoint["network_weights"])
-        missing, unexpected = load_method(self.method, self.network, state["method"])
+        remedy = "Resume with the plans file that the run was started with"
+        try:
+            self.network.load_state_dict(checkpoint["network_weights"])
+            missing, unexpected = load_method(self.method, self.network, state["method"])
+        except RuntimeError as error:  # PyTorch's, of many lines
+            first, *others = (line.strip() for line in str(error).splitlines()[1:] or [str(error)])
+            more = f" (and {len(others)} more)" if others else ""
+            raise RuntimeError(
+                f"{name} does not fit this configuration: {first.rstrip('.')}{more}. {remedy}"
+            ) from error
         if missing or unexpected:
             raise RuntimeError(
                 f"the checkpoint of {checkpoint['trainer_name']} (nnssl {state['versions']['nnssl']}) is "
                 f"incompatible with this configuration: missing {missing[:5]}, unexpected {unexpected[:5]}. "
-                "Resume with the plans file that the run was started with"
+                f"{remedy}"
             )
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:

@@ -137,6 +137,20 @@ def test_dry_run_changes_nothing(
     assert tree(tmp_path) == before
 
 
+def test_a_plan_of_another_dataset_is_refused_before_anything_is_changed(
+    preprocessed: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrected(preprocessed, tmp_path / "corrected")
+    plans = read(preprocessed.plans_file)
+    (preprocessed.preprocessed / "Copied.json").write_text(
+        json.dumps({**plans, "dataset_name": "Dataset001_A"})
+    )
+    before = tree(preprocessed.raw), tree(preprocessed.preprocessed)
+    assert adopt(folder) == 1
+    assert "Copied.json, key dataset_name: is 'Dataset001_A'" in capsys.readouterr().err
+    assert (tree(preprocessed.raw), tree(preprocessed.preprocessed)) == before
+
+
 def test_without_a_split_the_old_cases_are_split_as_nnunet_would_have(tiny: Tiny, tmp_path: Path) -> None:
     assert adopt(corrected(tiny, tmp_path / "corrected")) == 0
     old = [f"lab_{i:02d}" for i in range(6)]

@@ -256,6 +256,7 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
         (["-f", "one"], "fold one: expected a number or all"),
         (["-tr", "Semi"], "-tr Semi: no such trainer. Did you mean nnUNetTrainerSemi"),
         (["--share", "2"], "expected more than 0 and at most 1"),
+        (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer: its schedule is not the plan's"),
         (["-tr", "nnUNetTrainerSupervised"], "which is what a pilot compares with"),
         (["-pretrained_weights", "nowhere.pth"], "-pretrained_weights nowhere.pth: no such file"),
     ):
@@ -300,6 +301,15 @@ def test_dice_of_classes_and_of_regions_of_one_label(
     assert pilot.dice_of(str(tmp_path), dataset) == {"c.nii.gz": {"a": 0.5, "b": 0.25}}
 
 
+def test_a_dataset_without_an_ending_is_refused_by_name(place: Place) -> None:
+    file = place.raw / "dataset.json"
+    content = json.loads(file.read_text())
+    del content["file_ending"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="key file_ending"):
+        facts_of(777, None, "0", "nnUNetPlans")
+
+
 def test_a_plan_without_a_patch_is_refused_by_name(place: Place) -> None:
     file = place.preprocessed / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
@@ -316,9 +326,14 @@ def test_advice_counts_the_scans_that_a_training_takes_and_writes_no_split(place
     assert not splits.exists()
     with pytest.raises(ValueError, match="fold 9"):
         facts_of(777, None, "9", "nnUNetPlans")
-    splits.write_text('[{"train": [], "val": ["lab_00"]}]')
-    with pytest.raises(ValueError, match="fold 0, key train: empty"):
-        facts_of(777, None, "0", "nnUNetPlans")
+    for content, said in (
+        ('[{"train": [], "val": ["lab_00"]}]', "fold 0, key train: empty"),
+        ("null", "a list of folds"),
+        ("[]", "a list of folds"),
+    ):
+        splits.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            facts_of(777, None, "0", "nnUNetPlans")
     splits.unlink()
     folder = Path(unlabeled_folder(str(place.preprocessed / "nnUNetPlans_3d_fullres")))
     there = sorted(file.stem for file in folder.glob("*.pkl"))

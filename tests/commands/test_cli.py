@@ -58,6 +58,14 @@ def test_trainers_reads_files_without_importing_them(tmp_path: Path) -> None:
     assert list_trainers(str(tmp_path)) == {"nnUNetTrainerX": "X (paper)."}
 
 
+def test_nobody_who_reads_on_is_no_error() -> None:
+    command = [sys.executable, "-m", "nnssl.commands.cli", "trainers"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == b""
+
+
 def test_path_prints_nothing_but_the_folder_and_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys; from nnssl.commands.cli import main; main(['trainers', '--path']); "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
@@ -168,6 +176,10 @@ def test_planning_from_nothing_then_replanning(
     assert "ignored: -overwrite_target_spacing" in line
     assert stamps(tiny.preprocessed) == before
 
+    del edited["configurations"]["3d_fullres"]["spacing"]
+    tiny.plans_file.write_text(json.dumps(edited))
+    assert preprocess("-c", "3d_fullres") == 1
+    assert "configurations.3d_fullres.spacing: absent" in capsys.readouterr().err
     assert preprocess("-c", "3d_fullres", "--replan", "-overwrite_target_spacing", "3", "1.8", "1.8") == 0
     assert json.loads(Path(f"{tiny.plans_file}.bak").read_text(encoding="utf-8")) == edited
     replanned = json.loads(tiny.plans_file.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from nnssl.commands import environment
 from nnssl.commands.cli import main
 from nnssl.training import cost
 from nnssl.training.console import duration
+from tests.place import SHORT, Place
 
 
 def test_version_is_one_line_with_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +67,19 @@ def test_check_predicts_what_a_step_of_a_trainer_costs(capsys: pytest.CaptureFix
     assert "what a step costs is not predicted" in capsys.readouterr().out
     assert main(["check", "-tr", "nnUNetTrainerSemi"]) == 1
     assert "name the dataset with -d" in capsys.readouterr().err
+
+
+def test_a_key_that_a_method_refuses_is_one_finding_and_the_baseline_goes_by_it(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.plan(**SHORT, deploy="teacher")
+    chosen = ["check", "-d", "777", "-c", "3d_fullres", "-tr"]
+    main([*chosen, "nnUNetTrainerCPS"])
+    found = capsys.readouterr().out
+    assert 'FAIL  3d_fullres, nnUNetTrainerCPS: "deploy": "teacher" is not possible' in found
+    assert "ok    Dataset777_Tiny" in found
+    main([*chosen, "nnUNetTrainerSupervised"])
+    assert "a step is predicted to need" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("place")

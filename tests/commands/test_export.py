@@ -157,6 +157,11 @@ def test_an_earlier_export_is_replaced_on_request_only_and_survives_a_failure(
     (output / MODEL / "fold_0" / "mine.txt").write_text("stale")
     assert export(output, "--overwrite", folds=("0", "3")) == 1  # there is no fold 3
     assert files(output).keys() == {*first, f"{MODEL}/fold_0/mine.txt"}
+    capsys.readouterr()
+    assert export(output, "--overwrite") == 1  # a training of stock nnU-Net would stand in such a folder
+    assert "is no export alone, it holds fold_0/mine.txt" in capsys.readouterr().err
+    assert files(output).keys() == {*first, f"{MODEL}/fold_0/mine.txt"}
+    (output / MODEL / "fold_0" / "mine.txt").unlink()
     with torch.no_grad():
         trainer.network.decoder.seg_layers[0].bias.add_(1.0)
     trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))

@@ -129,9 +129,13 @@ def test_every_error_stands_on_its_own_line() -> None:
         ({"dataset": ["a"]}, "key dataset: holds list"),
         ({"dataset": {"a": {"images": "a.nii.gz", "label": "b.nii.gz"}}}, "key dataset.a: is"),
         ({"dataset": {"a": None}}, "key dataset.a: is None"),
-        ({"dataset": {"../a": {"images": ["a.nii.gz"], "label": "b"}}}, r"the case is named '\.\./a'"),
-        ({"dataset": {"a_seg": {"images": ["a.nii.gz"], "label": "b"}}}, "the case is named a_seg"),
-        ({"dataset": {"a": {"images": ["../../a"], "label": "b"}}}, r"\.\./\.\./a leaves nnUNet_raw"),
+        (
+            {"dataset": {"a": {"images": ["a.mha"], "label": "b.mha"}}},
+            "b.mha, which nnU-Net copies as a.nii.gz",
+        ),
+        ({"dataset": {"../a": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, r"the case is named '\.\./a'"),
+        ({"dataset": {"a_seg": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, "the case is named a_seg"),
+        ({"dataset": {"a": {"images": ["../../a"], "label": "b.nii.gz"}}}, r"\.\./\.\./a leaves nnUNet_raw"),
     ],
 )
 def test_dataset_json_is_refused_with_key_and_expectation(change: dict[str, Any], message: str) -> None:
@@ -153,7 +157,7 @@ def test_absent_keys_of_dataset_json_are_named(key: str) -> None:
         {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]},
         {"labels": {"background": 0, "a": 1, "ignore": 2}},
         {"overwrite_image_reader_writer": "NibabelIOWithReorient", "reference": "x"},
-        {"dataset": {"a": {"images": ["../Dataset001_A/imagesTr/a.nii.gz", "/b"], "label": "c"}}},
+        {"dataset": {"a": {"images": ["../Dataset001_A/imagesTr/a.nii.gz", "/b"], "label": "c.nii.gz"}}},
     ],
 )
 def test_what_nnunet_allows_in_dataset_json_is_allowed(change: dict[str, Any]) -> None:
@@ -958,6 +962,10 @@ def test_few_labeled_cases_need_a_split_or_fold_all(tmp_path: Path) -> None:
 def test_arrays_of_an_older_nnunet_are_set_aside_and_never_mixed(tiny: Tiny) -> None:
     prepare(tiny)
     assert list(inspect_preprocessed(str(tiny.labeled))) == []
+    (tiny.labeled / ".DS_Store").touch()
+    (error,) = lines(inspect_preprocessed(str(tiny.labeled)), "error")
+    assert ".DS_Store among the preprocessed cases" in error
+    (tiny.labeled / ".DS_Store").unlink()
     for case in ("lab_00", "lab_01"):
         arrays = {
             key: blosc2.open(str(tiny.labeled / f"{case}{s}.b2nd"))[:]

@@ -146,6 +146,28 @@ def test_a_network_of_other_widths_is_refused_by_name(place: Place, finished: st
         maybe_load_checkpoint(trainer, False, False, finished)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_weights_that_know_validation_cases_are_named(place: Place, finished: str, stock: bool) -> None:
+    checkpoint = torch.load(finished, weights_only=False)
+    checkpoint["init_args"] = {**checkpoint["init_args"], "fold": 1}
+    cases = {"train": ["lab_00", "lab_05"], "val": [], "unlabeled": []}
+    checkpoint.pop("nnssl", None)
+    if not stock:
+        checkpoint["nnssl"] = {"cases": cases}
+    file = str(place.preprocessed / "weights.pth")
+    torch.save(checkpoint, file)
+    trainer = place.trainer("nnUNetTrainerFixMatch")
+    maybe_load_checkpoint(trainer, False, False, file)
+    log = Path(trainer.log_file).read_text()
+    said = (
+        "is of fold 1 of this dataset, and this is fold 0" if stock else "was trained on the labels of lab_05"
+    )
+    assert f"WARNING: {file} {said}" in log
+    before = len(log)
+    maybe_load_checkpoint(trainer, False, False, finished)
+    assert "WARNING" not in Path(trainer.log_file).read_text()[before:]
+
+
 def test_a_run_knows_that_it_began_with_them_when_it_goes_on(place: Place, finished: str) -> None:
     fresh = place.trainer("nnUNetTrainerSemi")
     fresh.initialize()

@@ -251,8 +251,10 @@ def test_continuing_under_another_configuration_is_refused(place: Place) -> None
     path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
     trainer.save_checkpoint(path)
     place.plan("Wider", **SHORT, DiffCL={**SMALL, "bank_size": 32})
-    with pytest.raises(RuntimeError, match="bank"):
+    with pytest.raises(RuntimeError, match=r"checkpoint_latest\.pth does not fit this configuration: .*bank"):
         place.trainer(plans="Wider").load_checkpoint(path)
+    with pytest.raises(RuntimeError, match="was written by nnUNetTrainerDiffCL, expected nnUNetTrainerCPS"):
+        place.trainer("nnUNetTrainerCPS").load_checkpoint(path)
 
 
 def write_fold(place: Place, **keys: list[int]) -> None:
