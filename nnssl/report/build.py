@@ -294,9 +294,10 @@ class Report:
             f"{m} " + " / ".join(f"{s.values[m][key][name]['dice']:.3f}" for name in s.structures)
             for m in s.models
         )
+        shown_image, absent = _image_of(image, content, truth.shape)
         return case_strip(
-            f"{why}: {key.case} (Dice {dice})",
-            read_image(image, content) if image and os.path.isfile(image) else None,
+            f"{why}: {key.case} (Dice {dice}){absent}",
+            shown_image,
             truth,
             predictions,
             spacing,
@@ -413,6 +414,19 @@ class Report:
                     html.paragraph(f"{model}: no configuration of nnssl, a trainer of nnU-Net's own.")
                 )
         return "".join(parts)
+
+
+def _image_of(
+    file: str | None, dataset_json: dict[str, Any], shape: tuple[int, ...]
+) -> tuple[np.ndarray | None, str]:
+    """First channel of a case that is pictured, and why there is none where its file has changed since."""
+    if not (file and os.path.isfile(file)):
+        return None, ""
+    try:
+        image = read_image(file, dataset_json)
+    except Exception:  # of whatever library reads it
+        return None, f", {file} cannot be read"
+    return (image, "") if image.shape == shape else (None, f", {file} has another grid than the labels")
 
 
 def text_of(value: Any) -> str:

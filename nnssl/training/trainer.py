@@ -230,7 +230,7 @@ class SemiTrainer(nnUNetTrainer):
         """In the place of nnU-Net's `load_pretrained_weights`, which refuses networks with blocks of ours."""
         if network is not self.network:  # of another trainer in this process
             return load_pretrained_weights(network, path, verbose)
-        checkpoint = read_checkpoint(path, "cpu")
+        checkpoint = read_checkpoint(path, "cpu", "-pretrained_weights")
         fresh = self.method.fresh_blocks
         said = load_pretrained(self.method, network, checkpoint, path, self.dataset_json, fresh)
         self.print_to_log_file(said)

@@ -294,6 +294,20 @@ def test_what_is_damaged_is_named_and_the_rest_is_on_the_page(
     assert f"{best} is not read: it is empty" in page.text and "scores" in page.tables
 
 
+def test_images_that_have_changed_since_are_named_and_their_cases_drawn_without(results: Results) -> None:
+    results.finish(results.begin(SEMI), 1)
+    for number, case in enumerate(CASES):
+        image = results.image(case)
+        if number % 2:
+            image.write_bytes(b"no image")
+        else:
+            array = sitk.GetArrayFromImage(sitk.ReadImage(image))
+            sitk.WriteImage(sitk.GetImageFromArray(array[:-1]), image)
+    page = report(results, results.fold(SEMI).parent)
+    assert "cannot be read" in page.text or "has another grid than the labels" in page.text
+    assert "scores" in page.tables
+
+
 def test_accepted_is_a_share_of_what_is_called_so(results: Results) -> None:
     folder = results.begin(SEMI)
     charts = acceptance_charts([Run("Semi", folder)], {"Semi": 0})
