@@ -80,6 +80,8 @@ class SemiMethod(nn.Module):
     agreement          value of the key `agreement` where the plans file leaves it open
     fresh_blocks       parts of the names of the student's tensors that the planned network lacks, so that
                        -pretrained_weights leaves them as they are
+    per_case           buffers with an entry per case: `labeled` or `unlabeled`, and its axis; a continued run
+                       finds them by name, though cases came or went
     meaning            a sentence about every term, and about every diagnostic, for reports
     diagnostics        further detached scalars of the last step, logged as epoch means beside the terms; the
                        same keys in every step
@@ -97,6 +99,7 @@ class SemiMethod(nn.Module):
     num_strong_views: ClassVar[int] = 1
     agreement: ClassVar[bool] = False
     fresh_blocks: ClassVar[tuple[str, ...]] = ()
+    per_case: ClassVar[Mapping[str, tuple[str, int]]] = {}
     meaning: ClassVar[Mapping[str, str]] = {}
 
     student: Any  # a planned network: nn.Module with encoder and decoder
@@ -197,8 +200,8 @@ class TeacherMethod(SemiMethod):
     """Base of the methods with a teacher f_ema: the student's exponential moving average, which may be
     deployed instead of it.
 
-    Its config has `ema_decay` in [0, 1]; 0 makes the teacher a copy. The teacher has no gradient and predicts
-    in eval mode.
+    Its config has `ema_decay` in [0, 1], where 0 makes the teacher a copy, or it overrides `after_step`. The
+    teacher has no gradient and predicts in eval mode.
     """
 
     teacher: Any

@@ -26,7 +26,8 @@ Differs from the paper:
   published form, - mean_i sum_j c_a,ij log c_v,ij on raw dot products and the most certain voxels, is 0 once
   every voxel points at one row, and soon is: "correlation": "rows".
 - L_d beside L_c, as Dice beside cross-entropy in nnU-Net's loss: small structures weigh as much as large.
-- The encoder features of x_s lose channels: planned networks have no dropout layers, V-Net has.
+- The encoder features of x_s may lose channels (`channel_dropout`, off): planned networks have no dropout
+  layers, V-Net has.
 - Sharpened probabilities are targets without gradient: a target should not follow its prediction.
 - The auxiliary interpolates behind a 1x1 convolution: the same function, at the cost of what it replaces.
 - CMA is pre-norm, without dropout, the identity at the start, and behind the deepest stage where the
@@ -107,6 +108,10 @@ class CAMLConfig(Config):
 class CAML(SemiMethod):
     name = "CAML"
     config_class = CAMLConfig
+    per_case: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "bank.rows": ("labeled", 1),
+        "bank.count": ("labeled", 1),
+    }
     meaning: ClassVar[Mapping[str, str]] = {
         "supervised": SUPERVISED,
         "supervised_aux": "The same of the auxiliary network.",

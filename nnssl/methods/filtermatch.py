@@ -52,6 +52,9 @@ class FilterMatch(SemiMethod):
     }
     config: FilterMatchConfig
     num_strong_views = 0
+    per_case: ClassVar[Mapping[str, tuple[str, int]]] = {
+        key: ("unlabeled", 0) for key in ("left", "entropy", "seen")
+    }
 
     left: Tensor
     entropy: Tensor

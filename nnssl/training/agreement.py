@@ -68,6 +68,10 @@ class Agreement:
         """
         if step % EVERY == 0 and any(weights[k] for k in self.unlabeled):
             self.measure(terms, weights, scale)
+        return self.applied(weights)
+
+    def applied(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The weights with c, as last measured, in those of unlabeled terms."""
         return {k: w * self.factor if k in self.unlabeled else w for k, w in weights.items()}
 
     def measure(self, terms: Mapping[str, Tensor], weights: Mapping[str, float], scale: float = 1.0) -> None:

@@ -151,6 +151,29 @@ def load_method(method: nn.Module, deployed: nn.Module, state: dict[str, Any]) -
     return [k for k in missing if k not in left_out], list(unexpected)
 
 
+def by_name(
+    state: Mapping[str, Any],
+    per_case: Mapping[str, tuple[str, int]],
+    before: Mapping[str, Sequence[str]],
+    now: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """The state of a method whose cases were those of `before`, for those of `now`: entries of the same name
+    keep their values, new ones begin with zeros.
+
+    per_case     {key: (kind of cases, axis)}, as `SemiMethod.per_case`
+    before, now  {kind of cases: names in their order}
+    """
+    moved = dict(state)
+    for key, (kind, axis) in per_case.items():
+        places, old = {case: i for i, case in enumerate(before[kind])}, state[key].movedim(axis, 0)
+        new = old.new_zeros(len(now[kind]), *old.shape[1:])
+        for i, case in enumerate(now[kind]):
+            if case in places:
+                new[i] = old[places[case]]
+        moved[key] = new.movedim(0, axis)
+    return moved
+
+
 def _keys_of(method: nn.Module, deployed: nn.Module) -> set[str]:
     """Keys of the method's state that name the deployed network."""
     prefix = next(name for name, module in method.named_children() if module is deployed)

@@ -55,8 +55,11 @@ def load_pretrained(
         for name, network in method.named_children()
         if network is not deployed and (taken := _take_what_fits(network, source, heads))
     }
+    left = sorted(source.keys() - target.keys())
     said = f"pretrained weights: {path}, {len(wanted)} of {len(target)} tensors; segmentation layers "
     said += "taken over (same labels)" if heads else "fresh (other labels)"
+    if left:
+        said += f"; not taken, without a place here: {len(left)} tensors ({left[0]}, ...)"
     return said + "".join(f"; {name}: {taken}" for name, taken in others.items())
 
 

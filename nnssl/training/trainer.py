@@ -58,6 +58,7 @@ from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.boundary import watch
 from nnssl.training.checkpoint import (
     Cases,
+    by_name,
     changed_cases,
     checkpoints_in,
     complete_best,
@@ -289,7 +290,8 @@ class SemiTrainer(nnUNetTrainer):
             [list(network.parameters()) for network in self.method.children()],
         )
         wanted = self.general.agreement
-        if self.method.agreement if wanted is None else wanted:
+        weighed = self.method.agreement if wanted is None else wanted
+        if weighed and self.method_class.needs_unlabeled:  # the baseline goes by the plan of the others
             self.agreement = Agreement(self.method)
 
     def _planned(self) -> Planned:
@@ -814,6 +816,8 @@ class SemiTrainer(nnUNetTrainer):
         # of the epoch's last step: with the next epoch a phase may begin
         last = self.current_epoch + 1 - 1 / self.num_iterations_per_epoch
         weights = self.method.weights(last / self.num_epochs)
+        if self.agreement is not None:
+            weights = self.agreement.applied(weights)
         means["total"] = means.pop("loss")
         # beside the validation loss, which is supervised, too
         shown = "loss/supervised" if weights.get("supervised") else "total"
@@ -1021,8 +1025,14 @@ class SemiTrainer(nnUNetTrainer):
                 },
                 "versions": versions(),
                 "cases": self._used,
+                "order": self._order(),
             },
         }
+
+    def _order(self) -> dict[str, list[str]]:
+        """Names of the cases in the order that the method knows them by."""
+        planned = self.method.planned
+        return {"labeled": list(planned.labeled_cases), "unlabeled": list(planned.unlabeled_cases)}
 
     def load_checkpoint(self, source: dict | str, /) -> None:
         """Put a checkpoint back, initializing first where needed; random states are restored once the loaders
@@ -1055,7 +1065,10 @@ class SemiTrainer(nnUNetTrainer):
         remedy = "Resume with the plans file that the run was started with"
         try:
             self.network.load_state_dict(checkpoint["network_weights"])
-            missing, unexpected = load_method(self.method, self.network, state["method"])
+            of_method = state["method"]
+            if before := state.get("order"):
+                of_method = by_name(of_method, self.method.per_case, before, self._order())
+            missing, unexpected = load_method(self.method, self.network, of_method)
         except RuntimeError as error:  # PyTorch's, of many lines
             first, *others = (line.strip() for line in str(error).splitlines()[1:] or [str(error)])
             more = f" (and {len(others)} more)" if others else ""

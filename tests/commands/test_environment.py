@@ -72,7 +72,7 @@ def test_check_predicts_what_a_step_of_a_trainer_costs(capsys: pytest.CaptureFix
 def test_a_key_that_a_method_refuses_is_one_finding_and_the_baseline_goes_by_it(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place.plan(**SHORT, deploy="teacher")
+    place.plan(**SHORT, deploy="teacher", agreement=True)
     chosen = ["check", "-d", "777", "-c", "3d_fullres", "-tr"]
     main([*chosen, "nnUNetTrainerCPS"])
     found = capsys.readouterr().out

@@ -154,6 +154,7 @@ def test_weights_that_know_validation_cases_are_named(place: Place, finished: st
     checkpoint.pop("nnssl", None)
     if not stock:
         checkpoint["nnssl"] = {"cases": cases}
+    checkpoint["network_weights"]["encoder.hfm.gate"] = torch.ones(4)  # of a Diff-CL
     file = str(place.preprocessed / "weights.pth")
     torch.save(checkpoint, file)
     trainer = place.trainer("nnUNetTrainerFixMatch")
@@ -163,6 +164,7 @@ def test_weights_that_know_validation_cases_are_named(place: Place, finished: st
         "is of fold 1 of this dataset, and this is fold 0" if stock else "was trained on the labels of lab_05"
     )
     assert f"WARNING: {file} {said}" in log
+    assert "not taken, without a place here: 1 tensors (encoder.hfm.gate, ...)" in log
     before = len(log)
     maybe_load_checkpoint(trainer, False, False, finished)
     assert "WARNING" not in Path(trainer.log_file).read_text()[before:]

@@ -282,6 +282,22 @@ def test_cases_that_were_trained_on_are_not_validated_as_unseen(drawn: Place) ->
     assert "does not name its cases" in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
+def test_what_is_kept_for_every_case_is_found_by_its_name(drawn: Place) -> None:
+    write_fold(drawn, train=[0, 1, 2], val=[5], unlabeled=[3, 4])
+    before = drawn.trainer("nnUNetTrainerFilterMatch")
+    before.initialize()
+    gone, kept = (before.method.case_index[f"lab_0{number}"] for number in (3, 4))
+    before.method.left[kept], before.method.seen[gone], before.method.seen[kept] = True, 2, 3
+    path = os.path.join(before.output_folder, "checkpoint_latest.pth")
+    before.save_checkpoint(path)
+    write_fold(drawn, train=[0, 1, 2], val=[5], unlabeled=[4])
+    now = drawn.trainer("nnUNetTrainerFilterMatch")
+    now.load_checkpoint(path)
+    place = now.method.case_index["lab_04"]
+    assert place != kept and now.method.outside() == {"lab_04"}
+    assert now.method.seen[place] == now.method.seen.sum() == 3
+
+
 def test_other_changes_of_a_fold_are_told_by_name(drawn: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fold(drawn, train=[0, 1, 2], val=[5], unlabeled=[3, 4])
     trained(drawn)
