@@ -45,17 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             what = "interrupted" if interrupted else "terminated"
             print(f"nnssl {args.command}: {what}. Rerun to resume.", file=sys.stderr)
         return 130 if interrupted else STATUS
-    except BrokenPipeError:  # nobody reads on, as behind | head
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else the interpreter complains at its end
-        return 141  # as shells count it
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as shells count it
         line = told_line(error)
         if traceback or (line is None and args.command == "train"):  # nobody repeats a training for it
             raise
         print(f"nnssl {args.command}: error: {line or _unforeseen(error)}", file=sys.stderr)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads nowhere any more, as behind `| head`; from then on all of it is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _unforeseen(error: Exception) -> str:
