@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -56,13 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output leads nowhere any more, as behind `| head`; from then on all of it is dropped."""
+    """Whether standard output leads nowhere any more, as behind `| head`; then the rest of it is dropped."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output, poll = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError):  # not on Windows, not in a test
+        return False
+    poll.register(output, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _unforeseen(error: Exception) -> str:
