@@ -144,8 +144,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("shell", [on(PHANTOMS), on(LEFT_ATRIUM)], indirect=True)
 def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
-    """The journey of the README; a run killed with SIGKILL and continued gives the losses of an uninterrupted
-    one to 1e-6."""
+    """The journey of the README with a SIGKILL on the way; at night to export and import, and the losses are
+    those of an uninterrupted run to 1e-6."""
     before = (shell.preprocessed / "nnUNetPlans.json").read_bytes()
     shell("nnssl", "plan-and-preprocess", "-d", shell.id, "-c", "3d_fullres")
     assert (shell.preprocessed / "nnUNetPlans.json").read_bytes() == before
@@ -185,6 +185,8 @@ def test_from_raw_scans_over_a_kill_to_predictions(shell: Shell) -> None:
     predicted = sitk.ReadImage(str(shell.folder / "out" / prediction))
     assert predicted.GetSize() == sitk.ReadImage(str(scan)).GetSize()
 
+    if shell.dataset == PHANTOMS:
+        return  # the rest takes as long again
     archive = str(shell.folder / "model.zip")
     shell("nnUNetv2_export_model_to_zip", *which, "-o", archive)
     shutil.move(model, shell.folder / "uninstalled")

@@ -205,6 +205,7 @@ def test_every_checkpoint_carries_everything_and_the_student_once(place: Place) 
             "config",
             "versions",
             "cases",
+            "order",
         }
         kept = {k.split(".")[0] for k in state["method"]}
         assert {"denoiser", "projector", "bank"} <= kept and "student" not in kept
