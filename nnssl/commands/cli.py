@@ -75,6 +75,17 @@ def _unforeseen(error: Exception) -> str:
     return f"{type(error).__name__}: {text}. This was not foreseen; --traceback shows where it comes from."
 
 
+def _add_folds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-f",
+        type=fold_name,
+        nargs="+",
+        required=True,
+        metavar="FOLD",
+        help="folds; all: the model trained on all cases",
+    )
+
+
 class _Version(argparse.Action):
     """argparse's own would break the line."""
 
@@ -187,14 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     export.add_argument("-c", required=True, metavar="CONFIG", help="configuration")
-    export.add_argument(
-        "-f",
-        type=fold_name,
-        nargs="+",
-        required=True,
-        metavar="FOLD",
-        help="folds; all: the model trained on all cases",
-    )
+    _add_folds(export)
     export.add_argument("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
     export.add_argument(
         "-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)"
@@ -230,14 +234,7 @@ def _add_pseudo_label(commands: argparse._SubParsersAction[argparse.ArgumentPars
     add("-d", type=_dataset_id, required=True, metavar="ID", help="dataset ID or name")
     add("-c", required=True, metavar="CONFIG", help="configuration")
     add("-tr", required=True, metavar="TRAINER", help="trainer, as in nnUNetv2_train -tr")
-    add(
-        "-f",
-        type=fold_name,
-        nargs="+",
-        required=True,
-        metavar="FOLD",
-        help="folds; all: the model trained on all cases",
-    )
+    _add_folds(parser)
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: nnUNetPlans)")
     add(
         "-chk",

@@ -59,7 +59,7 @@ def load_pretrained(
     said = f"pretrained weights: {path}, {len(wanted)} of {len(target)} tensors; segmentation layers "
     said += "taken over (same labels)" if heads else "fresh (other labels)"
     if left:
-        said += f"; not taken, without a place here: {len(left)} tensors ({left[0]}, ...)"
+        said += f"; not taken, without a place here: {len(left)} of its tensors ({left[0]}, ...)"
     return said + "".join(f"; {name}: {taken}" for name, taken in others.items())
 
 

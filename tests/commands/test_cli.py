@@ -316,6 +316,7 @@ def test_scans_taken_out_or_labeled_are_set_aside_by_name(
         ),
         (["--replan", "-gpu_memory_target", "-3"], "-gpu_memory_target -3: expected GB above 0"),
         (["-overwrite_plans_name", "a/b"], "-overwrite_plans_name a/b: expected a plain name"),
+        (["-overwrite_plans_name", "a__b"], "-overwrite_plans_name a__b: expected a plain name"),
         (["-overwrite_plans_name", "Mine.json"], "-overwrite_plans_name Mine.json: expected a plain name"),
         (["-np", "0"], "-np 0: expected 1 or more processes"),
         (["-d", "777", "778"], "no dataset 778 in"),

@@ -164,7 +164,7 @@ def test_weights_that_know_validation_cases_are_named(place: Place, finished: st
         "is of fold 1 of this dataset, and this is fold 0" if stock else "was trained on the labels of lab_05"
     )
     assert f"WARNING: {file} {said}" in log
-    assert "not taken, without a place here: 1 tensors (encoder.hfm.gate, ...)" in log
+    assert "not taken, without a place here: 1 of its tensors (encoder.hfm.gate, ...)" in log
     before = len(log)
     maybe_load_checkpoint(trainer, False, False, finished)
     assert "WARNING" not in Path(trainer.log_file).read_text()[before:]

@@ -134,6 +134,9 @@ def test_killing_runner_and_job_changes_no_number(tmp_path: Path) -> None:
     assert log.count("nnUNetv2_train 900") == 2
     assert log.count("Epoch 0") == 1  # the second start went on
 
+    for file in (*finished.parent.glob("*.json"), *(whole / "results" / "smoke").glob("*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))  # processor time stands in the tables, too
+        file.write_text(json.dumps({**row, **dict.fromkeys(MEASURED - {"commit"}, 1)}), encoding="utf-8")
     report = [sys.executable, "-m", "benchmarks.leaderboard", "report", "smoke", "--results"]
     for folder in (whole, broken):
         subprocess.run([*report, str(folder / "results")], cwd=ROOT, check=True, capture_output=True)
