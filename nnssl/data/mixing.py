@@ -1,5 +1,6 @@
 """Mixing between the samples of a batch, drawn on the device and with static shapes: CutMix (Yun et al., ICCV
-2019), ClassMix (Olsson et al., WACV 2021). Masks are drawn first and applied alike to images and labels."""
+2019), ClassMix (Olsson et al., WACV 2021). Masks are drawn first and applied alike to images and labels.
+Histogram matching (as augmentation: Ma, STACOM 2020) takes only the intensities of another sample."""
 
 from __future__ import annotations
 
@@ -85,3 +86,23 @@ def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> T
     chosen = rank < (present.sum(1, keepdim=True) + 1) // 2
     pasted = (member & chosen.T.reshape(*chosen.T.shape, *[1] * (member.ndim - 2))).any(0)
     return from_previous(pasted)[0].unsqueeze(1)
+
+
+def match_histograms(x: Tensor, reference: Tensor, most: int = 8192) -> Tensor:
+    """x with the intensities of the reference: every voxel takes the value at its own quantile there.
+
+    Equal values stay equal (they share the mean of their ranks), so that a constant background, padding and
+    clipped values remain constant.
+
+    Args:
+        x: (B, C, S).
+        reference: (B, C, S'), each channel that of the same sample.
+        most: voxels, evenly spaced, that quantiles are read off, at most about twice as many.
+    """
+    values, wanted = (v.flatten(2).float() for v in (x, reference))
+    ordered, target = (v[..., :: max(1, v.shape[-1] // most)].sort(-1).values for v in (values, wanted))
+    values = values.contiguous()
+    first, behind = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    quantile = (first + behind).float() / (2 * ordered.shape[-1])  # of the middle of equal values
+    index = (quantile * target.shape[-1]).long().clamp_max(target.shape[-1] - 1)
+    return target.gather(-1, index).view_as(x).to(x.dtype)

@@ -23,13 +23,15 @@ mirrored_pass        p is the mean with F^-1 probabilities(f_ema(F x_w)), F a ra
 paste_share          in that share of the steps x is x_l with a box of R x_s, and R x_s with a box of x_l, and
                      L_sup the weighted form of nnU-Net's loss over the voxels that come from x_l
 adaptive_thresholds  T_k = min(T, running mean of c over the voxels of class k = argmax p) instead of T
+histogram_matching   with that probability x_l goes a part of the way, drawn from [0, 1], to the intensities
+                     of one of the x_w
 agreement            (general key) lambda(t) times the cosine of the mean gradients of both terms, cut at 0
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from nnssl.batch import SemiBatch
 from nnssl.config import Config, NonNegative, Share
-from nnssl.data.mixing import both_ways, cutmix_all, cutmix_mask
+from nnssl.data.mixing import both_ways, cutmix_all, cutmix_mask, match_histograms
 from nnssl.distributed import sum_over_ranks, world_size
 from nnssl.ema import ema_update
 from nnssl.losses.deep_supervision import deep_supervision_loss
@@ -70,6 +72,8 @@ class SemiConfig(Config):
     # share of channels that f's encoder features lose in the unlabeled stream (UniMatch); null: 0.5, and 0 in
     # a run from pretrained weights
     channel_dropout: Share | None = None
+    # probability that a labeled patch takes on the intensities of an unlabeled one (Ma, arXiv 2012.13871)
+    histogram_matching: Share = 0.0
 
     def check(self) -> None:
         """`adaptive_thresholds` only with a `threshold` to lower."""
@@ -114,6 +118,7 @@ class Semi(TeacherMethod):
         self.scale_weights = self.planned.scale_weights if self.config.deep_supervision else (1.0,)
 
     def terms(self, batch: SemiBatch, t: float) -> dict[str, Tensor]:
+        batch = replace(batch, labeled=self.restyled(batch.labeled, batch.weak))
         pseudo = self.pseudo_labels(batch.weak)
         x_u, pseudo = self.move(batch.strong[0], pseudo)
         if self.draw(t) < self.config.paste_share:
@@ -131,6 +136,22 @@ class Semi(TeacherMethod):
             return of_rank
         step = round(t * self.planned.steps)
         return float(torch.rand((), generator=torch.Generator().manual_seed(step)))
+
+    def restyled(self, labeled: Tensor, weak: Tensor) -> Tensor:
+        """x_l, of which some samples come nearer to the intensities of an unlabeled patch; a cascade's
+        segmentation stays."""
+        probability = self.config.histogram_matching
+        if probability == 0:
+            return labeled
+        n, images = len(labeled), labeled.shape[1] - self.planned.previous
+        (drawn, share), other = torch.rand(2, n), torch.randint(len(weak), (n,))  # on the host
+        chosen = (drawn < probability).nonzero()[:, 0]
+        before = labeled[chosen.to(labeled.device), :images]
+        matched = match_histograms(before, weak[other[chosen].to(weak.device), :images])
+        share = share[chosen].view(-1, *[1] * (labeled.ndim - 1)).to(before)
+        restyled = labeled.clone()
+        restyled[chosen.to(labeled.device), :images] = torch.lerp(before, matched, share)
+        return restyled
 
     # pseudo-labels
 

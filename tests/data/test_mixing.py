@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnssl.data.mixing import classmix_mask, cutmix, cutmix_mask
+from nnssl.data.mixing import classmix_mask, cutmix, cutmix_mask, match_histograms
 from nnssl.labels import LabelSpace
 
 CPU = torch.device("cpu")
@@ -121,3 +121,37 @@ def test_the_same_generator_draws_the_same_classes() -> None:
     label = torch.randint(5, (4, 9, 9))
     a, b = (classmix_mask(members(label, 5), torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(a, b)
+
+
+# histograms
+
+
+def test_every_voxel_takes_the_value_at_its_own_quantile() -> None:
+    x, reference = torch.randn(2, 2, 5, 6, 7), torch.rand(2, 2, 5, 6, 7)
+    matched = match_histograms(x, reference)
+    assert torch.equal(matched.flatten(2).sort(-1).values, reference.flatten(2).sort(-1).values)
+    assert torch.equal(matched.flatten(2).argsort(-1), x.flatten(2).argsort(-1))
+    # another size: the reference's quantiles, as NumPy defines them up to a voxel
+    small = match_histograms(x, reference[..., :2, :2, :2])
+    wanted = torch.quantile(reference[0, 1, :2, :2, :2], 0.5, interpolation="nearest")
+    middle = x[0, 1].flatten().argsort()[105]
+    steps = reference[0, 1, :2, :2, :2].flatten().sort().values
+    assert (
+        abs((steps == wanted).nonzero().item() - (steps == small[0, 1].flatten()[middle]).nonzero().item())
+        <= 1
+    )
+
+
+def test_equal_values_stay_equal_and_a_common_background_remains() -> None:
+    x, reference = torch.zeros(1, 1, 100), torch.zeros(1, 1, 100)
+    x[..., 60:], reference[..., 50:] = torch.rand(40) + 1, torch.rand(50) + 5
+    matched = match_histograms(x, reference)
+    assert (matched[..., :60] == 0).all() and (matched[..., 60:] > 5).all()
+
+
+def test_a_large_patch_is_matched_by_some_of_its_voxels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, reference = (torch.randn(1, 1, 48, 48, 48, generator=generator) for _ in range(2))
+    exact = match_histograms(x, reference, most=10**9)
+    assert (match_histograms(x, 3 * reference + 1) - (3 * exact + 1)).abs().mean() < 0.1
+    assert match_histograms(x.bfloat16(), reference).dtype == torch.bfloat16

@@ -131,6 +131,31 @@ def test_nothing_moves_along_axes_that_may_not_be_mirrored() -> None:
         assert any(torch.equal(moved, o.apply(images)) for o in (Orientation(), Orientation(mirrored=(-3,))))
 
 
+def test_labeled_patches_come_nearer_to_the_intensities_of_unlabeled_ones() -> None:
+    m = method(planned={"previous": 1}, histogram_matching=0.5)
+    labeled, weak = torch.rand(200, 3, 4, 4, 4), torch.rand(7, 3, 4, 4, 4) + 10
+    restyled = m.restyled(labeled, weak)
+    assert torch.equal(restyled[:, 2], labeled[:, 2])  # the segmentation of the previous stage
+    changed = (restyled[:, :2] != labeled[:, :2]).flatten(1).any(1)
+    assert 70 < changed.sum() < 130
+    gone = (restyled[changed, :2].mean((1, 2, 3, 4)) - labeled[changed, :2].mean((1, 2, 3, 4))) / 10
+    assert gone.min() < 0.1 and gone.max() > 0.9 and 0.4 < gone.mean() < 0.6
+    assert method().restyled(labeled, weak) is labeled
+
+
+@pytest.mark.parametrize("paste_share", [0.0, 1.0])
+def test_both_streams_see_the_restyled_patches(paste_share: float) -> None:
+    task = Task()
+    m = method(task, paste_share=paste_share, histogram_matching=1.0, **PLAIN)
+    seen: list[torch.Tensor] = []
+    walk = m.walk
+    m.walk = lambda network, images, *rest: seen.append(images) or walk(network, images, *rest)
+    batch = task.batch()
+    batch = replace(batch, unlabeled=replace(batch.unlabeled, weak=batch.weak + 100))
+    m.terms(batch, 0.5)
+    assert seen[0][: len(batch.labeled)].mean() > 5
+
+
 def fixed_pseudo_labels(m: Any, task: Task) -> PseudoLabels:
     labels = m.labels.harden(torch.rand(2, task.channels, *task.patch_size))
     pseudo = PseudoLabels(labels, torch.rand(2, 1, *task.patch_size))
