@@ -25,6 +25,9 @@ from typing import IO, Any
 DAY = 24 * 3600  # seconds
 END_OF_ZIP, END_BYTES = b"PK\x05\x06", 22  # closes a zip file; its last two bytes: length of the comment
 CHECKSUM_BYTES = 40
+LEGACY = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # opens the files of PyTorch before 1.6: a pickled number
+)
 SCRATCH = re.compile(r"\.nnssl-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
 FREE, ALLOW = "Free space there and rerun", "Make it writable, or choose another folder"
 REMEDIES = {
@@ -190,6 +193,9 @@ def torch_damage(path: Path) -> str:
             return _zip_damage(path)
         length = end[END_BYTES - 2 : END_BYTES]
         if not end.startswith(END_OF_ZIP) or length != CHECKSUM_BYTES.to_bytes(2, "little"):
+            stream.seek(0)
+            if stream.read(len(LEGACY)) == LEGACY:
+                return "it is in PyTorch's format from before 1.6: torch.load it once and torch.save it again"
             return "it is truncated or overwritten"
         stream.seek(0)
         content_hash, left = hashlib.blake2b(digest_size=16), size - 2 - CHECKSUM_BYTES

@@ -135,6 +135,12 @@ def _comparable(
         )
         closest = min((_distance(n, facts.labeled) for _, n in nearest), default=0.0)
         near = [(suite, n) for suite, n in nearest if _distance(n, facts.labeled) <= closest + 1e-9]
+    if apart := [suite for suite in suites if all(suite is not other for other, _ in near)]:
+        titles = (
+            f"{suite['title']} ({suite['dimension']}D, {listed([*map(str, _budgets(suite))])} labels)"
+            for suite in apart
+        )
+        open_.append(f"measured, but too far from these data to count: {'; '.join(titles)}")
     classes = sorted({suite["classes"] for suite, _ in near})
     if facts.classes > max(classes, default=0):
         open_.append(

@@ -92,6 +92,11 @@ def test_the_advice_says_where_the_tables_end() -> None:
         found = choose(replace(FACTS, **change), content)  # type: ignore[arg-type]
         assert any(said in line for line in found.open), (change, found.open)
         assert found.method == "Cheap"
+    content["suites"] += tables(row("Lucky", 0.2, 0.1, 0.3), title="Heart", dimension=2)["suites"]
+    assert any(
+        "too far from these data to count: Heart (2D, 4 labels)" in s for s in choose(FACTS, content).open
+    )
+    assert choose(FACTS, content).method == "Cheap"
 
 
 @pytest.mark.parametrize("labeled", [1, 2, 4, 7, 10, 50])

@@ -56,6 +56,8 @@ def test_damage_of_any_length_is_found_wherever_it_is(tmp_path: Path) -> None:
         assert "truncated" in torch_damage(other) or "cannot be read" in torch_damage(other), end
     other.write_bytes(whole + b"\0" * 100)
     assert "truncated or overwritten" in torch_damage(other)
+    torch.save({"a": torch.ones(3)}, other, _use_new_zipfile_serialization=False)
+    assert "from before 1.6" in torch_damage(other)
 
 
 def test_a_checkpoint_without_checksum_loads_and_damage_in_its_parts_is_found(tmp_path: Path) -> None:
