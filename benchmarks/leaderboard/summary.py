@@ -1,9 +1,9 @@
 """`summary`: methods by mean rank over all suites and budgets.
 
 In every suite and budget those methods that have rows in all of them are ranked by their Dice minus that of
-supervised training, paired by case and seed; supervised training itself stands at 0. Ties share the mean of
-their ranks. Rank 1 is the best. Other methods, such as ablations, would shift the ranks where they
-have rows.
+supervised training, paired by case and seed, over the seeds that all of them have there; supervised training
+itself stands at 0. Ties share the mean of their ranks. Rank 1 is the best. Other methods, such as ablations,
+would shift the ranks where they have rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from benchmarks.leaderboard.plots import NAMES
-from benchmarks.leaderboard.report import number, read_rows, summarise
+from benchmarks.leaderboard.report import number, paired, read_rows, steps, summarise
 from benchmarks.leaderboard.suite import Suite, SuiteError
 from nnssl.files import write_text
 
@@ -29,7 +29,8 @@ def columns(suites: Sequence[Suite], results: Path) -> dict[str, list[dict[str, 
     it."""
     found: dict[str, list[dict[str, Any]]] = {}
     for suite in suites:
-        table = summarise(suite, read_rows(suite, results))
+        rows = read_rows(suite, results)
+        table = summarise(suite, rows)
         for budget in suite.budgets:
             entries = [
                 e
@@ -37,19 +38,34 @@ def columns(suites: Sequence[Suite], results: Path) -> dict[str, list[dict[str, 
                 if e["budget"] == budget and e["method"] != "supervised_all"
                 if e["method"] == "supervised" or "dice_minus_supervised" in e
             ]
-            by_method = {e["method"]: e for e in entries}
-            if len(entries) > 1 and "supervised" in by_method:
+            here: dict[str, list[dict[str, Any]]] = {}
+            for row in rows:
+                if row["status"] == "finished" and row["labeled"] == budget:
+                    here.setdefault(row["method"], []).append(row)
+            if len(entries) > 1 and "supervised" in here:
                 for entry in entries:
+                    own = here[entry["method"]]
                     base = suite.continued if suite.started(entry["method"]) else None
-                    entry["cost"] = cost(entry, by_method.get(base or "supervised", {}))
+                    entry["cost"] = cost(own, here.get(base or "supervised", []))
+                    entry["by_seed"] = gains_by_seed(own, here["supervised"])
                 found[f"{suite.name}, {budget} labels"] = entries
     return found
 
 
-def cost(entry: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
-    """Of a step, in steps of a base that ran for as long: start and validation are shared alike."""
-    ours, theirs = (e.get("cpu_seconds_per_step") for e in (entry, base))
-    return ours / theirs if ours and theirs else None
+def gains_by_seed(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """{seed: Dice minus supervised training's} where both have it."""
+    shared = sorted({r["seed"] for r in own} & {r["seed"] for r in base})
+    return dict(zip(shared, paired(own, base).mean(1).tolist(), strict=True)) if shared else {}
+
+
+def cost(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of a step, in steps of a base that ran for as long (start and validation are shared alike), over the
+    seeds that both have: seeds may have run on another processor each."""
+    ours, theirs = (
+        {r["seed"]: r["cpu_seconds"] / steps(r) for r in rows if r.get("cpu_seconds")} for rows in (own, base)
+    )
+    shared = ours.keys() & theirs.keys()
+    return sum(ours[s] for s in shared) / sum(theirs[s] for s in shared) if shared else None
 
 
 def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -57,14 +73,22 @@ def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
     methods: dict[str, dict[str, Any]] = {}
     everywhere = set.intersection(*({e["method"] for e in entries} for entries in by_column.values()))
     for column, entries in by_column.items():
-        gains = {e["method"]: float(e.get("dice_minus_supervised", 0.0)) for e in entries}
+        seeds = set.intersection(*(set(e["by_seed"]) for e in entries if e["method"] in everywhere))
+        gains = {
+            e["method"]: float(
+                np.mean([g for s, g in e["by_seed"].items() if s in seeds or e["method"] not in everywhere])
+            )
+            for e in entries
+            if seeds or e["method"] not in everywhere
+        }
         compared = [m for m in gains if m in everywhere]
         ranks = dict(zip(compared, rankdata([-gains[m] for m in compared]).tolist(), strict=True))
         for entry in entries:
             method = entry["method"]
             own = methods.setdefault(method, {"ranks": {}, "gains": {}, "costs": []})
-            own["gains"][column] = gains[method]
-            if method in everywhere:
+            if method in gains:
+                own["gains"][column] = gains[method]
+            if method in ranks:
                 own["ranks"][column] = ranks[method]
             if "against_supervised" in entry:
                 own.setdefault("verdicts", {})[column] = entry["against_supervised"]
@@ -74,7 +98,7 @@ def ranked(by_column: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
         {
             "method": method,
             "mean_rank": float(np.mean(list(own["ranks"].values()))) if own["ranks"] else None,
-            "mean_gain": float(np.mean(list(own["gains"].values()))),
+            "mean_gain": float(np.mean(list(own["gains"].values()))) if own["gains"] else 0.0,
             "cost": float(np.mean(own["costs"])) if own["costs"] else None,
             **{k: own.get(k, {}) for k in ("ranks", "gains", "verdicts")},
         }
@@ -88,7 +112,8 @@ def markdown(by_column: Mapping[str, Sequence[Any]], table: Sequence[Mapping[str
     lines = ["# All suites and budgets", ""]
     lines += [
         "Ranks by Dice minus supervised training's, paired by case and seed, among the methods with rows in "
-        "all suites and budgets; rank 1 is the best. `in`: suites and budgets with a row. "
+        "all suites and budgets, over the seeds that all of these have there; rank 1 is the best. `in`: "
+        "suites and budgets with a row. "
         "Above and below: the bootstrap interval does not hold 0. Cost: processor time per step, in "
         "supervised steps. Last columns: Dice points above supervised training.",
         "",

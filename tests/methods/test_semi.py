@@ -149,8 +149,14 @@ def test_both_streams_see_the_restyled_patches(paste_share: float) -> None:
     m = method(task, paste_share=paste_share, histogram_matching=1.0, **PLAIN)
     seen: list[torch.Tensor] = []
     walk = m.walk
-    m.walk = lambda network, images, *rest: seen.append(images) or walk(network, images, *rest)
+
+    def watched(network: Any, images: torch.Tensor, *rest: Any) -> Any:
+        seen.append(images)
+        return walk(network, images, *rest)
+
+    m.walk = watched
     batch = task.batch()
+    assert batch.unlabeled is not None
     batch = replace(batch, unlabeled=replace(batch.unlabeled, weak=batch.weak + 100))
     m.terms(batch, 0.5)
     assert seen[0][: len(batch.labeled)].mean() > 5

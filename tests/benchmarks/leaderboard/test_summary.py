@@ -46,6 +46,20 @@ def test_methods_with_fewer_rows_come_last_and_shift_no_ranks(tmp_path: Path) ->
     }
 
 
+def test_ranks_and_gains_stand_on_seeds_that_all_ranked_methods_have(tmp_path: Path) -> None:
+    """A further seed of one method, however lucky, moves neither."""
+    write_rows(tmp_path, suite())
+    before = summary.ranked(summary.columns([suite()], tmp_path))
+    more = dataclasses.replace(suite(), seeds=[0, 1, 99])
+    for row in more.rows():
+        if row.seed == 99 and row.method in ("supervised", "DiffCL"):
+            path = tmp_path / "smoke" / f"{row.name}.json"
+            path.write_text(json.dumps(content(row, 0.5 * (row.method == "DiffCL"))), encoding="utf-8")
+    after = summary.ranked(summary.columns([more], tmp_path))
+    told = ("method", "mean_rank", "mean_gain", "gains", "ranks")
+    assert [[e[key] for key in told] for e in after] == [[e[key] for key in told] for e in before]
+
+
 def test_rows_to_rank_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rows(tmp_path, dataclasses.replace(suite(), methods=["supervised"]))
     with pytest.raises(SuiteError, match="no budget of smoke has a supervised row and another one"):
