@@ -4,6 +4,7 @@ Histogram matching (as augmentation: Ma, STACOM 2020) takes only the intensities
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +89,7 @@ def classmix_mask(member: Tensor, generator: torch.Generator | None = None) -> T
     return from_previous(pasted)[0].unsqueeze(1)
 
 
-def match_histograms(x: Tensor, reference: Tensor, most: int = 8192) -> Tensor:
+def match_histograms(x: Tensor, reference: Tensor, most: int = 16_384) -> Tensor:
     """x with the intensities of the reference: every voxel takes the value at its own quantile there.
 
     Equal values stay equal (they share the mean of their ranks), so that a constant background, padding and
@@ -97,12 +98,21 @@ def match_histograms(x: Tensor, reference: Tensor, most: int = 8192) -> Tensor:
     Args:
         x: (B, C, S).
         reference: (B, C, S'), each channel that of the same sample.
-        most: voxels, evenly spaced, that quantiles are read off, at most about twice as many.
+        most: voxels that quantiles are read off; of larger patches so many, spread over all of it.
     """
-    values, wanted = (v.flatten(2).float() for v in (x, reference))
-    ordered, target = (v[..., :: max(1, v.shape[-1] // most)].sort(-1).values for v in (values, wanted))
-    values = values.contiguous()
+    values, wanted = (v.flatten(2).float().contiguous() for v in (x, reference))
+    ordered, target = (_some(v, most).sort(-1).values for v in (values, wanted))
     first, behind = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
     quantile = (first + behind).float() / (2 * ordered.shape[-1])  # of the middle of equal values
     index = (quantile * target.shape[-1]).long().clamp_max(target.shape[-1] - 1)
     return target.gather(-1, index).view_as(x).to(x.dtype)
+
+
+def _some(values: Tensor, most: int) -> Tensor:
+    """(..., n) -> (..., at most `most`), in steps of the golden section: even ones may fall on one plane
+    of a grid."""
+    n = values.shape[-1]
+    if n <= most:
+        return values
+    place = torch.arange(most, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
+    return values[..., (place * n).long().to(values.device)]

@@ -155,3 +155,6 @@ def test_a_large_patch_is_matched_by_some_of_its_voxels() -> None:
     exact = match_histograms(x, reference, most=10**9)
     assert (match_histograms(x, 3 * reference + 1) - (3 * exact + 1)).abs().mean() < 0.1
     assert match_histograms(x.bfloat16(), reference).dtype == torch.bfloat16
+    planes = torch.arange(64.0).expand(1, 1, 64, 64, 64)  # the same in every line
+    other = match_histograms(planes, planes.transpose(-1, -2) * 2, most=4096)
+    assert (other - 2 * planes).abs().max() <= 4
