@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "side by side": ("Semi", {"paste_share": 0.0}),
     "pasted": ("Semi", {"paste_share": 1.0, "deep_supervision": False}),
     "two passes": ("Semi", {"mirrored_pass": True}),
+    "restyled": ("Semi", {"histogram_matching": 1.0}),
     "unmoved": ("Semi", {"turns": False, "mirrorings": False}),
     "rows": ("CAML", {"correlation": "rows"}),
     "from an estimate": ("DiffCL", {"sampling_start": 0.5, "weight_contrast": 0.0}),

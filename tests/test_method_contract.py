@@ -211,6 +211,7 @@ ROWS = {
         SemiConfig(
             mirrored_pass=True,
             paste_share=0.5,
+            histogram_matching=0.5,
             threshold=0.9,
             adaptive_thresholds=True,
             channel_dropout=0.5,

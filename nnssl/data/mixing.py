@@ -115,4 +115,4 @@ def _some(values: Tensor, most: int) -> Tensor:
     if n <= most:
         return values
     place = torch.arange(most, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
-    return values[..., (place * n).long().to(values.device)]
+    return values[..., (place * n).long().to(values.device, non_blocking=True)]

@@ -143,14 +143,14 @@ class Semi(TeacherMethod):
         probability = self.config.histogram_matching
         if probability == 0:
             return labeled
-        n, images = len(labeled), labeled.shape[1] - self.planned.previous
+        n, images, device = len(labeled), labeled.shape[1] - self.planned.previous, labeled.device
         (drawn, share), other = torch.rand(2, n), torch.randint(len(weak), (n,))  # on the host
         chosen = (drawn < probability).nonzero()[:, 0]
-        before = labeled[chosen.to(labeled.device), :images]
-        matched = match_histograms(before, weak[other[chosen].to(weak.device), :images])
-        share = share[chosen].view(-1, *[1] * (labeled.ndim - 1)).to(before)
+        share = share[chosen].view(-1, *[1] * (labeled.ndim - 1))
+        place, other, share = (x.to(device, non_blocking=True) for x in (chosen, other[chosen], share))
+        before = labeled[place, :images]
         restyled = labeled.clone()
-        restyled[chosen.to(labeled.device), :images] = torch.lerp(before, matched, share)
+        restyled[place, :images] = torch.lerp(before, match_histograms(before, weak[other, :images]), share)
         return restyled
 
     # pseudo-labels
