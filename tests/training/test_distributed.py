@@ -39,7 +39,12 @@ pytestmark = pytest.mark.slow
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-PLAIN: dict[str, Any] = {"channel_dropout": 0.0, "turns": False, "mirrorings": False}  # of Semi
+PLAIN: dict[str, Any] = {  # of Semi
+    "channel_dropout": 0.0,
+    "turns": False,
+    "mirrorings": False,
+    "histogram_matching": 0.0,
+}
 # every trainer without randomness that depends on how the batch is divided
 CONFIG: dict[str, dict[str, Any]] = {
     "SemSim": {"channel_dropout": 0.0},
