@@ -4,7 +4,8 @@ In every suite and budget those methods that have rows in all of them are ranked
 supervised training, paired by case and seed, over the seeds that all of them have there (a column without
 such a seed has no ranks, and `in` counts it out); supervised training itself stands at 0. Ties share the mean
 of their ranks. Rank 1 is the best. Other methods, such as ablations, would shift the ranks where they have
-rows. """
+rows.
+"""
 
 from __future__ import annotations
 
