@@ -80,7 +80,7 @@ class ACTIONConfig(Config):
     own_key: bool = True  # whether z itself is a row of L_g and L_l (ours)
     centered: bool = True  # whether L_g compares embeddings around the mean of its bank (ours)
     crops_per_axis: Few = 2  # cells per axis of the grid of L_l (ours)
-    embedding: Width = 128  # width of s, z and of the representation of L_a (ACTION)
+    embedding: Width = 128  # width of s, z and of the representation of L_a (ours; public code: 512)
     classmix_probability: Share = 0.5  # probability of ClassMix in a sample of x_m (ours; published: always)
     channel_dropout: Share = 0.0  # share of channels that f's encoder features of x_m lose in phase 3 (ours)
     threshold_pseudo: Share = 0.97  # confidence above which a voxel counts towards w of L_u (ACTION)

@@ -13,6 +13,7 @@ lambda(t) Gaussian ramp over the first 40 % of training
 
 Differs from the papers:
 - Dice beside CE, as nnU-Net trains.
+- CE is averaged over the certain voxels; in both papers over all.
 - A ramp, because networks trained from scratch are soon certain of wrong labels.
 - One strong view and no feature perturbation: those are UniMatch's additions to FixMatch.
 """

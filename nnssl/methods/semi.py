@@ -4,7 +4,8 @@ student learns it at every scale, in another orientation, mixed with other patch
     L    = L_sup + lambda(t) L_u
     p    = probabilities(f_ema(x_w))
     w    = c [c >= T],  c = max p
-    L_u  = sum_s a_s (CE + Dice)(f_s(x); y, w) over the voxels that come from unlabeled patches, y = harden p
+    L_u  = sum_s a_s (CE + Dice)(f_s(x); y, w) over the voxels that come from unlabeled patches, y = harden p;
+           a weighted mean: w says which voxels count more, not how much L_u does
 
 f        student, the planned network; deployed
 f_ema    teacher: average of f over the last 1 % of all steps, bias-corrected; eval mode, no gradient; may be

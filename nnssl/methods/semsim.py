@@ -22,8 +22,9 @@ G_j^c       mean feature of class c in a sub-region of labeled image j; of the w
             sub-region lacks c
 
 Differs from the paper:
-- A temperature and a scale s for the cosines, and an r to fit: with the published constants L_intra and
-  L_cross act on hardly any voxel. `diagnostics` log the share that each term acts on.
+- A temperature and a scale s for the cosines, and an r to fit: with the published constants L_cross acts on
+  hardly any voxel, and L_intra refines with the mean of the whole image. `diagnostics` log the share that
+  each term acts on.
 - The objective is twice the published one: f then learns from L_sup at nnU-Net's learning rate.
 - A ramp, because networks trained from scratch are soon certain of wrong labels.
 - SFM takes the three deepest encoder stages, on planned 2D and 3D grids; windows and sub-regions are at least
