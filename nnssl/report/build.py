@@ -19,7 +19,7 @@ from nnssl.data.structures import structures
 from nnssl.files import write_text
 from nnssl.metrics import CONFIDENCE, RESAMPLES
 from nnssl.report import html, pictures
-from nnssl.report.charts import Chart, Dots, Row, draw
+from nnssl.report.charts import PNG_MARK, Chart, Dots, Row, draw
 from nnssl.report.curves import (
     acceptance_charts,
     loss_charts,
@@ -33,21 +33,50 @@ from nnssl.report.pictures import teacher_charts
 from nnssl.report.runs import Run
 from nnssl.report.scores import METRICS, Key, Scores, read_image, read_labels, score_runs, truth_folder
 
-NAME = "report.html"
+NAME, TABLE = "report.html", "report_cases.csv"
+COLUMNS = ("case", "fold", "structure", "trainer")  # the first ones of the table
 WORST, BEST = 2, 1  # cases shown
 
 
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> Path:
-    """report.html, report_cases.csv and report_*.png in `output`; those of an earlier report are replaced."""
+    """report.html, report_cases.csv and report_*.png in `output`; those of an earlier report are replaced.
+
+    ValueError, and nothing is replaced, where a file of that name is none of ours.
+    """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (NAME, TABLE):
+        if os.path.lexists(folder / name) and not is_ours(folder / name):
+            raise foreign(folder / name)
     for old in folder.glob("report_*.png"):
-        old.unlink()
+        if is_ours(old):
+            old.unlink()
     report = Report(runs, folder)
     write_text(report.page(), folder / NAME)
     if report.scores.cases:
-        write_text(cases_csv(report.scores), folder / "report_cases.csv")
+        write_text(cases_csv(report.scores), folder / TABLE)
     return folder / NAME
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an earlier report left this file: by its mark, not by its name."""
+    if path.suffix != ".png":
+        start = path.read_bytes()[:1000] if path.is_file() else b""
+        return html.GENERATOR.encode() in start or start.startswith(",".join(COLUMNS).encode())
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == PNG_MARK["Software"]
+    except (OSError, UnidentifiedImageError):
+        return False
+
+
+def foreign(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is there and was not written by an earlier report: nothing is replaced. Move it away, or choose "
+        "another folder with -o"
+    )
 
 
 class Report:
@@ -83,6 +112,13 @@ class Report:
         }
         made = {name: make() for name, make in sections.items()}
         return html.page(title, lead, {"In short": self.in_short(), **made})  # last: what could not be read
+
+    def free(self, name: str) -> Path:
+        """Where a picture goes; ValueError where somebody else's is."""
+        path = self.folder / name
+        if os.path.lexists(path):
+            raise foreign(path)
+        return path
 
     # what it comes to
 
@@ -148,7 +184,7 @@ class Report:
             )
             for structure in s.structures
         ]
-        draw(charts, self.folder / "report_dice.png")
+        draw(charts, self.free("report_dice.png"))
         return html.table(heads, rows, text, "scores") + html.charts(charts)
 
     def dots(self, model: str, structure: str) -> Row:
@@ -197,7 +233,7 @@ class Report:
             f"A dot per case, the mean with its {CONFIDENCE} % interval; to the right is better.",
             zero=True,
         )
-        draw([chart], self.folder / "report_differences.png")
+        draw([chart], self.free("report_differences.png"))
         return html.table(heads, rows, text, "differences") + html.charts([chart])
 
     def all_cases(self) -> str:
@@ -260,7 +296,7 @@ class Report:
             strip = self.strip(key, why, images.get(key.case))
             parts.append(html.strip(strip))
             safe = re.sub(r"[^\w.-]", "_", key.case)
-            draw_strip(strip, self.folder / f"report_case_{number}_{safe}.png")
+            draw_strip(strip, self.free(f"report_case_{number}_{safe}.png"))
         return "".join(parts)
 
     def images(self) -> dict[str, str]:
@@ -310,7 +346,7 @@ class Report:
 
     def validation(self) -> str:
         charts = [*validation_charts(self.runs, self.styles), *loss_charts(self.runs, self.styles)]
-        draw(charts, self.folder / "report_validation.png")
+        draw(charts, self.free("report_validation.png"))
         if not charts:
             return ""
         text = (
@@ -329,13 +365,13 @@ class Report:
                 *term_charts(self.runs, model, "gradient"),
             ]
             if charts:
-                draw(charts, self.folder / f"report_terms_{re.sub(r'[^A-Za-z0-9]+', '_', model)}.png")
+                draw(charts, self.free(f"report_terms_{re.sub(r'[^A-Za-z0-9]+', '_', model)}.png"))
                 parts.append(f"<h3>{html.escape(model)}</h3>\n" + html.charts(charts))
         return "".join(parts)
 
     def pseudo_labels(self) -> str:
         charts = [*acceptance_charts(self.runs, self.styles), *teacher_charts(self.runs)]
-        draw(charts, self.folder / "report_pseudo_labels.png")
+        draw(charts, self.free("report_pseudo_labels.png"))
         parts = [html.charts(charts)]
         strips = [strip for run in self.runs for strip in pictures.strips(run, self.runs)]
         if strips:
@@ -349,7 +385,7 @@ class Report:
             parts += [html.paragraph(text, "soft"), html.boxes(colors | {"background": pictures.ACCEPTED})]
         for number, strip in enumerate(strips, 1):
             parts.append(html.strip(strip))
-            draw_strip(strip, self.folder / f"report_pseudo_labels_{number}.png")
+            draw_strip(strip, self.free(f"report_pseudo_labels_{number}.png"))
         return "".join(parts)
 
     # figures of the runs
@@ -442,7 +478,7 @@ def cases_csv(scores: Scores) -> str:
     """A row per case, structure and model, in full precision."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["case", "fold", "structure", "trainer", *METRICS])
+    writer.writerow([*COLUMNS, *METRICS])
     for key in scores.cases:
         for structure in scores.structures:
             for model in scores.models:

@@ -20,6 +20,7 @@ from nnssl.files import replacing
 # after Okabe and Ito, dark enough on white; the page has lighter ones for dark screens
 COLORS = ("#0072b2", "#c04f00", "#007a5a", "#a3487c", "#7a6400", "#3b7d9e", "#555555")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2 1 2 1 2", "12 4", "1 2")
+PNG_MARK = {"Software": "nnssl report"}  # by which a later report knows its own pictures
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 38
@@ -244,7 +245,7 @@ def draw(charts: Sequence[Chart | Dots], path: str | os.PathLike[str]) -> None:
         axis.set_title(chart.title, fontsize=10)
         axis.grid(alpha=0.3)
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
+        figure.savefig(partial, dpi=110, metadata=PNG_MARK)
 
 
 def _draw_lines(axis: Any, chart: Chart) -> None:

@@ -11,6 +11,8 @@ from importlib import resources
 from nnssl.report.charts import Chart, Dots, chart_svg, dots_svg, swatch
 from nnssl.report.panels import Strip, data_uri
 
+GENERATOR = '<meta name="generator" content="nnssl report">'
+
 
 @dataclass(frozen=True)
 class Number:
@@ -138,6 +140,7 @@ def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{GENERATOR}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n{lead}<nav>{links}</nav>\n<main>\n{body}</main>\n"

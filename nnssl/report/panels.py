@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from nnssl.data.structures import mask_of
 from nnssl.files import replacing
+from nnssl.report.charts import PNG_MARK
 
 EDGE = 250  # pixels of a panel's longer edge
 MOST = 10  # pixels per voxel at most
@@ -227,4 +228,4 @@ def draw_strip(strip: Strip, path: str | os.PathLike[str]) -> None:
         line[0].set_ylabel(name, fontsize=9)
     figure.suptitle("\n".join(title), fontsize=10)
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=100)
+        figure.savefig(partial, dpi=100, metadata=PNG_MARK)

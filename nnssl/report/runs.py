@@ -178,12 +178,13 @@ def find_runs(
 def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[str] | None) -> list[Run]:
     """The folds of models, or the folds themselves; ValueError naming what is not there, or two datasets."""
     chosen: dict[Path, list[Path]] = {}
+    copies: dict[Path, list[str]] = {}
     for given in folders:
         folder = Path(os.path.abspath(given))
         if folder.name.startswith("fold_") and folder.is_dir():
             chosen.setdefault(folder.parent, []).append(folder)
             continue
-        there = sorted(folder.glob("fold_*")) if folder.is_dir() else []
+        there = sorted(p for p in folder.glob("fold_*") if is_fold(p)) if folder.is_dir() else []
         if not there:
             beside = sorted(p.name for p in folder.parent.glob("*__*__*")) if folder.parent.is_dir() else []
             raise ValueError(
@@ -198,6 +199,8 @@ def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[s
                     "Choose with -f"
                 )
             there = wanted
+        else:
+            copies[folder] = sorted(p.name for p in folder.glob("fold_*") if not is_fold(p))
         chosen.setdefault(folder, []).extend(there)
     names = model_names(list(chosen))
     runs = [Run(names[model], fold) for model, found in chosen.items() for fold in dict.fromkeys(found)]
@@ -206,13 +209,27 @@ def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[s
             raise ValueError(
                 f"{run.folder.parent} has no dataset.json: it is not the output folder of a training"
             )
+    for model, left_out in copies.items():
+        if left_out:
+            run = next(run for run in runs if run.folder.parent == model)
+            run.note(f"{model}: not read, expected fold_0 and so on or fold_all: {', '.join(left_out)}")
     first = runs[0]
     for run in runs:
+        if run.dataset != first.dataset:
+            raise ValueError(
+                f"{run.folder} and {first.folder} are of two datasets, {run.dataset} and {first.dataset}: "
+                "compare trainings on one"
+            )
         if structures(run.dataset_json) != structures(first.dataset_json):
             raise ValueError(
                 f"{run.folder} and {first.folder} have different labels: compare trainings on one dataset"
             )
     return runs
+
+
+def is_fold(path: Path) -> bool:
+    """A copy, as fold_0_backup, counts its cases twice."""
+    return path.is_dir() and re.fullmatch(r"fold_(all|\d+)", path.name) is not None
 
 
 def model_names(folders: Sequence[Path]) -> dict[Path, str]:

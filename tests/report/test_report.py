@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from medpy.metric import binary
+from PIL import Image
 
 from nnssl.commands.cli import main
 from nnssl.metrics import interval
@@ -170,13 +172,25 @@ def test_the_page_stands_alone(results: Results) -> None:
     assert "What the teacher says." in page.text and "Largest gain of Semi over Supervised" in page.text
 
 
-def test_pictures_of_an_earlier_report_go(results: Results) -> None:
-    (results.folder / "out").mkdir()
-    old, other = (results.folder / "out" / name for name in ("report_case_9_old.png", "holiday.png"))
-    old.touch()
-    other.touch()
+def test_pictures_of_an_earlier_report_go_and_no_others(results: Results) -> None:
     two_models(results)
-    assert not old.exists() and other.exists()
+    folder = results.folder / "out"
+    old, other, empty = (folder / name for name in ("report_case_9_old.png", "report_map.png", "report_x.png"))
+    shutil.copy(folder / "report_dice.png", old)
+    Image.new("L", (2, 2)).save(other)
+    empty.touch()
+    report(results, results.fold(SEMI).parent)
+    assert not old.exists() and other.exists() and empty.exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report_cases.csv", "report_dice.png"])
+def test_what_is_not_of_an_earlier_report_stays(results: Results, name: str) -> None:
+    (results.folder / "out").mkdir()
+    (results.folder / "out" / name).write_text("mine")
+    results.finish(results.begin(SEMI), 1)
+    with pytest.raises(ValueError, match=f"{name} is there and was not written by an earlier report"):
+        report(results, results.fold(SEMI).parent)
+    assert (results.folder / "out" / name).read_text() == "mine"
 
 
 def test_a_training_that_still_runs(results: Results) -> None:
@@ -349,3 +363,21 @@ def test_who_rightly_finds_nothing_gains_on_who_invents_a_structure() -> None:
         found = scores.difference("B", "A", "tumor", metric)
         assert found == (gap, gap, gap, 6) and found.verdict(METRICS[metric].higher) == "worse"
     assert scores.difference("A", "A", "tumor", "dice") is None
+
+
+def test_trainings_on_two_datasets_are_refused(results: Results, capsys: pytest.CaptureFixture) -> None:
+    mine = results.begin(SEMI).parent
+    other = mine.parent.parent / "Dataset779_Other" / mine.name
+    shutil.copytree(mine, other)
+    assert main(["report", str(mine), str(other), "-o", str(results.folder / "out")]) == 1
+    assert "of two datasets, Dataset779_Other and Dataset778_Blobs" in capsys.readouterr().err
+
+
+def test_copies_of_a_fold_are_left_out_by_name(results: Results, capsys: pytest.CaptureFixture) -> None:
+    results.finish(results.begin(SEMI), 1)
+    folder = results.fold(SEMI)
+    shutil.copytree(folder, folder.with_name("fold_0_backup"))
+    folder.with_name("fold_0.zip").touch()
+    page = report(results, folder.parent)
+    assert "expected fold_0 and so on or fold_all: fold_0.zip, fold_0_backup" in capsys.readouterr().out
+    assert len(page.tables["resources"]) == 2
