@@ -109,6 +109,13 @@ def pseudo_label(
     state = _State(output, model | ({"previous_stages": stamps[1:]} if stamps[1:] else {}))
     cases = [Case(name, tuple(files), "imagesUn") for name, files in scans.items()]
     todo = [case for case in cases if not state.holds(case)]
+    if own := [case.name for case in todo if state.is_somebody_elses(case.name, dataset_json["file_ending"])]:
+        print(
+            f"Not predicted, and not in {TABLE}: {listed(own)}. {join(output, SEGMENTATIONS)} holds "
+            "segmentations of these scans that this command did not write. Move them away to have the scans "
+            "predicted."
+        )
+        todo = [case for case in todo if case.name not in own]
     if todo:
         predictor = _load(list(stages), list(stages[folder]), checkpoint_name, device)
         problems = _predict_all(todo, predictor, state)
@@ -174,7 +181,7 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]]:
     """Segmentation, confidence in per cent (both on the grid of the image), the reader's properties and the
     row of the table."""
-    sources = [stamp(file) for file in case.sources]
+    sources = [{**stamp(file), "blake2b": digest(file)} for file in case.sources]
     manager, labels = predictor.configuration_manager, predictor.label_manager
     data, properties = _preprocessed(case, predictor, done)
     segmented: list[Any] = []
@@ -366,7 +373,9 @@ class _State:
         if record is None:
             return False
         files = [join(self.folder, file) for file in record["files"]]
-        same_scan = record["sources"] == [stamp(file) for file in case.sources]
+        same_scan = len(record["sources"]) == len(case.sources) and all(
+            map(_is_same, record["sources"], case.sources)
+        )
         if same_scan and all(map(isfile, files)):
             return True
         if not isfile(files[0]) or digest(files[0]) == record["digest"]:
@@ -387,21 +396,32 @@ class _State:
         row: dict[str, Any],
         predictor: PassPredictor,
     ) -> None:
-        """Write the files of a case, then its record."""
+        """Write the record of a case, then its files: without a record a file is somebody else's."""
         ending = predictor.dataset_json["file_ending"]
         writer = predictor.plans_manager.image_reader_writer_class()
-        files = []
-        for part, array in ((SEGMENTATIONS, segmentation), (CONFIDENCE, confidence)):
-            os.makedirs(join(self.folder, part), exist_ok=True)
-            with scratch_folder(join(self.folder, part)) as scratch:  # TIFF comes with a second file
+        files = [f"{part}/{case.name}{ending}" for part in (SEGMENTATIONS, CONFIDENCE)]
+        with contextlib.ExitStack() as stack:
+            made = []
+            for part, array in ((SEGMENTATIONS, segmentation), (CONFIDENCE, confidence)):
+                os.makedirs(join(self.folder, part), exist_ok=True)
+                scratch = stack.enter_context(scratch_folder(join(self.folder, part)))
                 writer.write_seg(array, join(scratch, case.name + ending), properties)
-                for name in sorted(os.listdir(scratch)):
-                    move(join(scratch, name), join(self.folder, part, name))
-            files.append(f"{part}/{case.name}{ending}")
-        record = {"files": files, "digest": digest(join(self.folder, files[0])), **row}
-        self.content["cases"][case.name] = record
-        write_json(self.content, self.file, indent=1)
+                made += [(join(scratch, name), join(self.folder, part, name)) for name in os.listdir(scratch)]
+            if self.is_somebody_elses(case.name, ending):
+                raise SourceError(f"{join(self.folder, files[0])} came to be there meanwhile and is kept")
+            for _, target in made:  # of an earlier scan: left there it would look edited if this ends here
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(target)
+            segmented = digest(join(dirname(made[0][0]), case.name + ending))
+            self.content["cases"][case.name] = {"files": files, "digest": segmented, **row}
+            write_json(self.content, self.file, indent=1)
+            for source, target in sorted(made):  # TIFF comes with a second file
+                move(source, target)
         self.write_table(set(self.content["cases"]))
+
+    def is_somebody_elses(self, case: str, ending: str) -> bool:
+        """Whether there is a segmentation that was not written here."""
+        return case not in self.content["cases"] and os.path.lexists(self.path(SEGMENTATIONS, case, ending))
 
     def write_table(self, cases: set[str]) -> str:
         """``quality.csv`` of these cases, worst first."""
@@ -420,6 +440,15 @@ class _State:
         path = join(self.folder, TABLE)
         write_text(text.getvalue(), path)
         return path
+
+
+def _is_same(stored: Mapping[str, Any], file: str) -> bool:
+    """Whether a scan's file is the one that was predicted; a new time alone does not make it another."""
+    now = stamp(file)
+    if all(stored[key] == value for key, value in now.items()):
+        return True
+    same_size = (stored["file"], stored["bytes"]) == (now["file"], now["bytes"])
+    return same_size and stored.get("blake2b") == digest(file)
 
 
 def _order(record: Mapping[str, Any]) -> tuple[float, float]:

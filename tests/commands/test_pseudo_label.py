@@ -138,15 +138,54 @@ def test_an_interrupted_run_goes_on_and_edited_files_stay(
     assert run(output, "0") == 0 and predicted == [unedited_case]
     assert mine.read_bytes() == content
 
-    # a scan that changes later: its segmentation is redone, unless somebody worked on it
+    # a scan that changes later: its segmentation is redone, unless somebody worked on it; a new time is no change
     predicted.clear()
-    for case in ("scan_01", "scan_00"):
-        os.utime(drawn.raw / "imagesUn" / f"{case}_0000{ENDING}", (1, 1))
+    scans = [drawn.raw / "imagesUn" / f"{case}_0000{ENDING}" for case in ("scan_01", "scan_00")]
+    for scan in scans:
+        os.utime(scan, (1, 1))
+    assert run(output, "0") == 0 and not predicted
+    for scan in scans:
+        sitk.WriteImage(sitk.ReadImage(str(scan)) + 1, str(scan))
     assert run(output, "0") == 1
     assert "was edited, and the scan" in capsys.readouterr().err
     assert mine.read_bytes() == content
     mine.unlink()
     assert run(output, "0") == 0 and sorted(predicted) == ["scan_00", "scan_01"]
+
+
+def test_what_somebody_drew_before_the_scan_was_predicted_stays(
+    drawn: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(drawn)
+    output, predict = tmp_path / "out", pseudo_label._predict
+    segmentations = output / "segmentations"
+
+    def draw(case: str) -> bytes:
+        segmentations.mkdir(exist_ok=True)
+        shutil.copy(drawn.raw / "labelsTr" / f"lab_00{ENDING}", segmentations / f"{case}{ENDING}")
+        return (segmentations / f"{case}{ENDING}").read_bytes()
+
+    def interrupted(case: Any, *rest: Any) -> Any:
+        if case.name == "scan_01":
+            raise KeyboardInterrupt
+        return predict(case, *rest)
+
+    monkeypatch.setattr(pseudo_label, "_predict", interrupted)
+    assert run(output, "0") == 130
+    content = draw("scan_01")
+
+    def meanwhile(case: Any, *rest: Any) -> Any:
+        draw(case.name)
+        return predict(case, *rest)
+
+    monkeypatch.setattr(pseudo_label, "_predict", meanwhile)
+    assert run(output, "0") == 1
+    shown = capsys.readouterr()
+    assert "Not predicted, and not in quality.csv: scan_01." in shown.out
+    assert "came to be there meanwhile and is kept" in shown.err
+    assert [row["case"] for row in table(output)] == ["scan_00"]
+    for case in ("scan_01", "scan_02"):
+        assert (segmentations / f"{case}{ENDING}").read_bytes() == content
 
 
 def test_other_models_and_foreign_folders_are_refused(
