@@ -29,7 +29,7 @@ from nnssl.data.dataset_json import declared_labels
 from nnssl.data.findings import ERROR, WARNING, Finding, listed, raise_errors
 from nnssl.data.freshness import Case, Target, digest
 from nnssl.data.inspection import inspect_split, read_dataset_json, reader_of
-from nnssl.data.labeled import labeled_cases
+from nnssl.data.labeled import labeled_cases, old_files
 from nnssl.data.names import ADOPTION, JOURNAL, inspect_labeled_names, inspect_unlabeled_names
 from nnssl.data.preprocess import bring_up_to_date
 from nnssl.data.raw import num_channels, training_files
@@ -65,7 +65,12 @@ def adopt(
     Nothing is changed where one file is wrong.
     """
     name = str(convert_id_to_dataset_name(dataset_id))
-    raw, preprocessed = join(nnUNet_raw, name), join(nnUNet_preprocessed, name)
+    # absolute, because the journal may be read from another working directory
+    raw, preprocessed = (os.path.abspath(join(folder, name)) for folder in (nnUNet_raw, nnUNet_preprocessed))
+    if isdir(preprocessed) and os.path.samefile(raw, preprocessed):
+        raise ValueError(
+            f"nnUNet_raw and nnUNet_preprocessed are the same folder, {dirname(raw)}. Set them to two."
+        )
     staging = (join(raw, ADOPTION), join(preprocessed, ADOPTION))
     _refuse_while_training(name)
     if isfile(join(staging[0], JOURNAL)):
@@ -149,8 +154,9 @@ def _find(raw: str, dataset_json: dict[str, Any], corrected: str) -> list[Adopte
         findings.append(Finding(ERROR, join(corrected, name), "another file format", ending, remedy))
     raise_errors(findings)
     for adopted in cases:
-        file = join(raw, "labelsTr", adopted.name + ending)
-        taken = [file] if exists(file) and digest(file) != digest(adopted.label) else []
+        labels = Case(adopted.name, (adopted.label,), "imagesUn").sources  # TIFF has a second file
+        places = [(file, join(raw, "labelsTr", basename(file))) for file in labels]
+        taken = [place for file, place in places if exists(place) and digest(place) != digest(file)]
         images = Case(adopted.name, adopted.images, "imagesUn").sources
         taken += [f for f in (join(raw, "imagesTr", basename(image)) for image in images) if lexists(f)]
         if taken:
@@ -229,10 +235,16 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
     if not isfile(join(preprocessed, "dataset.json")):
         return []
     dataset_json = read_json(join(preprocessed, "dataset.json"))
-    for file in sorted(os.listdir(preprocessed)):
-        content = read_json(join(preprocessed, file)) if file.endswith(".json") else None
-        if not (isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()):
-            continue
+    names = [file for file in os.listdir(preprocessed) if file.endswith(".json")]
+    contents = {file: read_json(join(preprocessed, file)) for file in sorted(names)}
+    found_plans = {
+        file: content
+        for file, content in contents.items()
+        if isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()
+    }
+    # a copy of a plan ("nnUNetPlans-old.json") keeps its name inside; the one called so comes first
+    for file in sorted(found_plans, key=lambda file: file != f"{found_plans[file]['plans_name']}.json"):
+        content = found_plans[file]
         if content.get("dataset_name") != basename(preprocessed):
             raise ValueError(
                 f"{join(preprocessed, file)}, key dataset_name: is {content.get('dataset_name')!r}, "
@@ -241,8 +253,14 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
         plans = PlansManager(content)
         for configuration in plans.available_configurations:
             target, _ = labeled_cases(plans, configuration, dataset_json, raw)
-            if isdir(target.folder):
-                found.setdefault(target.folder, target)
+            if not isdir(target.folder):
+                continue
+            if old := old_files(target.folder):
+                raise ValueError(
+                    f"{target.folder}: {listed(old)} of nnU-Net before 2.6, which has another format now and "
+                    "refuses a folder with both. Run nnssl plan-and-preprocess first."
+                )
+            found.setdefault(target.folder, target)
     return list(found.values())
 
 
@@ -354,7 +372,12 @@ def _move(source: str, destination: str) -> None:
         return
     os.makedirs(dirname(destination), exist_ok=True)
     if islink(source):
-        os.replace(source, destination)
+        pointed = os.readlink(source)
+        if not os.path.isabs(pointed):  # relative to where the link is
+            pointed = os.path.relpath(join(dirname(source), pointed), dirname(destination))
+        if not lexists(destination):
+            os.symlink(pointed, destination)
+        os.unlink(source)
         return
     try:
         move(source, destination)

@@ -118,7 +118,8 @@ def _installed(distribution: str) -> bool:
 
 
 def _environment() -> Iterator[Finding]:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    for name in names:
         value = os.environ.get(name)
         if not value:  # a training can do with preprocessed data alone
             level, remedy = (
@@ -129,8 +130,16 @@ def _environment() -> Iterator[Finding]:
         elif not isdir(value):
             remedy = f"mkdir -p '{value}', or correct the variable"
             yield Finding(ERROR, "environment", f"{name}={value} does not exist", remedy=remedy)
+        elif same := [k for k in names[: names.index(name)] if _same_folder(os.environ.get(k), value)]:
+            remedy = "Set them to two folders: the files of a dataset would get mixed up"
+            level = ERROR if name == "nnUNet_preprocessed" else WARNING
+            yield Finding(level, "environment", f"{same[0]} and {name} are both {value}", remedy=remedy)
         else:
             yield Finding(OK, "environment", f"{name}={value}")
+
+
+def _same_folder(one: str | None, other: str) -> bool:
+    return bool(one) and isdir(str(one)) and samefile(str(one), other)
 
 
 def _trainers() -> Iterator[Finding]:

@@ -20,6 +20,7 @@ KEYS = (
     *("regions_class_order", "overwrite_image_reader_writer", "dataset"),
 )
 DETACHED = (".mhd", ".nhdr", ".hdr", ".img")
+NOT_IN_CAPITALS = (".nii.gz", ".nii", ".gipl", ".mha")  # read by SimpleITK, not written
 DESCRIPTIVE = (
     "name",
     "description",
@@ -227,6 +228,15 @@ def _file_ending(file: str, content: Content) -> Iterator[Finding]:
             f"{ending} keeps its voxels in a second file, without which nnU-Net copies label maps",
             expected,
             "Convert the images, e.g. to .mha or .nii.gz",
+        )
+    elif ending != ending.lower() and ending.lower() in NOT_IN_CAPITALS and reader in ("None", "SimpleITKIO"):
+        small = ending.lower()
+        yield Finding(
+            ERROR,
+            place,
+            f"is {ending}: SimpleITK reads such files, but can write no segmentations under this name",
+            small,
+            f"Rename the files and correct the key to {small}",
         )
     elif reader == "None" and ending.lower() not in supported:
         yield Finding(ERROR, place, f"no reader for {ending}", expected, "Convert the images")

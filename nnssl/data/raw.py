@@ -140,6 +140,14 @@ class CheckedPlans(PlansManager):
                         f"{case.channels}. "
                         "Give every case the same channels, or remove it."
                     )
+                if (
+                    len(files) == 1 < len(data)
+                    and len(properties.get("sitk_stuff", {}).get("spacing", ())) > 3
+                ):
+                    raise SourceError(  # SimpleITKIO.write_seg fails, at the end of the training
+                        f"{files[0]}: {len(data)} volumes in one file, for which nnU-Net can write no "
+                        "segmentations. Save every volume in a file of its own: CASE_0000, CASE_0001, ..."
+                    )
                 finite = np.isfinite(data).reshape(len(data), -1).all(axis=1)
                 if not finite.all():
                     per_channel = len(files) == case.channels

@@ -74,8 +74,8 @@ def is_ours(path: Path) -> bool:
 
 def foreign(path: Path) -> ValueError:
     return ValueError(
-        f"{path} is there and was not written by an earlier report: nothing is replaced. Move it away, or choose "
-        "another folder with -o"
+        f"{path} is there and was not written by an earlier report: nothing is replaced. Move it away, "
+        "or choose another folder with -o"
     )
 
 

@@ -223,6 +223,11 @@ def foreign_image(tiny: Tiny, folder: Path) -> None:
         shutil.copy(tiny.raw / "imagesTr" / image, tiny.raw / "imagesTr" / image.replace("lab_01", "scan_00"))
 
 
+def foreign_second_file(tiny: Tiny, folder: Path) -> None:
+    for place, text in ((folder, "{}"), (tiny.raw / "labelsTr", "mine")):
+        (place / "scan_00.json").write_text(text)
+
+
 def another_format(tiny: Tiny, folder: Path) -> None:
     (folder / f"scan_00{ENDING}").rename(folder / "scan_00.nrrd")
 
@@ -247,6 +252,7 @@ def bad_split(tiny: Tiny, folder: Path) -> None:
         (damaged, "truncated"),
         (foreign_label, "exists already, and nothing is overwritten"),
         (foreign_image, f"imagesTr/scan_00_0000{ENDING} exists already, and nothing is overwritten"),
+        (foreign_second_file, "labelsTr/scan_00.json exists already, and nothing is overwritten"),
         (another_format, f"scan_00.nrrd: another file format; expected {ENDING}. Save it as scan_00{ENDING}"),
         (linked_folder, "is a link to"),
         (bad_split, "nobody: no labeled case"),
@@ -394,3 +400,52 @@ def test_links_move_as_links(tiny: Tiny, tmp_path: Path) -> None:
     moved = tiny.raw / "imagesTr" / scan.name
     assert os.readlink(moved) == str(shared) and shared.is_file()
     assert sitk.ReadImage(str(moved)).GetSpacing() == pytest.approx(SPACING)
+
+
+def test_a_link_into_a_folder_beside_it_still_points_there(tiny: Tiny, tmp_path: Path) -> None:
+    scan = tiny.raw / "imagesUn" / f"scan_00_0000{ENDING}"
+    (scan.parent / "patient").mkdir()
+    scan.rename(scan.parent / "patient" / "image.nii.gz")
+    scan.symlink_to("patient/image.nii.gz")
+    assert adopt(corrected(tiny, tmp_path / "corrected", ["scan_00"])) == 0
+    moved = tiny.raw / "imagesTr" / scan.name
+    assert os.readlink(moved) == "../imagesUn/patient/image.nii.gz" and not os.path.lexists(scan)
+    assert sitk.ReadImage(str(moved)).GetSpacing() == pytest.approx(SPACING)
+
+
+def test_a_copy_of_the_plan_beside_it_is_not_what_new_cases_are_preprocessed_by(
+    preprocessed: Tiny, tmp_path: Path
+) -> None:
+    copy = read(preprocessed.plans_file)
+    configuration = copy["configurations"]["3d_fullres"]
+    configuration["spacing"] = [2 * mm for mm in configuration["spacing"]]
+    write_json(copy, preprocessed.preprocessed / "nnUNetPlans-old.json")
+    assert adopt(corrected(preprocessed, tmp_path / "corrected", ["scan_00"])) == 0
+    plans = PlansManager(str(preprocessed.plans_file))
+    target, cases = labeled_cases(plans, "3d_fullres", preprocessed.dataset_json, str(preprocessed.raw))
+    assert not [case.name for case in cases if stale_reason(case, target)]
+
+
+def test_arrays_of_an_older_nnunet_are_refused_before_anything_is_changed(
+    preprocessed: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrected(preprocessed, tmp_path / "corrected", ["scan_00"])
+    (preprocessed.preprocessed / "nnUNetPlans_3d_fullres" / "lab_00.npz").touch()
+    before = tree(tmp_path)
+    assert adopt(folder) == 1
+    assert "lab_00.npz of nnU-Net before 2.6" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_the_journal_is_read_from_any_working_directory(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = corrected(tiny, tmp_path / "corrected", ["scan_00"])
+    monkeypatch.chdir(tiny.raw.parent)
+    with monkeypatch.context() as m:
+        m.setenv("nnUNet_raw", ".")
+        m.setattr(module, "_carry_out", lambda staging: None)
+        assert adopt(folder) == 0
+    monkeypatch.chdir(tmp_path)
+    assert adopt(folder) == 0
+    assert (tiny.raw / "labelsTr" / f"scan_00{ENDING}").is_file()

@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on_and_edited_files_stay(
     assert run(output, "0") == 0 and predicted == [unedited_case]
     assert mine.read_bytes() == content
 
-    # a scan that changes later: its segmentation is redone, unless somebody worked on it; a new time is no change
+    # a scan that changes later, not in its time alone: redone, unless somebody worked on the segmentation
     predicted.clear()
     scans = [drawn.raw / "imagesUn" / f"{case}_0000{ENDING}" for case in ("scan_01", "scan_00")]
     for scan in scans:

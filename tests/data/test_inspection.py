@@ -118,6 +118,11 @@ def test_every_error_stands_on_its_own_line() -> None:
         ({"file_ending": "nii.gz"}, "key file_ending: is 'nii.gz'"),
         ({"file_ending": ".dcm"}, "key file_ending: no reader for .dcm; expected one of"),
         ({"file_ending": None}, "key file_ending: is None"),
+        (
+            {"file_ending": ".NII.GZ"},
+            "key file_ending: is .NII.GZ: SimpleITK reads such files, but",
+        ),
+        ({"file_ending": ".MHA", "overwrite_image_reader_writer": "SimpleITKIO"}, "key file_ending: is .MHA"),
         ({"file_ending": ".npy"}, "key file_ending: no reader for .npy"),
         ({"file_ending": ".jpg"}, "key file_ending: no reader for .jpg"),
         (

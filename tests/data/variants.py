@@ -194,6 +194,8 @@ def nifti_variants() -> Iterator[Variant]:
         yield Variant(name, ITK, ".nii.gz", packed(content), by_itk, itk)
         if name != "sform of zeros":
             yield Variant(name, NIBABEL, ".nii", stored(content), reason or NOT_3D, nibabel)
+    two = packed(nifti(np.stack([VOXELS_XYZ] * 2, -1)))
+    yield Variant("two volumes (4D), two channels", ITK, ".nii.gz", two, "2 volumes in one file", channels=2)
     both = nifti(image_class=nib.Nifti2Image), nifti(image_class=nib.Nifti2Image, order=">")
     for name, content in zip(("NIfTI-2", "NIfTI-2, big endian"), both, strict=True):
         yield Variant(name, ITK, ".nii.gz", packed(content), "NIfTI-2, which SimpleITK does not read", False)

@@ -175,7 +175,7 @@ def test_the_page_stands_alone(results: Results) -> None:
 def test_pictures_of_an_earlier_report_go_and_no_others(results: Results) -> None:
     two_models(results)
     folder = results.folder / "out"
-    old, other, empty = (folder / name for name in ("report_case_9_old.png", "report_map.png", "report_x.png"))
+    old, other, empty = (folder / name for name in ("report_case_9_old.png", "report_map.png", "report_.png"))
     shutil.copy(folder / "report_dice.png", old)
     Image.new("L", (2, 2)).save(other)
     empty.touch()
