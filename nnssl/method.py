@@ -80,6 +80,8 @@ class SemiMethod(nn.Module):
     agreement          value of the key `agreement` where the plans file leaves it open
     fresh_blocks       parts of the names of the student's tensors that the planned network lacks, so that
                        -pretrained_weights leaves them as they are
+    network_keys       keys of the configuration that `adapt_network` reads: with another value the same
+                       weights are another function
     per_case           buffers with an entry per case: `labeled` or `unlabeled`, and its axis; a continued run
                        finds them by name, though cases came or went
     meaning            a sentence about every term, and about every diagnostic, for reports
@@ -99,6 +101,7 @@ class SemiMethod(nn.Module):
     num_strong_views: ClassVar[int] = 1
     agreement: ClassVar[bool] = False
     fresh_blocks: ClassVar[tuple[str, ...]] = ()
+    network_keys: ClassVar[tuple[str, ...]] = ()
     per_case: ClassVar[Mapping[str, tuple[str, int]]] = {}
     meaning: ClassVar[Mapping[str, str]] = {}
 

@@ -145,6 +145,7 @@ class DiffCL(SemiMethod):
     }
     config: DiffCLConfig
     fresh_blocks = (".hfm.",)
+    network_keys = ("hfm_stages", "hfm_max_tokens", "hfm_cutoff", "hfm_state")
 
     @classmethod
     def adapt_network(

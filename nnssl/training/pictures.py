@@ -80,15 +80,32 @@ class Pictures:
         samples = trainer.batch_size + (trainer.general.unlabeled_batch_size or trainer.batch_size)
         self.epochs = moments(trainer.num_epochs, affordable(times, passes, steps, samples))
         self.folder.mkdir(exist_ok=True)
+        content, before = self._scans_file(), self._before()
+        others = any(not np.array_equal(before.get(key, ()), value) for key, value in content.items())
         for old in self.folder.glob("epoch_*.npz"):  # of a run whose end this one does not continue
-            if int(old.stem.removeprefix("epoch_")) >= trainer.current_epoch:
+            if others or int(old.stem.removeprefix("epoch_")) >= trainer.current_epoch:
                 old.unlink()
-        self._write("scans.npz", self._scans_file())
+        self._write("scans.npz", content)
+
+    def _before(self) -> dict[str, np.ndarray]:
+        """scans.npz of the run so far; empty where none is there or it is damaged."""
+        try:
+            with np.load(self.folder / "scans.npz", allow_pickle=False) as content:
+                return dict(content)
+        except Exception:  # damaged files raise nearly anything
+            return {}
+
+    def _names(self, cases: Sequence[str]) -> list[str]:
+        """The scans that a continued run has shown so far, where all of them are still there."""
+        names = [str(name) for name in self._before().get("names", ())]
+        if self.trainer.current_epoch > 0 and names and set(names) <= set(cases):
+            return names
+        return spread(cases, SCANS)
 
     def _unlabeled_views(self) -> dict[str, np.ndarray]:
         """The middle of some scans: {case: (C, patch)}."""
         trainer = self.trainer
-        names = spread(trainer.method.planned.unlabeled_cases, SCANS)
+        names = self._names(trainer.method.planned.unlabeled_cases)
         dataset = UnlabeledDataset(unlabeled_folder(trainer.preprocessed_dataset_folder), names)
         found = {}
         for name in names:

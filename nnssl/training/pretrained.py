@@ -49,6 +49,11 @@ def load_pretrained(
             f"{tuple(target[odd[0]].shape)}; {len(odd)} of {len(wanted)} tensors differ. Give this dataset "
             "the plan of that model first (nnUNetv2_move_plans_between_datasets), and train with it (-p)"
         )
+    if broken := [k for k in wanted if not torch.isfinite(source[k]).all()]:
+        raise RuntimeError(
+            f"{path}: {len(broken)} of {len(wanted)} tensors have values that are not finite ({broken[0]}). "
+            "The training that wrote it failed; take an earlier checkpoint"
+        )
     deployed.load_state_dict({**target, **{k: source[k] for k in wanted}})
     others = {
         name: taken

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -97,6 +99,9 @@ from nnssl.training.tensorboard import TensorBoardLogger
 from nnssl.training.tensorboard import enabled as tensorboard_enabled
 
 CUDA = torch.device("cuda")
+# of a plan's configuration, what prediction does not depend on
+OF_THE_TRAINING = ("batch_size", "batch_dice", "data_identifier", "median_image_size_in_voxels")
+OF_THE_INTENSITIES = ("foreground_intensity_properties_per_channel", "transpose_forward")
 PREDICTED_FROM = 3000  # steps of a run: memory is predicted in the time of about 30 steps of a small network
 
 watch()
@@ -147,8 +152,10 @@ class SemiTrainer(nnUNetTrainer):
         self._resumed: dict | None = None
         self._unlabeled: list[str] = []  # cases, from the start of the loaders on
         self._earlier: list[str] = []  # checkpoints of another training in this folder
+        self._fresh = False  # whether weights changed since the last checkpoint was read or written
         self._used: Cases | None = None  # by the run; in `train` those of all its time
         self._iteration = 0
+        self._skipped: list[set[str]] = []  # the cases of every step that was skipped in this epoch
         self._bar: tqdm | None = None
         self._announced = ""
         self._facts: dict[str, Any] = {}
@@ -330,7 +337,14 @@ class SemiTrainer(nnUNetTrainer):
         )
 
     def _build_loss(self) -> Any:
-        return without_waiting(super()._build_loss())
+        loss = without_waiting(super()._build_loss())
+        if not np.isfinite(getattr(loss, "weight_factors", (0.0,))).all():
+            raise RuntimeError(
+                f"{self.configuration_name} has a network of two stages, for which nnU-Net's weights of deep "
+                "supervision are 0 / 0 and every loss NaN. Give the plan a third stage (architecture, "
+                "arch_kwargs), or switch deep supervision off"
+            )
+        return loss
 
     def _cases(self) -> tuple[list[str], list[str]]:
         """Names of the labeled and unlabeled training cases."""
@@ -544,6 +558,40 @@ class SemiTrainer(nnUNetTrainer):
                 f"WARNING: the cases of fold {self.fold} are others than those of {checkpoint}: {change}"
             )
 
+    def _compare_configuration(self, checkpoint: Mapping[str, Any], name: str) -> None:
+        """Warn of every key that is not what the checkpoint was written with; refuse those that would change
+        the function of its weights."""
+        method = self.method.name
+        then, now = (
+            checkpoint["nnssl"].get("config", {}),
+            {"general": self.general, "method": self.method_config},
+        )
+        changed = []
+        for part, config in now.items():
+            before = then.get(part, {})
+            prefix = "nnssl" if part == "general" else f"nnssl.{method}"
+            for key, value in dataclasses.asdict(config).items():
+                if key in before and before[key] != value:
+                    changed.append(f"{prefix}.{key} {value} (there {before[key]})")
+                    if part == "method" and key in self.method_class.network_keys:
+                        raise RuntimeError(
+                            f"{name} was trained with {prefix}.{key} {before[key]}, the plans file has "
+                            f"{value}: the weights would be another function. Restore the key"
+                        )
+        plans = checkpoint["init_args"]["plans"]
+        if self.configuration_name in plans["configurations"]:
+            before = PlansManager(plans).get_configuration(self.configuration_name).configuration
+            current = self.configuration_manager.configuration
+            changed += [
+                f"{key} {current[key]} (there {value})"
+                for key, value in before.items()
+                if key in current and current[key] != value
+            ]
+        if changed:
+            self.print_to_log_file(
+                f"WARNING: the plans file has changed since {name} was written: {'; '.join(changed)}"
+            )
+
     def _warn_without_neighbour(self, samples: int) -> None:
         """Mixing takes place between the unlabeled samples of a step, of all ranks."""
         keys = ("cutmix_probability", "classmix_probability")
@@ -561,8 +609,17 @@ class SemiTrainer(nnUNetTrainer):
         yield from ((unlabeled_folder(labeled), case) for case in self._unlabeled)
 
     def on_train_start(self) -> None:
+        on_first_rank(self._refuse_other_plan)
+        fingerprint = os.path.join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
+        if not os.path.isfile(fingerprint):
+            raise FileNotFoundError(
+                f"{fingerprint} does not exist: nnU-Net copies it beside the model. Copy the preprocessed "
+                f"dataset whole, or run `{self._preprocess_command()}`"
+            )
         super().on_train_start()
         self._check_classes()
+        if absent := self._without_truth():
+            self.print_to_log_file(f"WARNING: the final validation would fail: {absent}")
         if self.local_rank == 0:
             self._begin_record()
         if self._resumed is None:  # pretrained weights, if any, are in self.network by now
@@ -572,6 +629,46 @@ class SemiTrainer(nnUNetTrainer):
         else:
             restore_rng(self._resumed["rng"], self.local_rank)  # after the loaders drew their first batches
             self._resumed = None
+
+    def _refuse_other_plan(self) -> None:
+        """nnU-Net writes the plan beside the model, for all folds: those trained before would be predicted by
+        a plan that is not theirs."""
+        file = os.path.join(self.output_folder_base, "plans.json")
+        folds = sorted(
+            path.name
+            for path in Path(self.output_folder_base).glob("fold_*")
+            if path != Path(self.output_folder) and checkpoints_in(str(path))
+        )
+        if not folds or not os.path.isfile(file):
+            return
+        then, now = (self._of_the_function(plans) for plans in (read_json(file), self.plans_manager.plans))
+        if changed := [key for key in now if then.get(key) != now[key]]:
+            raise RuntimeError(
+                f"{file} is the plan of {listed(folds)}, too, and this training would write another over it, "
+                f"by which they would be predicted wrongly: {listed(changed)} changed. Restore the plan, "
+                "give this one another plans_name (-p), or move these folds away"
+            )
+
+    def _of_the_function(self, plans: dict) -> dict[str, Any]:
+        """What of a plan a trained network's prediction depends on."""
+        configuration = PlansManager(plans).get_configuration(self.configuration_name).configuration
+        found = {key: value for key, value in configuration.items() if key not in OF_THE_TRAINING}
+        found |= {key: plans.get(key) for key in OF_THE_INTENSITIES}
+        config = dataclasses.asdict(self._configs(plans)[1])
+        return found | {key: config[key] for key in self.method_class.network_keys}
+
+    def _without_truth(self) -> str:
+        """Which labels the final validation compares with are not there; empty where all are."""
+        folder = os.path.join(self.preprocessed_dataset_folder_base, "gt_segmentations")
+        ending = self.dataset_json["file_ending"]
+        cases = self.do_split()[1]
+        absent = [case for case in cases if not os.path.isfile(os.path.join(folder, case + ending))]
+        if not absent:
+            return ""
+        return (
+            f"{folder} lacks the labels of {listed(absent)}. Copy them there from labelsTr, or run "
+            f"`{self._preprocess_command()}`"
+        )
 
     def _begin_record(self) -> None:
         """What `nnssl report` reads, from here on after every epoch."""
@@ -655,7 +752,8 @@ class SemiTrainer(nnUNetTrainer):
         )
 
     def _set_earlier_aside(self) -> None:
-        """All at once, so that --c never finds those of two trainings, and not before it would find ours."""
+        """All at once, so that --c never finds those of two trainings, and not before it would find ours.
+        With them goes a validation of weights that this process has trained on from."""
         before, self._loud = self._loud, True  # nnU-Net saves where its own lines go into the log alone
         for name in self._earlier:
             path = os.path.join(self.output_folder, name)
@@ -663,6 +761,12 @@ class SemiTrainer(nnUNetTrainer):
                 kept = unused_backup(path)
                 os.replace(path, kept)
                 self.print_to_log_file(f"{name} of the earlier training is now {os.path.basename(kept)}")
+        validation = os.path.join(self.output_folder, "validation")
+        if self._fresh and os.path.isdir(validation):
+            kept = unused_backup(validation)
+            os.replace(validation, kept)
+            self.print_to_log_file(f"validation, of other weights, is now {os.path.basename(kept)}")
+        self._fresh = False
         self._earlier, self._loud = [], before
 
     def _say_stopped(self, stop: BaseException, line: str) -> None:
@@ -685,6 +789,7 @@ class SemiTrainer(nnUNetTrainer):
             super().on_train_epoch_start()
         self.method.train()
         self._iteration = self.step.skipped = 0
+        self._skipped = []
         if (line := self.method.announce(self.progress())) != self._announced:
             self.print_to_log_file(line)
             self._announced = line
@@ -773,8 +878,12 @@ class SemiTrainer(nnUNetTrainer):
         if self.method.acceptance is not None:
             for kind, shares in zip(("accepted", "called"), self.method.acceptance, strict=True):
                 logged |= {f"{kind}/{k}": v for k, v in zip(self._class_names(), shares, strict=True)}
+        skipped = self.step.skipped
         if self.step.take(loss, list(logged.values()), resting):
+            self._fresh = True
             self.method.after_step(data, t)
+        if self.step.skipped > skipped:
+            self._skipped.append({*data.labeled_cases, *(data.unlabeled.cases if data.unlabeled else ())})
         self._iteration += 1
         if self._first_steps is not None and (line := self._first_steps.after_step()):
             self.print_to_log_file(line)
@@ -825,8 +934,11 @@ class SemiTrainer(nnUNetTrainer):
         self.history.add(self.current_epoch, self.optimizer.param_groups[0]["lr"], means, weights)
         self.print_to_log_file(self.history.describe(), also_print_to_console=False)
         if self.step.skipped:
+            suspects = sorted(set.intersection(*self._skipped)) if len(self._skipped) > 1 else []
+            shared = f"; in all of them: {listed(suspects)}, look there for NaN" if suspects else ""
             self.print_to_log_file(
                 f"WARNING: {self.step.skipped} steps of this epoch were skipped: their loss was not finite"
+                f"{shared}"
             )
 
     def on_epoch_end(self) -> None:
@@ -858,6 +970,8 @@ class SemiTrainer(nnUNetTrainer):
             try:
                 if (used := self._used) is not None:
                     on_first_rank(lambda: self._refuse_trained_on(used, "this network"))
+                if absent := self._without_truth():
+                    raise FileNotFoundError(f"{absent}; then validate with --val")
                 with precision, damage_named(self._cases_read):
                     super().perform_actual_validation(save_probabilities)
                     if self.method_class.needs_unlabeled:
@@ -1056,6 +1170,7 @@ class SemiTrainer(nnUNetTrainer):
             self.print_to_log_file(f"{name} does not name its cases: the split is not compared with them")
         else:
             on_first_rank(lambda: self._compare_cases(used, name))
+        self._compare_configuration(checkpoint, name)
         self._used = used
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]

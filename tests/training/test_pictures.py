@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from nnssl.commands.cli import main
 from nnssl.methods.semi import SemiConfig
+from nnssl.training import pictures as module
 from nnssl.training.pictures import affordable, moments, spread, view
 from tests.place import SHORT, Place, losses, run
 
@@ -92,3 +94,26 @@ def test_pictures_change_no_loss_and_end_up_in_the_report(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "student and teacher" in page and page.count("epoch 1</th>") == len(scans["names"])
     assert (out / "report_pseudo_labels_1.png").is_file()
+
+
+def test_a_continued_run_shows_the_same_scans(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "affordable", lambda times, *_: times)
+    place.plan(**{**SHORT, "pseudo_label_pictures": 9})
+    trainer = run(place.trainer("nnUNetTrainerSemi"))
+    folder = Path(trainer.output_folder) / "pseudo_labels"
+    before = list(np.load(folder / "scans.npz")["names"])
+    for file in list((place.raw / "imagesUn").glob("scan_00*")):
+        shutil.copy(file, file.with_name(file.name.replace("scan_00", "aaa_00")))
+
+    def go_on(epochs: int) -> list[str]:
+        place.plan(**{**SHORT, "num_epochs": epochs, "pseudo_label_pictures": 9})
+        again = place.trainer("nnUNetTrainerSemi", resume=True)
+        again.load_checkpoint(str(folder.parent / "checkpoint_final.pth"))
+        run(again)
+        return sorted(path.stem for path in folder.glob("epoch_*.npz"))
+
+    assert go_on(3) == ["epoch_00000", "epoch_00001", "epoch_00002"]
+    assert list(np.load(folder / "scans.npz")["names"]) == before and "aaa_00" not in before
+    for file in (place.raw / "imagesUn").glob(f"{before[-1]}*"):
+        file.unlink()
+    assert go_on(4) == ["epoch_00003"]  # others than before

@@ -146,6 +146,14 @@ def test_a_network_of_other_widths_is_refused_by_name(place: Place, finished: st
         maybe_load_checkpoint(trainer, False, False, finished)
 
 
+def test_weights_that_are_not_finite_are_refused(place: Place, finished: str) -> None:
+    checkpoint = torch.load(finished, weights_only=False)
+    next(iter(checkpoint["network_weights"].values())).view(-1)[0] = float("nan")
+    torch.save(checkpoint, finished)
+    with pytest.raises(RuntimeError, match=r"checkpoint_final\.pth: 4 of \d+ tensors have values that are"):
+        maybe_load_checkpoint(place.trainer("nnUNetTrainerFixMatch"), False, False, finished)
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_weights_that_know_validation_cases_are_named(place: Place, finished: str, stock: bool) -> None:
     checkpoint = torch.load(finished, weights_only=False)

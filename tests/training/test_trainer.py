@@ -258,6 +258,92 @@ def test_continuing_under_another_configuration_is_refused(place: Place) -> None
         place.trainer("nnUNetTrainerCPS").load_checkpoint(path)
 
 
+def test_a_changed_plan_is_told_when_a_run_goes_on(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = place.trainer()
+    trainer.initialize()
+    path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    file = place.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    place.plan(**{**SHORT, "num_epochs": 7}, DiffCL={**SMALL, "threshold": 0.5})
+    changed = json.loads(file.read_text())
+    changed["configurations"]["3d_fullres"]["batch_dice"] = "changed"
+    file.write_text(json.dumps(changed))
+    other = place.trainer()
+    other.load_checkpoint(path)
+    said = capsys.readouterr().out
+    assert "nnssl.num_epochs 7 (there 2); nnssl.DiffCL.threshold 0.5 (there 0.95); batch_dice changed" in said
+    file.write_text(json.dumps(plans))
+    same = place.trainer()
+    same.load_checkpoint(path)
+    assert "has changed since" not in capsys.readouterr().out
+    place.plan(**SHORT, DiffCL={**SMALL, "hfm_cutoff": 0.9})
+    with pytest.raises(RuntimeError, match=r"with nnssl\.DiffCL\.hfm_cutoff 0\.25, the plans file has 0\.9"):
+        place.trainer().load_checkpoint(path)
+
+
+def test_the_plan_of_trained_folds_is_not_written_over_by_another(place: Place) -> None:
+    split = place.preprocessed / "splits_final.json"
+    split.write_text(json.dumps(2 * json.loads(split.read_text())))
+    first = run(place.trainer())
+    plans = Path(first.output_folder_base) / "plans.json"
+    before = plans.read_bytes()
+    place.plan(**SHORT, DiffCL={**SMALL, "hfm_cutoff": 0.9})
+    other = place.trainer(fold=1)
+    with pytest.raises(RuntimeError, match=r"plans\.json is the plan of fold_0, too.* hfm_cutoff changed"):
+        other.run_training()
+    assert plans.read_bytes() == before
+    place.plan(**{**SHORT, "num_epochs": 1}, DiffCL=SMALL)  # the same function
+    run(place.trainer(fold=1))
+
+
+@pytest.mark.parametrize("more_epochs", [False, True])
+def test_a_validation_of_earlier_weights_is_set_aside(place: Place, more_epochs: bool) -> None:
+    first = run(place.trainer())
+    validation = Path(first.output_folder) / "validation"
+    validation.mkdir()
+    (validation / "summary.json").write_text("{}")
+    if more_epochs:
+        again = place.trainer(resume=True)
+        again.load_checkpoint(os.path.join(first.output_folder, "checkpoint_final.pth"))
+        run(again)
+        assert (validation / "summary.json").is_file()  # no step was taken
+        place.plan(**{**SHORT, "num_epochs": 3}, DiffCL=SMALL)
+        again = place.trainer(resume=True)
+        again.load_checkpoint(os.path.join(first.output_folder, "checkpoint_final.pth"))
+    else:
+        again = place.trainer()
+    run(again)
+    assert not validation.exists() and (validation.with_name("validation.bak") / "summary.json").is_file()
+    assert "validation, of other weights, is now validation.bak" in Path(again.log_file).read_text("utf-8")
+
+
+def test_what_the_end_of_a_training_needs_is_told_at_its_start(place: Place) -> None:
+    truth = place.preprocessed / "gt_segmentations" / "lab_05.nii.gz"
+    truth.unlink()
+    trainer = run(place.trainer())
+    lacks = "gt_segmentations lacks the labels of lab_05"
+    assert f"{lacks}. Copy them" in Path(trainer.log_file).read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=f"{lacks}.*then validate with --val"):
+        trainer.perform_actual_validation()
+    (place.preprocessed / "dataset_fingerprint.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dataset_fingerprint\.json does not exist: .*`nnssl plan-"):
+        place.trainer().run_training()
+
+
+def test_two_stages_have_no_deep_supervision(place: Place) -> None:
+    file = place.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments["n_stages"] = 2
+    for key in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage"):
+        arguments[key] = arguments[key][:2]
+    arguments["n_conv_per_stage_decoder"] = arguments["n_conv_per_stage_decoder"][:1]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(RuntimeError, match="a network of two stages, for which"):
+        place.trainer("nnUNetTrainerFixMatch").initialize()
+
+
 def write_fold(place: Place, **keys: list[int]) -> None:
     """A split of one fold by the numbers of its cases."""
     fold = {key: [f"lab_{number:02d}" for number in numbers] for key, numbers in keys.items()}
@@ -450,9 +536,15 @@ def test_non_finite_losses_are_skipped_and_counted(place: Place) -> None:
     )
     outputs.append(trainer.train_step(next(trainer.dataloader_train)))
     assert trainer.step.skipped == 1 and trainer.step.skipped_in_a_row == 0
+    other = next(trainer.dataloader_train)
+    other["keys"], other["unlabeled"]["keys"] = ["lab_77", batch["keys"][0]], ["scan_77", "scan_78"]
+    other["data"][1] = float("nan")
+    outputs.append(trainer.train_step(other))
     trainer.on_epoch_start()
     trainer.on_train_epoch_end(outputs)
     assert np.isfinite(trainer.history.rows[-1]["loss/supervised"])
+    said = f"steps of this epoch were skipped: their loss was not finite; in all of them: {batch['keys'][0]}"
+    assert said in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def test_many_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(place: Place) -> None:
