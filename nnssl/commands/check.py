@@ -24,6 +24,7 @@ from nnssl.commands.environment import environment
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.findings import ERROR, OK, WARNING, Finding, errors_of, listed
 from nnssl.data.inspection import (
+    PLAN,
     closed_folders,
     inspect_contents,
     inspect_files,
@@ -263,6 +264,7 @@ def _sound_plans(plans_file: str) -> dict[str, Any] | None:
             c["inherits_from"] in configurations if "inherits_from" in c else "data_identifier" in c
             for c in configurations.values()
         ) and isinstance(plans.get("nnssl", {}), dict)
+        identified = identified and PLAN["label_manager"](plans.get("label_manager"))
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return plans if isinstance(reader, str) and identified else None

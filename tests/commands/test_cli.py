@@ -688,6 +688,7 @@ def test_check_writes_nothing_where_there_is_no_folder_of_preprocessed_data(
     [
         ({"nnssl": None}, '"nnssl" in the plans file must be a JSON object'),
         ({"configurations": {"2d": {"inherits_from": "3d"}}}, "key configurations.2d.inherits_from: is '3d'"),
+        ({"label_manager": "Manager"}, "key label_manager: is 'Manager'"),
     ],
 )
 def test_check_goes_on_after_a_wrong_plan(
