@@ -6,7 +6,7 @@ from __future__ import annotations
 import dis
 from types import TracebackType
 
-from nnssl.files import REMEDIES
+from nnssl.files import ALLOW_READING, REMEDIES, may_read
 
 TOLD = (ValueError, RuntimeError, OSError, ImportError, AssertionError)
 OURS = ("nnssl", "nnssl_trainers")
@@ -30,7 +30,10 @@ def told_line(error: BaseException) -> str | None:
         return " ".join(text.split())  # they write paragraphs
     named = isinstance(error, OSError) and error.filename is not None
     if isinstance(error, OSError) and (remedy := REMEDIES.get(error.errno or 0)):
-        return text if remedy in text else f"{text}. {remedy}"
+        if remedy in text:
+            return text
+        unreadable = isinstance(error, PermissionError) and named and not may_read(error.filename)
+        return f"{text}. {ALLOW_READING if unreadable else remedy}"
     if package in OURS or named or getattr(error, "told", False):
         return text
     return None

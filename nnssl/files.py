@@ -30,6 +30,7 @@ LEGACY = (
 )
 SCRATCH = re.compile(r"\.nnssl-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}")
 FREE, ALLOW = "Free space there and rerun", "Make it writable, or choose another folder"
+ALLOW_READING = "Get the right to read it: files need r, folders r and x"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), ALLOW),
@@ -223,12 +224,28 @@ def copy_file(source: Path, path: Path) -> None:
         os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def read_json(path: Path) -> Any:
+def may_read(path: Path) -> bool:
+    """Whether no permission is missing to read a file, or to list and enter a folder."""
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()
+            os.stat(os.path.join(path, os.curdir))
+        elif os.path.isfile(path) or not os.path.lexists(path):  # else opening may wait, as for a pipe
+            with open(path, "rb"):
+                pass
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def read_json(path: Path, encoding: str = "utf-8") -> Any:
     """Content of a JSON file; ValueError naming file, line and column if it is damaged."""
     with open(path, "rb") as stream:
         content = stream.read()
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode(encoding))
     except json.JSONDecodeError as error:
         line, column, reason = error.lineno, error.colno, error.msg
     except UnicodeDecodeError as error:
@@ -236,6 +253,16 @@ def read_json(path: Path) -> Any:
         line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
         reason = "not UTF-8"
     raise ValueError(f"{path}: not valid JSON (line {line}, column {column}: {reason}). Repair or remove it.")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`; ValueError, too, where the file holds something else than a JSON object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds {type(content).__name__}, expected a JSON object. Repair or remove it."
+        )
+    return content
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -155,6 +155,44 @@ def test_a_read_only_folder_is_an_error_that_names_the_file(tmp_path_factory: py
     assert path.read_text() == "old" and os.listdir(folder) == ["losses.csv"]
 
 
+@POSIX
+def test_what_may_not_be_read_is_told_apart_from_what_may_not_be_written(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("closed")
+    folder.chmod(0o755)
+    for name, mode in (("unlisted", 0o311), ("barred", 0o644), ("open", 0o555)):
+        (folder / name).mkdir()
+        (folder / name / "a.json").write_text("{}")
+        (folder / name / "secret.json").write_text("{}")
+        (folder / name / "secret.json").chmod(0o200)
+        (folder / name).chmod(mode)
+    code = """
+        import os, sys
+        from nnssl.errors import told_line
+        from nnssl.files import may_read
+        os.chdir(sys.argv[1])
+        if os.getuid() == 0:  # whom no permission stops
+            os.setuid(65534)
+        for path in ("open", "open/a.json", "absent"):
+            print(path, may_read(path))
+        for path in ("unlisted", "barred", "barred/a.json", "open/secret.json"):
+            print(path, may_read(path))
+        for path, mode in (("open/secret.json", "rb"), ("open/new.json", "wb")):
+            try:
+                open(path, mode)
+            except PermissionError as error:
+                print(told_line(error))
+    """
+    said, _ = start(code, folder).communicate()
+    for name in ("unlisted", "barred", "open"):
+        (folder / name).chmod(0o755)
+    *lines, reading, writing = said.splitlines()
+    assert [line.split()[1] for line in lines] == ["True"] * 3 + ["False"] * 4
+    assert "secret.json" in reading and reading.endswith(files.ALLOW_READING)
+    assert "new.json" in writing and writing.endswith(files.ALLOW)
+
+
 def test_an_error_of_the_caller_or_of_a_source_stays_what_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -186,17 +186,22 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
     name = str(convert_id_to_dataset_name(dataset_id))
     folder = join(nnUNet_preprocessed, name)
     file = join(folder, f"{plans_name}.json")
-    if not (isfile(file) and isfile(join(folder, "dataset.json"))):
+    if not isfile(file):
         raise ValueError(
             f"{file} does not exist. Plans here: {plans_in(folder)}; run `nnssl plan-and-preprocess -d "
             f"{dataset_id}` first, or name one with -p."
+        )
+    if not isfile(copy := join(folder, "dataset.json")):
+        raise ValueError(
+            f"{copy} does not exist, expected nnU-Net's copy of dataset.json beside its plan. Run `nnssl "
+            f"plan-and-preprocess -d {dataset_id} -p {plans_name}`, or restore it."
         )
     methods = method_classes()
     for place in (folder, join(os.environ.get("nnUNet_raw", ""), name)):
         if isfile(join(place, "dataset.json")):
             raise_errors(read_dataset_json(join(place, "dataset.json"))[0])
     raise_errors(inspect_plans(file, {m: found.config_class for m, found in methods.items()}, name))
-    plans, dataset_json = PlansManager(file), read_json(join(folder, "dataset.json"))
+    plans, dataset_json = PlansManager(file), read_json(copy)
     available = plans.available_configurations
     chosen = configuration or next((c for c in ("3d_fullres", "2d") if c in available), available[0])
     if chosen not in available:

@@ -24,6 +24,8 @@ from nnssl.commands.environment import environment
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.findings import ERROR, OK, WARNING, Finding, errors_of, listed
 from nnssl.data.inspection import (
+    PLAN,
+    closed_folders,
     inspect_contents,
     inspect_files,
     inspect_preprocessed,
@@ -218,18 +220,23 @@ def _dataset(
     sections = {section: method.config_class for section, method in method_classes().items()}
     findings = list(inspect_files(raw, preprocessed, plans_name, sections))
     yield from findings
+    if closed_folders(raw, preprocessed):
+        return
     plans_file = join(preprocessed, plans_name + ".json")
     plans = _sound_plans(plans_file)
     yield from _raw(name, raw, preprocessed, plans, configuration)
-    if not (isfile(plans_file) and isfile(join(preprocessed, "dataset.json"))):
-        command = f"nnssl plan-and-preprocess -d {dataset_id}"
-        if (found := plans_in(preprocessed)) == "none":
+    copy, command = join(preprocessed, "dataset.json"), f"nnssl plan-and-preprocess -d {dataset_id}"
+    if not (isfile(plans_file) and isfile(copy)):
+        if isfile(plans_file):
+            expected = "nnU-Net's copy of dataset.json beside its plan"
+            yield Finding(ERROR, copy, "missing", expected, f"Run {command} -p {plans_name}, or restore it")
+        elif (found := plans_in(preprocessed)) == "none":
             yield Finding(WARNING, name, "not planned yet", remedy=f"Next: {command}")
         else:
             remedy = f"Run {command}, or name one with -p"
             yield Finding(ERROR, plans_file, "no plan", f"a plan (found: {found})", remedy)
         return
-    broken, dataset_json = read_dataset_json(join(preprocessed, "dataset.json"))
+    broken, dataset_json = read_dataset_json(copy)
     if plans is None or errors_of(broken):
         return  # told above
     plans_manager = PlansManager(plans)
@@ -266,6 +273,7 @@ def _sound_plans(plans_file: str) -> dict[str, Any] | None:
             c["inherits_from"] in configurations if "inherits_from" in c else "data_identifier" in c
             for c in configurations.values()
         ) and isinstance(plans.get("nnssl", {}), dict)
+        identified = identified and PLAN["label_manager"](plans.get("label_manager"))
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return plans if isinstance(reader, str) and identified else None

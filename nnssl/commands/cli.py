@@ -10,6 +10,7 @@ import select
 import sys
 import warnings
 from collections.abc import Sequence
+from shlex import quote
 
 from nnssl.commands.environment import version_line
 from nnssl.commands.trainers import list_trainers, trainers_folder
@@ -465,11 +466,9 @@ def _export(args: argparse.Namespace) -> None:
     from nnssl.commands.export import export_model
 
     folder, archive = export_model(args.d, args.c, args.f, args.tr, args.o, args.p, args.chk, args.overwrite)
-    print(
-        f"{folder}: nnUNetv2_predict_from_modelfolder -m {folder} -f {' '.join(args.f)} -i IMAGES -o "
-        "PREDICTIONS"
-    )
-    print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {archive}")
+    predict = f"nnUNetv2_predict_from_modelfolder -m {quote(folder)} -f {' '.join(args.f)}"
+    print(f"{folder}: {predict} -i IMAGES -o PREDICTIONS")
+    print(f"{archive}: nnUNetv2_install_pretrained_model_from_zip {quote(archive)}")
 
 
 def _pseudo_label(args: argparse.Namespace) -> None:

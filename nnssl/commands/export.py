@@ -17,7 +17,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnssl.data.findings import listed
+from nnssl.data.findings import listed, raise_errors
+from nnssl.data.inspection import read_dataset_json
 from nnssl.files import read_json, save_torch, scratch_folder, write_json
 from nnssl.training.checkpoint import read_checkpoint
 from nnssl.training.lookup import dataset_name
@@ -59,6 +60,7 @@ def export_model(
         )
     for fold in folds:  # a training that never began has made the folder alone
         checkpoint_file(source, fold, checkpoint_name)
+    raise_errors(read_dataset_json(join(source, "dataset.json"))[0])
     plans, dataset_json = (read_json(join(source, name)) for name in ("plans.json", "dataset.json"))
     plans = _plain(plans)
     expected = _planned_weights(plans, configuration, dataset_json)

@@ -71,13 +71,14 @@ def plan_and_preprocess(args: argparse.Namespace) -> None:
         dataset_json = _inspect(args, raw, preprocessed, plans_name)  # before hours of work
         scans = find_unlabeled_images(raw, dataset_json)
         _plan(args, dataset_id, raw, preprocessed, plans_file)
+        used = 0
         if not args.no_pp:
-            _preprocess(args, PlansManager(plans_file), raw, preprocessed)
+            used = _preprocess(args, PlansManager(plans_file), raw, preprocessed)
             print(
                 f"{name}: the labeled cases and {len(scans)} scans of imagesUn are preprocessed for "
                 f"{os.path.basename(plans_file)}."
             )
-        if not scans:
+        if not scans and not used:
             print(
                 f"There are no unlabeled scans yet: put them into {join(raw, 'imagesUn')}, or hide labels "
                 "with `nnssl split`."
@@ -322,9 +323,9 @@ def _take_split(source: str, copy: str) -> None:
         )
 
 
-def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str, preprocessed: str) -> None:
+def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str, preprocessed: str) -> int:
     """Every configuration of ``args.c`` that the plan has; those that share data (a cascade with full
-    resolution) once."""
+    resolution) once. Returns the largest number of unlabeled cases that one of them has."""
     dataset_json = read_json(join(preprocessed, "dataset.json"))
     processes = args.np or [
         min(NNUNET_PROCESSES.get(configuration, 4), usable_cores()) for configuration in args.c
@@ -337,6 +338,7 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
     )
     hidden = sorted(listed & training_files(raw, dataset_json).keys())
     done: set[str] = set()
+    used = 0
     for configuration, number in zip(
         args.c, processes if len(processes) > 1 else processes * len(args.c), strict=True
     ):
@@ -356,7 +358,7 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
                 show_progress=not args.no_pbar,
             )
             set_removed_aside(plans_manager, configuration, dataset_json, raw, hidden)
-            ensure_unlabeled(
+            unlabeled = ensure_unlabeled(
                 plans_manager,
                 configuration,
                 dataset_json,
@@ -365,9 +367,11 @@ def _preprocess(args: argparse.Namespace, plans_manager: PlansManager, raw: str,
                 verbose=args.verbose,
                 show_progress=not args.no_pbar,
             )
+            used = max(used, len(unlabeled))
         done.add(identifier)
     if not done:
         raise ValueError(
             f"-c {' '.join(args.c)}: the plan has {', '.join(plans_manager.available_configurations)}."
         )
     copy_ground_truth(raw, dataset_json, preprocessed)
+    return used

@@ -36,7 +36,7 @@ from nnssl.data.freshness import Case, digest, stamp
 from nnssl.data.inspection import read_dataset_json
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
 from nnssl.data.unlabeled import find_unlabeled_images
-from nnssl.files import move, read_json, scratch_folder, write_json, write_text
+from nnssl.files import move, read_object, scratch_folder, write_json, write_text
 from nnssl.training.checkpoint import read_checkpoint
 
 STATE, TABLE, FORMAT = "pseudo_labels.json", "quality.csv", 1
@@ -135,6 +135,7 @@ def _checkpoints(folder: str, folds: Sequence[str], name: str) -> dict[str, str]
             f"no trained model in {folder}: train it first, or correct -tr, -p or -c. "
             f"{trained_models(folder)}"
         )
+    raise_errors(read_dataset_json(join(folder, "dataset.json"))[0])
     found = {fold: checkpoint_file(folder, fold, name) for fold in dict.fromkeys(folds)}
     for path in found.values():
         read_checkpoint(path, "cpu", "-chk")  # names a damaged one; nnU-Net's predictor does not
@@ -209,8 +210,7 @@ def _predict(
         num_threads_torch=torch.get_num_threads(),
     )
     sure = np.maximum(probabilities, 1 - probabilities).min(0) if labels.has_regions else probabilities.max(0)
-    millilitres = float(np.prod(spacing)) / 1000
-    row["ml"] = {n: round(float(_mask(segmentation, v).sum() * millilitres), 3) for n, v in classes.items()}
+    row["ml"] = _volumes(segmentation, spacing, classes)
     row["sources"] = sources
     return segmentation, np.rint(100 * sure).astype(np.uint8), properties, row
 
@@ -337,6 +337,14 @@ def _mask(segmentation: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
     return np.isin(segmentation, value) if isinstance(value, tuple) else segmentation == value
 
 
+def _volumes(segmentation: np.ndarray, spacing: Sequence[float], classes: Classes) -> dict[str, float | None]:
+    """In ml; None for what is found in a single slice whose thickness nnU-Net's reader made up."""
+    made_up = len(segmentation) == 1 and spacing[0] > 998 * max(spacing[1:])
+    voxels = {name: int(_mask(segmentation, value).sum()) for name, value in classes.items()}
+    millilitres = float(np.prod(spacing)) / 1000
+    return {n: None if number and made_up else round(number * millilitres, 3) for n, number in voxels.items()}
+
+
 def dice(a: np.ndarray, b: np.ndarray) -> float | None:
     """Of two masks; None where both are empty."""
     total = np.count_nonzero(a) + np.count_nonzero(b)
@@ -353,7 +361,7 @@ class _State:
         self.folder, self.file = folder, join(folder, STATE)
         self.content: dict[str, Any] = {"format": FORMAT, **model, "cases": {}}
         if isfile(self.file):
-            found = read_json(self.file)
+            found = read_object(self.file)
             if {k: v for k, v in found.items() if k != "cases"} != {"format": FORMAT, **model}:
                 raise ValueError(
                     f"{folder} holds pseudo-labels of another model or of other checkpoints "
@@ -436,7 +444,8 @@ class _State:
             r = records[name]
             values = [r["agreement"], r["confidence"], *(r["per_class"][c] for c in classes)]
             shown = ["" if v is None else f"{v:.4f}" for v in values]
-            writer.writerow([rank, name, *shown, *(f"{r['ml'][c]:g}" for c in classes), r["files"][0]])
+            volumes = ["" if r["ml"][c] is None else f"{r['ml'][c]:g}" for c in classes]
+            writer.writerow([rank, name, *shown, *volumes, r["files"][0]])
         path = join(self.folder, TABLE)
         write_text(text.getvalue(), path)
         return path
@@ -461,7 +470,7 @@ def unedited(folder: str, names: Sequence[str]) -> list[str]:
     """Cases whose segmentation in `folder` is still the one that was predicted there."""
     for place in (folder, dirname(os.path.abspath(folder))):
         if isfile(join(place, STATE)):
-            records = read_json(join(place, STATE))["cases"]
+            records = read_object(join(place, STATE)).get("cases", {})
             files = {n: join(folder, basename(records[n]["files"][0])) for n in names if n in records}
             return [n for n, file in files.items() if isfile(file) and digest(file) == records[n]["digest"]]
     return []
@@ -473,7 +482,7 @@ def summary(path: str, shown: int = 5) -> str:
         rows = list(csv.DictReader(stream))
     single = all(not row["agreement"] for row in rows)
     by = "confidence (one fold and no mirroring: nothing to compare)" if single else "agreement"
-    if rows and all(float(v) == 0 for row in rows for k, v in row.items() if k.startswith("ml ")):
+    if rows and all(v and float(v) == 0 for row in rows for k, v in row.items() if k.startswith("ml ")):
         return f"{path}: {len(rows)} scans, and the network found nothing in any of them: train it longer"
     worst = listed([row["case"] for row in rows[:shown]])
     return f"{path}: {len(rows)} scans by {by}, worst first: {worst}{', ...' * (len(rows) > shown)}"

@@ -50,7 +50,7 @@ def _read_cases(values: list[str]) -> list[str]:
         raise ValueError(f"--val: {values[0]} is not UTF-8 ({error.reason}). Save it as UTF-8.") from None
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
-    names = read_json(values[0])
+    names = read_json(values[0], "utf-8-sig")
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(
             f"--val: {values[0]} is not a list of names. Give a JSON list of names, or one name per line."

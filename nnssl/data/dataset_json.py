@@ -145,6 +145,9 @@ def _labels(file: str, content: Content) -> Iterator[Finding]:
         found = f"background is {labels['background']}" if "background" in labels else "no background"
         yield Finding(ERROR, place, found, '"background": 0', "Declare label 0 as background")
         return
+    if not declared_labels({"labels": {k: v for k, v in labels.items() if k != "ignore"}}) - {0}:
+        yield Finding(ERROR, place, "no class beside background", expected, "Declare the classes")
+        return
     yield from _values(place, labels)
     yield from _regions(file, place, labels, content.get("regions_class_order"))
 

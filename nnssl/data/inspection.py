@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,8 +17,10 @@ from dataclasses import replace
 from os.path import basename, dirname, isdir, isfile, join, lexists, normpath
 from typing import Any
 
+import nnunetv2
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnssl.config import resolve
 from nnssl.data.dataset_json import (
@@ -30,6 +33,8 @@ from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
 from nnssl.data.formats import SourceError, inspect_file, is_utf8
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
+    FOLDERS,
+    inspect_access,
     inspect_adoption,
     inspect_names,
     inspect_spacing_files,
@@ -41,6 +46,7 @@ from nnssl.data.raw import num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.sizes import inherited, inspect_sizes
 from nnssl.files import read_json
+from nnssl.training.lookup import dataset_number
 
 NNUNET_FOLDS = 5
 FOLD_KEYS = ("train", "val", "unlabeled")
@@ -62,6 +68,9 @@ def inspect_files(
     planning  a split that a training would miss may still be written, the copy of dataset.json renewed
     fold      the one to train, which for `all` needs no split; None: look at all folds
     """
+    if closed := closed_folders(raw, preprocessed):
+        yield from closed
+        return
     sound = content = None
     if isfile(join(raw, "dataset.json")):
         findings, content = read_dataset_json(join(raw, "dataset.json"))
@@ -95,12 +104,18 @@ def inspect_files(
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
 
 
+def closed_folders(raw: str, preprocessed: str) -> list[Finding]:
+    """Findings about folders without the permission to read them: nothing else can be told then."""
+    folders = [raw, *(join(raw, name) for name in FOLDERS), preprocessed]
+    return list(inspect_access(*folders, join(preprocessed, "gt_segmentations")))
+
+
 def _differences(
     raw: str, preprocessed: str, new: Mapping[str, Any], old: Mapping[str, Any]
 ) -> Iterator[Finding]:
     """What was edited since planning: trainings go by the copy beside the plan."""
-    number = basename(normpath(preprocessed))[7:10]
-    command = f"nnssl plan-and-preprocess -d {int(number) if number.isdecimal() else 'ID'}"
+    number = dataset_number(basename(normpath(preprocessed)))
+    command = f"nnssl plan-and-preprocess -d {'ID' if number is None else number}"
     for key in (*KEYS_OF_LABELS, *KEYS_OF_PLAN):
         if new.get(key) != old.get(key):
             yield Finding(
@@ -178,7 +193,9 @@ def inspect_plans(
         else:
             yield from _complete(place, configuration)
         if isinstance(configuration, dict):
+            yield from _code(place, configuration)
             yield from inspect_sizes(place, configuration, inherited(configurations, name))
+    yield from _intensities(plans_file, plans, configurations)
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
 
 
@@ -216,6 +233,53 @@ def inspect_plan_channels(
             )
 
 
+@functools.cache
+def _is_there(module: str, name: str) -> bool:
+    """Whether nnU-Net finds a class or function of this name below one of its modules."""
+    folder = join(nnunetv2.__path__[0], *module.split("."))
+    try:
+        return recursive_find_python_class(folder, name, f"nnunetv2.{module}") is not None
+    except Exception:  # what the import of one of its files raises
+        return False
+
+
+CODE = {  # keys that name code of nnU-Net: where it is looked for, and an example
+    "preprocessor_name": ("preprocessing", "DefaultPreprocessor"),
+    "normalization_schemes": ("preprocessing.normalization", "ZScoreNormalization"),
+    **dict.fromkeys(
+        ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"),
+        ("preprocessing.resampling", "resample_data_or_seg_to_shape"),
+    ),
+}
+
+
+def _code(place: str, configuration: Mapping[str, Any]) -> Iterator[Finding]:
+    """Names that nnU-Net does not have: it would fail with every case, and the files would be blamed."""
+    for key, (module, example) in CODE.items():
+        value = configuration.get(key)
+        names = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        if absent := [name for name in names if not (isinstance(name, str) and _is_there(module, name))]:
+            yield Finding(
+                ERROR,
+                f"{place}.{key}",
+                f"names {listed([repr(name) for name in absent])}, which nnU-Net does not have",
+                f"a name in nnunetv2.{module}, such as {example}",
+                "Correct it",
+            )
+
+
+def _intensities(
+    plans_file: str, plans: Mapping[str, Any], configurations: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Every normalization gets those of its channel, whether it uses them or not."""
+    key = "foreground_intensity_properties_per_channel"
+    schemes = [c.get("normalization_schemes") for c in configurations.values() if isinstance(c, dict)]
+    wanted = {str(i) for names in schemes if isinstance(names, list) for i in range(len(names))}
+    if isinstance(plans.get(key), dict) and (absent := sorted(wanted - plans[key].keys())):
+        found, remedy = f"channel {', '.join(absent)} absent", _wrong_plan("", plans, key).remedy
+        yield Finding(ERROR, f"{plans_file}, key {key}", found, "an entry for every channel", remedy)
+
+
 def _is_permutation(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(i, int) for i in value) and sorted(value) == [0, 1, 2]
 
@@ -224,7 +288,7 @@ PLAN: dict[str, Callable[[Any], bool]] = {
     "dataset_name": lambda value: isinstance(value, str),
     "plans_name": lambda value: isinstance(value, str),
     "image_reader_writer": lambda value: isinstance(value, str) and reader_exists(value),
-    "label_manager": lambda value: isinstance(value, str),
+    "label_manager": lambda value: isinstance(value, str) and _is_there("utilities.label_handling", value),
     "transpose_forward": _is_permutation,
     "transpose_backward": _is_permutation,
     "foreground_intensity_properties_per_channel": lambda value: isinstance(value, dict),

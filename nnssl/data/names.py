@@ -8,15 +8,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
-from os.path import basename, isdir, isfile, islink, join, lexists
+from os.path import basename, isdir, isfile, islink, join, lexists, split
+from shlex import quote
 from typing import Any
 
 from nnssl.data.dataset_json import inspect_case_name
 from nnssl.data.findings import ERROR, WARNING, Finding, listed
 from nnssl.data.formats import NOT_UTF8, NOT_UTF8_REMEDY, is_utf8
 from nnssl.data.raw import channel_files, num_channels, training_files
-from nnssl.files import read_json
+from nnssl.files import ALLOW_READING, may_read, read_json
 
 FOLDERS = ("imagesTr", "labelsTr", "imagesUn")
 ADOPTION, JOURNAL = "nnssl_adopt", "journal.json"  # folder of `nnssl adopt`, and what makes it binding
@@ -40,6 +42,13 @@ def inspect_adoption(raw: str) -> Iterator[Finding]:
             "an adoption was interrupted",
             remedy="Rerun `nnssl adopt` to finish it",
         )
+
+
+def inspect_access(*folders: str) -> Iterator[Finding]:
+    """Folders that may not be read, or not entered: their files would seem to be absent."""
+    for folder in folders:
+        if isdir(folder) and not may_read(folder):
+            yield Finding(ERROR, folder, "permission denied", "a folder to read and enter", ALLOW_READING)
 
 
 def _folders(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
@@ -74,12 +83,20 @@ def _channels(folder: str, cases: Mapping[str, Mapping[int, str]], expected: lis
             found, wanted = (
                 ", ".join(f"_{channel:04d}" for channel in channels) for channels in (sorted(files), expected)
             )
+            remedy = "Add or remove files so that they agree"
+            if expected == [0]:  # often the number of the patient
+                name = f"{case}_{min(files):04d}"
+                ending = basename(files[min(files)]).removeprefix(name)
+                remedy = (
+                    f"If the number is the patient's, append that of the channel ({name}_0000{ending}); else "
+                    "add or remove files so that they agree"
+                )
             yield Finding(
                 ERROR,
                 f"{join(folder, case)}*",
                 f"channels {found} found",
                 f"{wanted} (channel_names in dataset.json)",
-                "Add or remove files so that they agree",
+                remedy,
             )
 
 
@@ -91,14 +108,18 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
             if isfile(file) and not is_utf8(file):
                 yield Finding(ERROR, file, NOT_UTF8, remedy=NOT_UTF8_REMEDY)
             elif not isfile(file):
+                found = "dangling link" if islink(file) else f"missing (case {case})"
                 remedy = (
                     "Add it, or move the scan into imagesUn"
                     if file == label
                     else "Restore it, or remove the case"
                 )
-                yield Finding(
-                    ERROR, file, "dangling link" if islink(file) else f"missing (case {case})", "", remedy
-                )
+                if _in_other_form(file):
+                    found += ", but the same name is there in the other Unicode form (ü as one sign or two)"
+                    remedy = (
+                        f"Rename all to one form: `convmv -r -f utf8 -t utf8 --nfc --notest {quote(raw)}`"
+                    )
+                yield Finding(ERROR, file, found, "", remedy)
     if training and dataset_json.get("numTraining") != len(training):
         yield Finding(
             WARNING,
@@ -131,12 +152,26 @@ def inspect_labeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator
     yield from _left_out(labels, {case + ending for case in cases}, cases.keys(), f"<case>{ending}")
 
 
+def _in_other_form(file: str) -> bool:
+    """Whether the folder has a name that looks the same: macOS and others write letters in two forms."""
+    folder, name = split(file)
+    if name.isascii() or not isdir(folder):
+        return False
+    return any(
+        unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+        for other in os.listdir(folder)
+    )
+
+
 def inspect_unlabeled_names(raw: str, dataset_json: Mapping[str, Any]) -> Iterator[Finding]:
     """imagesUn. Dangling links and folders that bear the name of a scan are not taken."""
     folder, ending = join(raw, "imagesUn"), dataset_json["file_ending"]
     if lexists(folder) and not isdir(folder):
         what = "a file" if isfile(folder) else "dangling link"
         yield Finding(ERROR, folder, what, "a folder", "Correct or remove it")
+    if closed := list(inspect_access(folder)):
+        yield from closed
+        return
     cases, odd = unlabeled_files(raw, dataset_json)
     yield from _ignored(folder, ending)
     example = f"<case>_0000{ending}"

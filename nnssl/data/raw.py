@@ -19,6 +19,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.formats import SourceError, inspect_file, kind_of, nifti_problem, not_finite
+from nnssl.training.lookup import plans_of
 
 MOST_VOXELS = 2**31  # after resampling
 NO_DATA = 1e15  # magnitude that no scanner gives
@@ -74,10 +75,7 @@ def training_files(
 
 def plans_in(preprocessed_dataset_folder: str) -> str:
     """Names of the plans of a dataset, for messages."""
-    names = os.listdir(preprocessed_dataset_folder) if isdir(preprocessed_dataset_folder) else []
-    return (
-        ", ".join(sorted(name[:-5] for name in names if "lans" in name and name.endswith(".json"))) or "none"
-    )
+    return ", ".join(plans_of(preprocessed_dataset_folder)) or "none"
 
 
 class CheckedPlans(PlansManager):
@@ -199,7 +197,13 @@ def label_problem(values: Sequence[float] | np.ndarray, declared: Collection[int
         return ""
     more = f" and {len(undeclared) - 10} more" if len(undeclared) > 10 else ""
     wrong = "not declared" if all(value.is_integer() for value in undeclared) else "no whole numbers"
-    return f"values {', '.join(f'{v:g}' for v in undeclared[:10])}{more} are {wrong}"
+    return f"values {', '.join(map(_shown, undeclared[:10]))}{more} are {wrong}"
+
+
+def _shown(value: float) -> str:
+    """Short, but never rounded to a whole number."""
+    texts = (f"{value:.{digits}g}" for digits in (6, 9, 17))
+    return next(t for t in texts if float(t) == value or not float(t).is_integer())
 
 
 def _no_data_mark(data: np.ndarray) -> float:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import basename, isfile, join
+from os.path import basename, dirname, isfile, join
 from typing import Any
 
 import nibabel
@@ -401,13 +401,21 @@ def _range(values: np.ndarray) -> str:
 def inspect_labels(measured: Mapping[Scan, Statistics], declared: set[int]) -> Iterator[Finding]:
     """Label maps against dataset.json and against their images."""
     images = {s.name: v for s, v in measured.items() if s.origin == "imagesTr" and "error" not in v}
-    for scan, statistics in measured.items():
-        if scan.origin != "labelsTr" or "error" in statistics:
-            continue
+    labels = {s: v for s, v in measured.items() if s.origin == "labelsTr" and "error" not in v}
+    all_empty = bool(labels) and all(v["values"] == [0.0] for v in labels.values())
+    if all_empty:
+        yield Finding(
+            ERROR,
+            dirname(next(iter(labels)).files[0]),
+            f"all {len(labels)} label maps are empty: every voxel is background",
+            "voxels of the classes in dataset.json",
+            "Export them anew",
+        )
+    for scan, statistics in labels.items():
         file = scan.files[0]
         if problem := label_problem(statistics["values"], declared):
             yield Finding(ERROR, file, problem, _declared(declared), LABEL_REMEDY)
-        elif statistics["values"] == [0.0]:
+        elif statistics["values"] == [0.0] and not all_empty:
             yield Finding(WARNING, file, "empty: all voxels are background")
         image = images.get(scan.name)
         if image and image["shape"] != statistics["shape"]:

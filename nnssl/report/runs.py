@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.data.structures import structures
-from nnssl.files import read_json, torch_damage
+from nnssl.files import read_object, torch_damage
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 RECORD = "training.json"
@@ -40,7 +40,13 @@ class Run:
 
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
-        return read_json(self.folder.parent / "dataset.json")
+        path = self.folder.parent / "dataset.json"
+        content = read_object(path)
+        if not isinstance(content.get("labels"), dict):
+            raise ValueError(
+                f"{path}, key labels: absent or of the wrong kind. Restore it from the raw dataset."
+            )
+        return content
 
     @cached_property
     def notes(self) -> list[str]:
@@ -56,7 +62,7 @@ class Run:
         """training.json; empty where a trainer of nnU-Net's own or an older version of ours left none."""
         path = self.folder / RECORD
         try:
-            return read_json(path) if path.is_file() else {}
+            return read_object(path) if path.is_file() else {}
         except ValueError as error:
             self.note(str(error))
             return {}

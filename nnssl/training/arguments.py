@@ -9,7 +9,7 @@ from os.path import isdir, isfile, join
 from typing import Any
 
 from nnssl.files import read_json
-from nnssl.training.lookup import check_trainer, dataset_name, meant, nnunet_folder, plans_of
+from nnssl.training.lookup import check_trainer, dataset_name, dataset_number, meant, nnunet_folder, plans_of
 
 NNUNET_FOLDS = 5
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
@@ -87,7 +87,7 @@ def _no_plan(args: argparse.Namespace, dataset: str, preprocessed: str) -> str:
 
 def _preprocess(args: argparse.Namespace, dataset: str) -> str:
     plans = "" if args.p == "nnUNetPlans" or plans_of_planner(args.p) else f" -p {args.p}"
-    return f"nnssl plan-and-preprocess -d {int(dataset[7:10])} -c {args.configuration}{plans}"
+    return f"nnssl plan-and-preprocess -d {dataset_number(dataset)} -c {args.configuration}{plans}"
 
 
 def plans_of_planner(planner: str) -> str | None:

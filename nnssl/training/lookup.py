@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Iterable, Iterator
 from os.path import isdir, isfile, join
 
+from nnssl.files import read_json
+
 DATASET = re.compile(r"Dataset(\d{3,})(_.*)?")
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 PREFIX = "nnunettrainer"
@@ -115,6 +117,12 @@ def check_numbers() -> None:
             raise ValueError(f"{variable}={value}: expected a whole number, {least}. Correct or unset it.")
 
 
+def dataset_number(name: str) -> int | None:
+    """Of a dataset's name; None where it is none."""
+    match = DATASET.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def dataset_folders() -> dict[str, list[str]]:
     """{dataset: the variables below whose folders it is}."""
     found: dict[str, list[str]] = {}
@@ -132,7 +140,7 @@ def dataset_name(given: str | int) -> str:
     if text in found:
         return text
     if text.isdecimal():
-        names = [name for name in found if int(DATASET.fullmatch(name)[1]) == int(text)]  # type: ignore[index]
+        names = [name for name in found if dataset_number(name) == int(text)]
         if len(names) == 1:
             return names[0]
         if names:
@@ -155,4 +163,13 @@ def plans_of(preprocessed: str) -> list[str]:
     """Names of the plans in a dataset's preprocessed folder."""
     names = os.listdir(preprocessed) if isdir(preprocessed) else []
     files = [name for name in names if name.endswith(".json") and isfile(join(preprocessed, name))]
-    return sorted(name[:-5] for name in files if "lans" in name)
+    return sorted(name[:-5] for name in files if "lans" in name or _is_plan(join(preprocessed, name)))
+
+
+def _is_plan(file: str) -> bool:
+    """By its keys: a plan may have any name."""
+    try:
+        content = read_json(file)
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()

@@ -81,6 +81,7 @@ from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
 from nnssl.training.lock import TrainingLock
+from nnssl.training.lookup import dataset_number
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.next_stage import (
     fingerprint_of,
@@ -450,7 +451,7 @@ class SemiTrainer(nnUNetTrainer):
 
     def _preprocess_command(self) -> str:
         plans = self.plans_manager
-        number, chosen = int(plans.dataset_name[7:10]), self.configuration_name
+        number, chosen = dataset_number(plans.dataset_name), self.configuration_name
         return f"nnssl plan-and-preprocess -d {number} -c {chosen} -p {plans.plans_name}"
 
     def _hidden(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -321,6 +322,13 @@ def test_a_plan_without_a_patch_is_refused_by_name(place: Place) -> None:
     del plans["configurations"]["3d_fullres"]["patch_size"]
     file.write_text(json.dumps(plans))
     with pytest.raises(ValueError, match=r"configurations\.3d_fullres\.patch_size: absent"):
+        facts_of(777, None, "0", "nnUNetPlans")
+
+
+def test_a_plan_without_its_dataset_json_is_not_said_to_be_absent(place: Place) -> None:
+    file = place.preprocessed / "dataset.json"
+    file.unlink()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} does not exist, expected nnU-Net's copy"):
         facts_of(777, None, "0", "nnUNetPlans")
 
 

@@ -441,6 +441,18 @@ def test_no_scans_at_all_is_said_and_the_labeled_part_done(
     assert "There are no unlabeled scans yet" in capsys.readouterr().out
 
 
+def test_scans_that_are_there_as_preprocessed_ones_alone_are_not_said_to_be_absent(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preprocess("-c", "3d_fullres") == 0
+    shutil.rmtree(tiny.raw / "imagesUn")
+    capsys.readouterr()
+    assert preprocess("-c", "3d_fullres") == 0
+    said = capsys.readouterr().out
+    assert "3 unlabeled scans are there as preprocessed cases alone" in said
+    assert "There are no unlabeled scans" not in said
+
+
 @pytest.mark.parametrize("position", [0, 1, 3])
 def test_traceback_may_stand_anywhere(tiny: Tiny, position: int) -> None:
     (tiny.raw / "dataset.json").write_text("{half")
@@ -533,11 +545,13 @@ def test_split_writes_five_folds_and_backs_up_the_old_file(
     assert json.loads((tiny.preprocessed / "splits_final.json.bak").read_text(encoding="utf-8")) == first
 
 
-@pytest.mark.parametrize("content", ["lab_05\nlab_04\n\n", '["lab_05", "lab_04"]', None])
+@pytest.mark.parametrize(
+    "content", ["lab_05\nlab_04\n\n", '["lab_05", "lab_04"]', '\ufeff["lab_05", "lab_04"]', None]
+)
 def test_val_takes_names_a_list_of_lines_or_json(tiny: Tiny, tmp_path: Path, content: str | None) -> None:
     values = ["lab_05", "lab_04"]
     if content is not None:
-        (tmp_path / "val.txt").write_text(content)
+        (tmp_path / "val.txt").write_text(content, encoding="utf-8")
         values = [str(tmp_path / "val.txt")]
     assert main(["split", "-d", "777", "--labeled", "1", "--first", "--val", *values]) == 0
     assert splits(tiny) == [
@@ -674,6 +688,7 @@ def test_check_writes_nothing_where_there_is_no_folder_of_preprocessed_data(
     [
         ({"nnssl": None}, '"nnssl" in the plans file must be a JSON object'),
         ({"configurations": {"2d": {"inherits_from": "3d"}}}, "key configurations.2d.inherits_from: is '3d'"),
+        ({"label_manager": "Manager"}, "key label_manager: is 'Manager'"),
     ],
 )
 def test_check_goes_on_after_a_wrong_plan(
@@ -766,7 +781,18 @@ def test_check_reports_a_dataset_that_is_not_there_or_has_no_plan(
         "no plan" in line and "nnUNetOther.json" in line
         for line in checked(capsys, "-d", "777", "-p", "nnUNetOther")[1]["FAIL"]
     )
-    tiny.plans_file.unlink()
+    copy = tiny.preprocessed / "dataset.json"
+    kept = copy.read_bytes()
+    copy.unlink()
+    (line,) = checked(capsys, "-d", "777")[1]["FAIL"]
+    assert line.startswith(f"{copy}: missing; expected nnU-Net's copy of dataset.json beside its plan. Run")
+    copy.write_bytes(kept)
+    tiny.edit_plan(plans_name="small")
+    tiny.plans_file.rename(tiny.preprocessed / "small.json")
+    assert any(
+        "no plan" in line and "(found: small)" in line for line in checked(capsys, "-d", "777")[1]["FAIL"]
+    )
+    (tiny.preprocessed / "small.json").unlink()
     status, lines = checked(capsys, "-d", "777")
     assert status == 0 and any("not planned yet. Next: nnssl plan-and-pre" in line for line in lines["warn"])
     (tiny.raw / "imagesUn" / "scan_00_0001.nii.gz").unlink()

@@ -74,6 +74,20 @@ def test_the_folder_holds_a_plain_model_and_no_trace_of_nnssl(
     )
 
 
+def test_what_to_run_next_can_be_pasted_and_a_wrong_model_is_told(
+    drawn: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trained(drawn)
+    capsys.readouterr()
+    assert export(tmp_path / "two words") == 0
+    said = capsys.readouterr().out
+    assert f"-m '{tmp_path / 'two words' / MODEL}' -f 0 -i IMAGES" in said
+    assert f"from_zip '{tmp_path / 'two words' / MODEL}.zip'" in said
+    Path(trainer.output_folder_base, "dataset.json").write_text("{}")
+    assert export(tmp_path / "out") == 1
+    assert "dataset.json, key labels: absent" in capsys.readouterr().err
+
+
 def test_the_predictor_of_nnunet_loads_the_same_network(drawn: Place, tmp_path: Path) -> None:
     trainer = trained(drawn)
     export(tmp_path / "out")

@@ -202,6 +202,12 @@ def test_other_models_and_foreign_folders_are_refused(
     assert "is not empty" in capsys.readouterr().err
     assert run(tmp_path / "new", "3") == 1
     assert "Found: fold_0/checkpoint_final.pth, fold_1" in capsys.readouterr().err
+    (output / "pseudo_labels.json").write_text("[]")
+    assert run(output, "0") == 1
+    assert f"{output / 'pseudo_labels.json'}: holds list, expected a JSON object" in capsys.readouterr().err
+    (drawn.results / f"{MEAN_TEACHER}__nnUNetPlans__3d_fullres" / "dataset.json").write_text("{}")
+    assert run(tmp_path / "new", "0") == 1
+    assert "3d_fullres/dataset.json, key labels: absent" in capsys.readouterr().err
     shutil.rmtree(drawn.raw / "imagesUn")
     assert run(tmp_path / "new", "0") == 1
     assert "no scans" in capsys.readouterr().err and not (tmp_path / "new").exists()
@@ -277,6 +283,24 @@ def test_pictures_in_two_dimensions(drawn: Place, tmp_path: Path) -> None:
     for part in ("segmentations", "confidence"):
         picture = io.imread(output / part / "scan_00.png")
         assert picture.shape == (28, 26) and picture.dtype == np.uint8
+    volumes = {row[key] for row in table(output) for key in row if key.startswith("ml ")}
+    assert volumes <= {"", "0"} and "" in volumes  # pixels have no volume
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "volume"),
+    [
+        ((2, 10, 10), (5, 1, 1), 1.0),
+        ((1, 10, 10), (5, 1, 1), 0.5),
+        ((1, 10, 10), (999, 1, 1), None),
+        ((1, 10, 10), (999 * 0.5, 0.25, 0.5), None),
+    ],
+)
+def test_a_thickness_that_the_reader_made_up_gives_no_volume(
+    shape: tuple[int, ...], spacing: tuple[float, ...], volume: float | None
+) -> None:
+    found = pseudo_label._volumes(np.ones(shape, np.uint8), spacing, {"a": 1, "b": (2, 3)})
+    assert found == {"a": volume, "b": 0}
 
 
 def test_the_measures_are_what_they_say() -> None:
@@ -302,5 +326,7 @@ def test_the_summary_says_where_nothing_was_found(tmp_path: Path) -> None:
     text = "rank,case,agreement,confidence,ml a\n1,x,0.0,0.0,0\n2,y,0.5,0.5,{}\n"
     file.write_text(text.format(0))
     assert "found nothing in any of them" in pseudo_label.summary(str(file))
+    file.write_text(text.format(""))  # something, of unknown volume
+    assert "worst first: x, y" in pseudo_label.summary(str(file))
     file.write_text(text.format(0.3))
     assert "worst first: x, y" in pseudo_label.summary(str(file))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def test_every_error_stands_on_its_own_line() -> None:
         ({"labels": {"background": 0, "a": 1, "b": 3}}, "key labels: values 0, 1, 3; expected 0, 1, 2"),
         ({"labels": {"background": 1, "a": 2}}, "background is 1"),
         ({"labels": {"a": 1}}, "no background"),
+        ({"labels": {"background": 0}}, "key labels: no class beside background"),
+        ({"labels": {"background": 0, "ignore": 1}}, "key labels: no class beside background"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "key regions_class_order: absent"),
         (
             {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1]},
@@ -295,6 +298,49 @@ def test_missing_labels_channels_and_odd_names_are_told_together(tiny: Tiny) -> 
     assert "lab_01*: a labeled case in imagesTr has the same name" in errors
 
 
+def test_a_patients_number_where_the_channel_should_stand_is_guessed(tiny: Tiny) -> None:
+    content = {**tiny.dataset_json, "channel_names": {"0": "MR"}}
+    for folder in ("imagesTr", "imagesUn"):
+        for file in (tiny.raw / folder).glob("*_0001.nii.gz"):
+            file.unlink()
+    for number in (1, 2):
+        shutil.copy(
+            tiny.raw / "imagesUn" / "scan_00_0000.nii.gz", tiny.raw / "imagesUn" / f"pat_{number:04d}.nii.gz"
+        )
+    (error,) = lines(inspect_names(str(tiny.raw), content), "error")
+    assert "pat*: channels _0001, _0002 found; expected _0000" in error
+    assert "If the number is the patient's, append that of the channel (pat_0001_0000.nii.gz)" in error
+
+
+@pytest.mark.parametrize("part", ["imagesTr", "labelsTr"])
+def test_a_name_in_the_other_unicode_form_is_pointed_out(tiny: Tiny, part: str) -> None:
+    composed, taken_apart = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    write_case(tiny.raw / "imagesTr", composed, 9, tiny.raw / "labelsTr")
+    for file in list((tiny.raw / part).glob(f"{composed}*")):
+        other = file.with_name(file.name.replace(composed, taken_apart))
+        file.rename(other)
+        if other.name not in os.listdir(other.parent):
+            pytest.skip("this file system has one form")
+    error = names(tiny, "error")
+    assert "the same name is there in the other Unicode form" in error
+    assert f"`convmv -r -f utf8 -t utf8 --nfc --notest {tiny.raw}`" in error
+
+
+@pytest.mark.parametrize("name", ["imagesTr", "imagesUn"])
+def test_a_folder_that_may_not_be_read_is_the_one_finding(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = str(tiny.raw / name)
+    monkeypatch.setattr("nnssl.data.names.may_read", lambda path: path != folder)
+    (error,) = lines(files(tiny), "error")
+    assert error.startswith(f"{folder}: permission denied") and "folders r and x" in error
+    assert main(["check", "-d", "777"]) == 1
+    assert [line for line in capsys.readouterr().out.splitlines() if folder in line] == [f"FAIL  {error}"]
+    if name == "imagesUn":
+        with pytest.raises(ValueError, match="permission denied"):
+            find_unlabeled_images(str(tiny.raw), tiny.dataset_json)
+
+
 def test_one_case_with_a_single_channel_does_not_make_all_others_wrong(tiny: Tiny) -> None:
     (tiny.raw / "imagesTr" / "lab_00_0001.nii.gz").unlink()
     (error,) = lines(inspect_names(str(tiny.raw), tiny.dataset_json), "error")
@@ -432,6 +478,7 @@ def relabel(tiny: Tiny, change: Callable[[np.ndarray], np.ndarray], case: str = 
             "values 5 are not declared; expected 0, 1, 2",
         ),
         (lambda a: (a * 0.5).astype(np.float32), "error", "values 0.5 are no whole numbers"),
+        (lambda a: a * 1.0000001, "error", "values 1.00000012, 2.00000024 are no whole numbers"),
         (lambda a: np.zeros_like(a), "warning", "empty: all voxels are background"),
         (
             lambda a: np.where(a == 2, np.nan, a).astype(np.float32),
@@ -449,6 +496,15 @@ def test_label_maps_are_compared_with_dataset_json_and_image(
     (finding,) = contents(tiny)
     assert (finding.level, finding.place) == (level, str(file))
     assert message in str(finding)
+    assert contents(tiny, with_labels=False) == []
+
+
+def test_label_maps_that_are_all_empty_are_one_error(tiny: Tiny) -> None:
+    for case in range(6):
+        relabel(tiny, np.zeros_like, f"lab_0{case}")
+    (finding,) = contents(tiny)
+    assert finding.level == "error" and finding.place == str(tiny.raw / "labelsTr")
+    assert "all 6 label maps are empty" in finding.found
     assert contents(tiny, with_labels=False) == []
 
 
@@ -828,6 +884,12 @@ def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
         ({"transpose_forward": [0, 1]}, "error", "key transpose_forward: is [0, 1]"),
         ({"image_reader_writer": "NoIO"}, "error", "key image_reader_writer: is 'NoIO'"),
         ({"image_reader_writer": 3}, "error", "key image_reader_writer"),
+        ({"label_manager": "Manager"}, "error", "key label_manager: is 'Manager'"),
+        (
+            {"foreground_intensity_properties_per_channel": {"1": {}}},
+            "error",
+            "key foreground_intensity_properties_per_channel: channel 0 absent; expected an entry for every",
+        ),
     ],
 )
 def test_the_plan_and_its_section_are_checked(
@@ -836,6 +898,37 @@ def test_the_plan_and_its_section_are_checked(
     tiny.edit_plan(**change)
     (finding,) = inspect_plans(str(tiny.plans_file), {"FixMatch": FixMatchConfig})
     assert finding.level == level and message in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "normalization_schemes",
+            ["ZScoreNormalization", "Zscore"],
+            "names 'Zscore', which nnU-Net does not",
+        ),
+        ("normalization_schemes", ["CTNormalization", 3], "names 3, which"),
+        (
+            "preprocessor_name",
+            "Foo",
+            "expected a name in nnunetv2.preprocessing, such as DefaultPreprocessor",
+        ),
+        ("resampling_fn_data", "foo", "such as resample_data_or_seg_to_shape"),
+        ("resampling_fn_probabilities", "foo", "names 'foo'"),
+    ],
+)
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_name_in_the_plan_that_nnunet_does_not_have_is_told_by_its_key(
+    tiny: Tiny, key: str, value: Any, message: str, inherits: bool
+) -> None:
+    tiny.edit_plan("3d_fullres", architecture=ARCHITECTURE)
+    own = json.loads(tiny.plans_file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
+    edited = {"inherits_from": "3d_fullres", key: value} if inherits else {**own, key: value}
+    tiny.edit_plan(configurations={"3d_fullres": own, "mine": edited})
+    (finding,) = inspect_plans(str(tiny.plans_file), {})
+    assert finding.place == f"{tiny.plans_file}, key configurations.mine.{key}"
+    assert message in str(finding)
 
 
 def test_a_copied_plan_that_kept_its_name_is_an_error_where_both_would_share_results(tiny: Tiny) -> None:

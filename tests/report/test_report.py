@@ -304,8 +304,13 @@ def test_what_is_damaged_is_named_and_the_rest_is_on_the_page(
         assert name in line and line.removeprefix("WARNING: ") in page.text
     assert "scores" in page.tables and "Dice: large, round" in page.text
     best.write_bytes(b"")
+    (folder / "training.json").write_text("[]")
     page = report(results, folder.parent)
     assert f"{best} is not read: it is empty" in page.text and "scores" in page.tables
+    assert f"{folder / 'training.json'}: holds list, expected a JSON object" in page.text
+    (folder.parent / "dataset.json").write_text("{}")
+    assert main(["report", str(folder.parent), "-o", str(results.folder / "out")]) == 1
+    assert "dataset.json, key labels: absent" in capsys.readouterr().err
 
 
 def test_images_that_have_changed_since_are_named_and_their_cases_drawn_without(results: Results) -> None:
