@@ -559,6 +559,20 @@ def test_a_wrong_key_in_the_plans_file_stops_before_anything_is_written(place: P
     assert not place.results.exists()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_key_in_the_wrong_place_of_the_plans_file_stops_the_stock_command_too(
+    place: Place, inside: bool
+) -> None:
+    place.plan(**SHORT)
+    file = place.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    (plans["configurations"]["3d_fullres"] if inside else plans)["num_epochs"] = 1
+    file.write_text(json.dumps(plans), encoding="utf-8")
+    with pytest.raises(ValueError, match="num_epochs: not read there"):
+        place.trainer()
+    assert not place.results.exists()
+
+
 def test_2d_with_background_workers_and_another_unlabeled_batch(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
