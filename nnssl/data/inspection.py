@@ -166,7 +166,7 @@ def inspect_plans(
             repr(dataset),
             "Remove the file, and take the plan over with nnUNetv2_move_plans_between_datasets",
         )
-    yield from _plans_name(plans_file, plans.get("plans_name"))
+    yield from inspect_plans_name(plans_file, plans.get("plans_name"))
     found = plans.get("configurations")
     configurations: dict[str, Any] = found if isinstance(found, dict) else {}
     for name, configuration in configurations.items():
@@ -206,7 +206,7 @@ def misplaced_keys(source: str, plans: Mapping[str, Any], methods: Collection[st
             yield Finding(ERROR, f"{source}, key {place}{key}", "not read there", expected, remedy)
 
 
-def _plans_name(plans_file: str, name: Any) -> Iterator[Finding]:
+def inspect_plans_name(plans_file: str, name: Any) -> Iterator[Finding]:
     """A copied plan whose name was left as it was: nnU-Net names the folder of results by the key."""
     expected = basename(plans_file).removesuffix(".json")
     if isinstance(name, str) and name != expected:

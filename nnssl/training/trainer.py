@@ -60,7 +60,7 @@ from nnssl.methods import known_methods
 from nnssl.training.agreement import Agreement
 from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
-from nnssl.training.boundary import watch
+from nnssl.training.boundary import check_command, watch
 from nnssl.training.checkpoint import (
     Cases,
     by_name,
@@ -128,6 +128,7 @@ class SemiTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         check_device(device.type)
+        check_command()
         self.general, self.method_config = self._configs(plans)
         raise_errors(misplaced_keys(self._source(plans), plans, {*known_methods(), self.method_class.name}))
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))

@@ -475,14 +475,20 @@ def test_many_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(pla
     )
 
 
-def test_without_any_unlabeled_case_the_run_is_refused(place: Place) -> None:
+def test_without_any_unlabeled_case_the_run_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(place.raw / "imagesUn")
     shutil.rmtree(
         place.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
     )  # else they serve without the raw scans
     (place.preprocessed / "splits_final.json").unlink()
     with pytest.raises(
-        RuntimeError, match=r"no unlabeled case.*imagesUn.*nnssl split.*nnUNetTrainerSupervised"
+        RuntimeError,
+        match=r"no unlabeled case.*/imagesUn does not exist.*nnssl split.*nnUNetTrainerSupervised",
+    ):
+        place.trainer().run_training()
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(
+        RuntimeError, match=r"nnUNet_raw is not set, and none is preprocessed in .*_unlabeled"
     ):
         place.trainer().run_training()
 
