@@ -267,7 +267,7 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
             ["-tr", "nnUNetTrainerSupervised"],
             "error: -tr nnUNetTrainerSupervised, which is what a pilot compares with. Name another",
         ),
-        (["-f", "3"], "splits_final.json has 0 alone. Choose one of these.\n"),
+        (["-f", "3"], "splits_final.json has 0 alone. Choose fold 0.\n"),
         (["-pretrained_weights", "nowhere.pth"], "-pretrained_weights nowhere.pth: no such file"),
     ):
         assert main(["pilot", "-d", "777", *options]) == 1
