@@ -3,8 +3,8 @@ file.
 
     {"nnssl": {"num_epochs": 100, "seed": 0, "DiffCL": {"ddim_steps": 2}}}
 
-General keys stand at the top, those of a method under its name. Sections of other methods are left alone: one
-plans file serves several trainers. A method declares its keys like this:
+General keys stand at the top, those of a method under its name. Sections of other methods are left alone,
+those of a user's own too: one plans file serves several trainers. A method declares its keys like this:
 
     @dataclass(frozen=True)
     class DiffCLConfig(Config):
@@ -146,12 +146,28 @@ def resolve(
     if not isinstance(overrides, Mapping):
         raise ValueError(f'"nnssl" in {source} must be a JSON object, found {type(overrides).__name__}')
     known = known_methods | ({method} if method else set())  # a method of the user's own is in no list
-    sections = {k: v for k, v in overrides.items() if k in known}
+    foreign = sections_of_others(overrides, known)
+    sections = {k: v for k, v in overrides.items() if k in known or k in foreign}
     general = {k: v for k, v in overrides.items() if k not in sections}
     config = build(GeneralConfig, general, f'"nnssl" in {source}', also=sorted(known))
     if method is None or method_config is None:
         return config, None
     return config, build(method_config, sections.get(method, {}), f'"nnssl.{method}" in {source}')
+
+
+def sections_of_others(overrides: Mapping[str, Any], known_methods: set[str]) -> list[str]:
+    """Sections of an unknown name, which a method of the user's own may have. One close to a known name is a
+    mistake, unless it contains that name (`MyFixMatch`)."""
+    known = {name.lower(): name for name in (*known_methods, *constraints(GeneralConfig))}
+    unknown = [
+        key for key, value in overrides.items() if key not in known.values() and isinstance(value, dict)
+    ]
+    near = {key: difflib.get_close_matches(key.lower(), known, 1, 0.75) for key in unknown}
+    return [
+        key
+        for key in unknown
+        if not near[key] or (near[key][0] in key.lower() and near[key][0] != key.lower())
+    ]
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] | None = None) -> T:
@@ -168,9 +184,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] |
     valid = constraints(cls)
     for key in values:
         if key not in valid:
-            near = difflib.get_close_matches(str(key), [*valid, *(also or ())], 1)
+            names = {name.lower(): name for name in (*valid, *(also or ()))}
+            near = difflib.get_close_matches(str(key).lower(), names, 1)
             raise ValueError(
-                f'{where}: unknown key "{key}"{f"; did you mean {near[0]}?" if near else "."} '
+                f'{where}: unknown key "{key}"{f"; did you mean {names[near[0]]}?" if near else "."} '
                 f"Valid keys are {', '.join(valid) or 'none'}"
                 + (f"; sections of methods: {', '.join(also)}" if also else "")
             )

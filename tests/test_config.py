@@ -101,6 +101,22 @@ def test_sections_of_other_methods_are_left_alone() -> None:
     assert method == Example()
 
 
+@pytest.mark.parametrize("name", ["MyMethod", "MyFixMatch", "FixMatchPlus"])
+def test_sections_of_methods_of_ones_own_are_left_alone(name: str) -> None:
+    _, method = resolve({name: {"a": 1}}, "Example", Example, known_methods())
+    assert method == Example()
+    with pytest.raises(ValueError, match=f'unknown key "{name}"'):
+        resolve({name: 1}, "Example", Example, known_methods())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("FixMach", "FixMatch"), ("fixmatch", "FixMatch"), ("Seed", "seed")]
+)
+def test_a_section_close_to_a_known_name_is_a_mistake(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf'unknown key "{name}"; did you mean {meant}\?'):
+        resolve({name: {}}, "Example", Example, known_methods())
+
+
 def test_without_a_method_there_are_only_general_keys() -> None:
     assert resolve({"seed": 3}, None, None, set()) == (GeneralConfig(seed=3), None)
 

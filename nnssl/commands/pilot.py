@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os.path import isfile, join
 from typing import Any
 
@@ -16,13 +17,15 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
 from nnssl.commands.pseudo_label import classes_of
 from nnssl.commands.trainers import list_trainers, trainers_folder
-from nnssl.data.freshness import digest
+from nnssl.data.freshness import Case, content_of, digest
 from nnssl.data.parallel import usable_cores
+from nnssl.data.unlabeled import unlabeled_cases
 from nnssl.files import read_json, write_json
 from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
@@ -48,8 +51,9 @@ def pilot(
     compare them on the validation cases; returns the table.
 
     Both start from the checkpoint `pretrained` (None: from scratch) and go by a plan of their own,
-    ``PLANS_pilot_<hash of its content, the fold's cases and that checkpoint>``. What is finished is not
-    repeated, what was interrupted goes on. The report goes to `output` (None: beside the models).
+    ``PLANS_pilot_<hash of its content, the fold's cases, what is in them and that checkpoint>``. What is
+    finished is not repeated, what was interrupted goes on. The report goes to `output` (None: beside the
+    models).
     """
     if fold == "all":
         raise ValueError("-f all has no validation cases to compare on. Choose a fold.")
@@ -70,13 +74,15 @@ def pilot(
     chosen = trainer or choose(facts, measured()).trainer
     baseline = f"nnUNetTrainer{SUPERVISED}"
     if chosen == baseline:
+        named, why = ("-tr", "") if trainer else ("the advice is", " (`nnssl advise` says why)")
         raise ValueError(
-            f"the advice is {baseline}, which is what a pilot compares with (`nnssl advise` says why). Name "
-            "another trainer with -tr."
+            f"{named} {baseline}, which is what a pilot compares with{why}. Name another trainer with -tr."
         )
     dataset = str(convert_id_to_dataset_name(dataset_id))
     cases = cases_of(dataset_id, facts.configuration, fold, plans_name)
-    name = write_plan(join(nnUNet_preprocessed, dataset), plans_name, share, cases, pretrained)
+    folder = join(nnUNet_preprocessed, dataset)
+    data: list[list[Any]] = [*cases, contents(folder, facts.configuration, plans_name, cases)]
+    name = write_plan(folder, plans_name, share, data, pretrained)
     where = f"{name}, {facts.configuration}, fold {fold}" + (f", from {pretrained}" if pretrained else "")
     print(f"Pilot of {chosen} against {baseline}: {where}.", flush=True)
     folders = {}
@@ -90,8 +96,32 @@ def pilot(
     return f"{table}\nReport: {write_report(runs_in_folders([*folders.values()], None), place)}"
 
 
+def contents(
+    folder: str, configuration: str, plans_name: str, cases: Sequence[Sequence[str]]
+) -> list[list[Any]]:
+    """What is in the cases: of labeled ones as they are preprocessed, of unlabeled ones as a training would
+    preprocess them."""
+    plans, dataset_json = (
+        PlansManager(join(folder, f"{plans_name}.json")),
+        read_json(join(folder, "dataset.json")),
+    )
+    labeled = join(folder, plans.get_configuration(configuration).data_identifier)
+    *with_labels, others = cases
+    hidden = [name for name in others if isfile(join(labeled, f"{name}.pkl"))]
+    target, scans = unlabeled_cases(plans, configuration, dataset_json, hidden)
+    known = replace(target, folder=labeled)
+    return [
+        *(
+            content_of(Case(n, (), "imagesTr"), known.files(n))
+            for names in with_labels
+            for n in sorted(names)
+        ),
+        *(content_of(scan, target.files(scan.name)) for scan in scans),
+    ]
+
+
 def write_plan(
-    folder: str, plans_name: str, share: float, cases: Sequence[Sequence[str]], pretrained: str | None = None
+    folder: str, plans_name: str, share: float, cases: Sequence[Sequence[Any]], pretrained: str | None = None
 ) -> str:
     """A plan with `share` of the epochs and a seed; returns its name, which says what is in it, which cases
     it is for and what trainings start from."""

@@ -77,6 +77,15 @@ def _is_int(value: Any) -> bool:
 
 def _unknown_keys(file: str, content: Content) -> Iterator[Finding]:
     for key in content:
+        if key.lower() == "nnssl":
+            yield Finding(
+                ERROR,
+                f"{file}, key {key}",
+                "not read there",
+                "the key nnssl at the top of the plans file",
+                "Move it there",
+            )
+            continue
         near = difflib.get_close_matches(key.lower(), [k.lower() for k in KEYS], 1, 0.8)
         if key not in KEYS and key not in DESCRIPTIVE and near:
             meant = next(k for k in KEYS if k.lower() == near[0])

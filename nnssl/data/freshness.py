@@ -244,3 +244,21 @@ def digest(file: str) -> str:
         while chunk := stream.read(1 << 22):
             content_hash.update(chunk)
     return content_hash.hexdigest()
+
+
+def content_of(case: Case, files: tuple[str, str, str]) -> list[Any]:
+    """What tells the voxels that a training reads of a case from others of the same plan: hashes of its raw
+    files, or of a case that nnU-Net itself had preprocessed the stamps of the arrays.
+
+    Of raw files that changed since, the new content, for such a case is preprocessed anew; without any the
+    record counts.
+    """
+    record = (read_properties(files[2]) or {}).get("nnssl", {})
+    then = {(s["file"], s["bytes"], s["mtime_ns"]): s["blake2b"] for s in record.get("sources", [])}
+    if case.images:
+        stamps = [tuple(stamp(file).values()) for file in case.sources]
+        known = zip(stamps, case.sources, strict=True)
+        return [[key[0], then.get(key) or digest(file)] for key, file in known]
+    if then and all(then.values()):
+        return [[key[0], value] for key, value in then.items()]
+    return [stamp(file) for file in files[:2] if isfile(file)]

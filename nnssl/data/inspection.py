@@ -22,7 +22,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-from nnssl.config import resolve
+from nnssl.config import GeneralConfig, constraints, resolve, sections_of_others
 from nnssl.data.dataset_json import (
     declared_labels,
     inspect_dataset_json,
@@ -168,6 +168,7 @@ def inspect_plans(
     if not isinstance(plans, dict):
         yield Finding(ERROR, plans_file, f"holds {type(plans).__name__}", "the plan that nnU-Net wrote")
         return
+    yield from inspect_duplicate_keys(plans_file)
     for key, fits in PLAN.items():
         if not fits(plans.get(key)):
             yield _wrong_plan(f"{plans_file}, key {key}", plans, key)
@@ -180,7 +181,7 @@ def inspect_plans(
             repr(dataset),
             "Remove the file, and take the plan over with nnUNetv2_move_plans_between_datasets",
         )
-    yield from _plans_name(plans_file, plans.get("plans_name"))
+    yield from inspect_plans_name(plans_file, plans.get("plans_name"))
     found = plans.get("configurations")
     configurations: dict[str, Any] = found if isinstance(found, dict) else {}
     for name, configuration in configurations.items():
@@ -196,10 +197,33 @@ def inspect_plans(
             yield from _code(place, configuration)
             yield from inspect_sizes(place, configuration, inherited(configurations, name))
     yield from _intensities(plans_file, plans, configurations)
+    yield from misplaced_keys(plans_file, plans, set(sections))
     yield from _section(f"{plans_file}, key nnssl", plans.get("nnssl", {}), sections)
 
 
-def _plans_name(plans_file: str, name: Any) -> Iterator[Finding]:
+def misplaced_keys(source: str, plans: Mapping[str, Any], methods: Collection[str]) -> Iterator[Finding]:
+    """Keys of the section ``nnssl`` that stand outside of it, where nobody reads them.
+
+    source  the plans file, for the messages
+    """
+    general = {name.lower(): name for name in constraints(GeneralConfig)}
+    sections = {name.lower(): name for name in methods}
+    found = plans.get("configurations")
+    configurations = found if isinstance(found, dict) else {}
+    places = {"": plans, **{f"configurations.{name}.": content for name, content in configurations.items()}}
+    for place, content in places.items():
+        for key in content if isinstance(content, dict) else ():
+            small = str(key).lower()
+            if small == "nnssl" and (place or key != "nnssl"):
+                expected, remedy = "the key nnssl at the top of the plan", "Move its content there"
+            elif name := general.get(small) or sections.get(small):
+                expected, remedy = f'"nnssl": {{"{name}": ...}} at the top of the plan', "Move it there"
+            else:
+                continue
+            yield Finding(ERROR, f"{source}, key {place}{key}", "not read there", expected, remedy)
+
+
+def inspect_plans_name(plans_file: str, name: Any) -> Iterator[Finding]:
     """A copied plan whose name was left as it was: nnU-Net names the folder of results by the key."""
     expected = basename(plans_file).removesuffix(".json")
     if isinstance(name, str) and name != expected:
@@ -329,12 +353,9 @@ def _wrong_plan(place: str, content: Mapping[str, Any], key: str) -> Finding:
 def _section(place: str, section: Any, methods: Mapping[str, type]) -> Iterator[Finding]:
     """The general keys, and the section of every method."""
     if methods and isinstance(section, dict):
-        unknown = [key for key, value in section.items() if key not in methods and isinstance(value, dict)]
-        for key in unknown:
-            near = difflib.get_close_matches(key, methods, 1)
-            remedy = f"Is {near[0]} meant?" if near else "If it is a method of your own, all is well"
+        for key in sections_of_others(section, set(methods)):
+            remedy = "If it is a method of your own, all is well"
             yield Finding(WARNING, f"{place}.{key}", "no method of this library", remedy=remedy)
-        section = {key: value for key, value in section.items() if key not in unknown}
     messages = set()
     for name in [None, *(name for name in methods if isinstance(section, dict) and name in section)]:
         try:

@@ -15,13 +15,14 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
 from nnssl.data.intact import Checked
-from nnssl.data.unlabeled import ensure_unlabeled
+from nnssl.data.unlabeled import ensure_unlabeled, target_of
 from nnssl.data.views import RepeatableMorphology, RepeatableRemoval, ViewTransform, nonzero_channels
 from nnssl.errors import told_line
 
@@ -250,10 +251,21 @@ def prepare_unlabeled(
             prepare()
         dist.barrier(group)
     if not cases:
+        folder = (
+            os.path.join(nnUNet_raw, plans_manager.dataset_name, "imagesUn") if nnUNet_raw.is_set() else ""
+        )
+        looked_at = (
+            f"no scan in {folder}"
+            if os.path.isdir(folder)
+            else f"{folder} does not exist"
+            if folder
+            else f"nnUNet_raw is not set, and none is preprocessed in "
+            f"{target_of(plans_manager, configuration, dataset_json).folder}"
+        )
         raise RuntimeError(
-            f"no unlabeled case for {plans_manager.dataset_name}: put scans into its folder imagesUn in "
-            "nnUNet_raw (named like imagesTr), "
-            "or hide labels with `nnssl split`; without either, use nnUNetTrainerSupervised"
+            f"no unlabeled case for {plans_manager.dataset_name}: {looked_at}. Put scans into its folder "
+            "imagesUn in nnUNet_raw (named like imagesTr), or hide labels with `nnssl split`; without "
+            "either, use nnUNetTrainerSupervised"
         )
     log(f"{len(cases)} unlabeled cases, {len(hidden)} of them with hidden labels")
     return cases

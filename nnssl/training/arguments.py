@@ -62,6 +62,7 @@ def check_names(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if not isfile(join(preprocessed, "dataset.json")):
         command = _preprocess(args, dataset)
         raise ValueError(f"{join(preprocessed, 'dataset.json')} does not exist. Run {command}")
+    read_json(join(preprocessed, "dataset.json"))
     plans = read_json(plans_file)
     configurations = plans.get("configurations") if isinstance(plans, dict) else None
     if not isinstance(configurations, dict):
@@ -149,9 +150,9 @@ def check_fold(fold: str, splits_file: str) -> None:
         return
     folds = len(read_json(splits_file)) if isfile(splits_file) else NNUNET_FOLDS
     if int(fold) >= folds:
-        which = f"0 to {folds - 1}" if folds > 1 else "0 alone"
+        which, choice = (f"0 to {folds - 1}", "one of these") if folds > 1 else ("0 alone", "fold 0")
         source = splits_file if isfile(splits_file) else "nnU-Net's own split"
-        raise ValueError(f"fold {fold}: {source} has {which}. Choose one of these, or all.")
+        raise ValueError(f"fold {fold}: {source} has {which}. Choose {choice}.")
 
 
 def check_device(device: str, number: int = 1) -> None:

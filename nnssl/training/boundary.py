@@ -15,17 +15,50 @@ from io import StringIO
 from traceback import walk_tb
 from types import TracebackType
 
+from nnssl.data.dataset_json import inspect_duplicate_keys
+from nnssl.data.findings import raise_errors
+from nnssl.data.inspection import inspect_plans_name
 from nnssl.errors import told_line
-from nnssl.training.arguments import add_arguments, check_data, check_names
+from nnssl.files import read_json
+from nnssl.training.arguments import add_arguments, check_data, check_fold, check_names
+from nnssl.training.lookup import check_folders, check_numbers, dataset_name
 
 COMMANDS = ("nnUNetv2_train", "run_training")
 
 
 def watch() -> None:
     """From now on in nnUNetv2_train, nowhere else."""
-    command = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-    if command in COMMANDS and sys.excepthook is not _tell and not os.environ.get("NNSSL_TRACEBACK"):
+    if _is_stock() and sys.excepthook is not _tell and not os.environ.get("NNSSL_TRACEBACK"):
         sys.excepthook = _tell
+
+
+def check_command() -> None:
+    """In nnUNetv2_train, ValueError where nnU-Net would go on with another plan's results or a random split,
+    or fail after a long start."""
+    if not _is_stock():
+        return
+    check_folders()
+    check_numbers()
+    try:
+        args = _parse(sys.argv[1:])
+    except SystemExit:  # an abbreviation, which nnU-Net takes
+        return
+    folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset_name(args.dataset_name_or_id))
+    plans_file = os.path.join(folder, args.p + ".json")
+    findings = list(inspect_duplicate_keys(plans_file))
+    raise_errors([*findings, *inspect_plans_name(plans_file, read_json(plans_file).get("plans_name"))])
+    check_fold(args.fold, os.path.join(folder, "splits_final.json"))
+
+
+def _is_stock() -> bool:
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0] in COMMANDS
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_arguments(parser)
+    with redirect_stderr(StringIO()):
+        return parser.parse_args(arguments)
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -48,11 +81,10 @@ def _was_training(traceback: TracebackType | None) -> bool:
 
 def _mistake(arguments: Sequence[str]) -> str | None:
     """What is wrong with the command line, which nnU-Net's error may not tell."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
     try:
-        with redirect_stderr(StringIO()):
-            args = parser.parse_args(arguments)
+        check_folders()
+        check_numbers()
+        args = _parse(arguments)
         check_data(args, *check_names(args), ranks=args.num_gpus)
     except (Exception, SystemExit) as error:
         return told_line(error)

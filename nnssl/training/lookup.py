@@ -92,9 +92,12 @@ def nnunet_folder(variable: str) -> str:
 
 
 def check_folders() -> None:
-    """ValueError where the shell left a ~ as it is: all would be read and written below a folder ./~."""
+    """ValueError where a variable names a file, or where the shell left a ~ as it is: all would be read and
+    written below a folder ./~."""
     for variable in FOLDERS:
-        if (value := os.environ.get(variable, "")).startswith("~"):
+        if isfile(value := os.environ.get(variable, "")):
+            raise ValueError(f"{variable}={value}: a file, expected a folder. Correct the variable.")
+        if value.startswith("~"):
             raise ValueError(
                 f"{variable}={value}: the shell expands no ~ within quotes, and a folder of this name would "
                 f"be made. export {variable}={shlex.quote(os.path.expanduser(value))}"

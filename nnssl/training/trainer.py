@@ -26,10 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnssl.batch import SemiBatch
-from nnssl.config import resolve
+from nnssl.config import resolve, sections_of_others
 from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
-from nnssl.data.inspection import inspect_preprocessed, inspect_scans_of_training, inspect_split
+from nnssl.data.inspection import (
+    inspect_preprocessed,
+    inspect_scans_of_training,
+    inspect_split,
+    misplaced_keys,
+)
 from nnssl.data.intact import damage_named, dataset_class
 from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
@@ -57,7 +62,7 @@ from nnssl.methods import known_methods
 from nnssl.training.agreement import Agreement
 from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
-from nnssl.training.boundary import watch
+from nnssl.training.boundary import check_command, watch
 from nnssl.training.checkpoint import (
     Cases,
     by_name,
@@ -129,7 +134,9 @@ class SemiTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         check_device(device.type)
+        check_command()
         self.general, self.method_config = self._configs(plans)
+        raise_errors(misplaced_keys(self._source(plans), plans, {*known_methods(), self.method_class.name}))
         raise_errors(inspect_dataset_json(f"dataset.json of {plans.get('dataset_name')}", dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
@@ -177,8 +184,12 @@ class SemiTrainer(nnUNetTrainer):
     @classmethod
     def _configs(cls, plans: dict) -> tuple[Any, Any]:
         method = cls.method_class
-        source = f"the plans file {plans['plans_name']} of {plans['dataset_name']}"
+        source = cls._source(plans)
         return resolve(plans.get("nnssl", {}), method.name, method.config_class, known_methods(), source)
+
+    @staticmethod
+    def _source(plans: dict) -> str:
+        return f"the plans file {plans['plans_name']} of {plans['dataset_name']}"
 
     @classmethod
     def build_network_architecture(
@@ -230,6 +241,11 @@ class SemiTrainer(nnUNetTrainer):
         self.print_to_log_file(
             f"{self.method.name}: {self.general} {self.method_config}", also_print_to_console=False
         )
+        own = {*known_methods(), self.method.name}
+        for name in sections_of_others(self.plans_manager.plans.get("nnssl", {}), own):
+            self.print_to_log_file(
+                f'WARNING: "nnssl.{name}" in the plans file is of no method of this library'
+            )
         if line := self.method.describe():
             self.print_to_log_file(line)
         configs = {"general": self.general, self.method.name: self.method_config}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -263,7 +264,11 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
         (["-tr", "Semi"], "-tr Semi: no such trainer. Did you mean nnUNetTrainerSemi"),
         (["--share", "2"], "expected more than 0 and at most 1"),
         (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer: its schedule is not the plan's"),
-        (["-tr", "nnUNetTrainerSupervised"], "which is what a pilot compares with"),
+        (
+            ["-tr", "nnUNetTrainerSupervised"],
+            "error: -tr nnUNetTrainerSupervised, which is what a pilot compares with. Name another",
+        ),
+        (["-f", "3"], "splits_final.json has 0 alone. Choose fold 0.\n"),
         (["-pretrained_weights", "nowhere.pth"], "-pretrained_weights nowhere.pth: no such file"),
     ):
         assert main(["pilot", "-d", "777", *options]) == 1
@@ -287,6 +292,31 @@ def test_a_pilot_of_other_data_is_another_pilot(place: Place) -> None:
         pilot.write_plan(folder, "nnUNetPlans", 0.5, [*cases[:i], ["x"], *cases[i + 1 :]]) for i in range(3)
     }
     assert len(names | {first}) == 4
+
+
+def test_a_pilot_after_labels_or_scans_were_changed_is_another_pilot(place: Place) -> None:
+    cases = cases_of(777, "3d_fullres", "0", "nnUNetPlans")
+
+    def now() -> list[list[Any]]:
+        return pilot.contents(str(place.preprocessed), "3d_fullres", "nnUNetPlans", cases)
+
+    def redone() -> list[list[Any]]:
+        number = ("-np", "1", "--no_pbar")
+        assert main(["plan-and-preprocess", "-d", "777", "-c", "3d_fullres", *number]) == 0
+        return now()
+
+    first = now()
+    assert len(first) == sum(map(len, cases)) and all(first)
+    label = place.raw / "labelsTr" / "lab_00.nii.gz"
+    os.utime(label)
+    assert redone() == first
+    shutil.copy(place.raw / "labelsTr" / "lab_01.nii.gz", label)
+    assert now() == first
+    corrected = redone()
+    assert [a == b for a, b in zip(first, corrected, strict=True)] == [False] + [True] * (len(first) - 1)
+    scan = place.raw / "imagesUn" / "scan_01_0000.nii.gz"
+    shutil.copy(scan.with_name("scan_01_0001.nii.gz"), scan)
+    assert (rescanned := now()) != corrected and redone() == rescanned
 
 
 @pytest.mark.parametrize(

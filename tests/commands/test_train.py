@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -91,6 +92,13 @@ def test_a_home_folder_that_the_shell_did_not_expand_is_told(
     monkeypatch.setenv("HOME", str(trains.raw))
     assert "nnUNet_results=~/results: " in (said := told(capsys, TRAIN))
     assert f"export nnUNet_results={trains.raw / 'results'}" in said and not (trains.raw / "~").exists()
+
+
+def test_a_variable_that_names_a_file_is_told(
+    trains: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(trains.plans_file))
+    assert f"nnUNet_results={trains.plans_file}: a file, expected a folder" in told(capsys, TRAIN)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("nnUNet_n_proc_DA", "two"), ("nnUNet_def_n_proc", "0")])
@@ -213,6 +221,36 @@ class TestStockCommand:
     ) -> None:
         self.tell(KeyError("whatever"), monkeypatch, TRAIN[1:])
         assert "KeyError: 'whatever'" in capsys.readouterr().err
+
+    def test_a_damaged_dataset_json_is_named(
+        self, trains: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = trains.preprocessed / "dataset.json"
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        self.tell(ValueError("whatever"), monkeypatch, TRAIN[1:])
+        assert capsys.readouterr().err.startswith(f"nnUNetv2_train: error: {file}: not valid JSON")
+
+    def test_what_nnunet_lets_pass_is_refused(self, trains: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+        from nnssl.training.boundary import check_command
+
+        def check(*arguments: str, command: str = "nnUNetv2_train") -> None:
+            monkeypatch.setattr(sys, "argv", [command, *arguments])
+            check_command()
+
+        check(*TRAIN[1:])
+        check(*changed(3, "all")[1:])
+        shutil.copy(trains.plans_file, trains.preprocessed / "Mine.json")
+        with pytest.raises(ValueError, match=r"Mine.json, key plans_name: is 'nnUNetPlans'.*mixed up"):
+            check(*TRAIN[1:], "-p", "Mine", "--c")
+        with pytest.raises(ValueError, match="fold 7: nnU-Net's own split has 0 to 4"):
+            check(*changed(3, "7")[1:])
+        check(*changed(3, "7")[1:], command="other")
+        folds = [{"train": ["lab_00"], "val": ["lab_01"]}] * 8
+        (trains.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+        check(*changed(3, "7")[1:])
+        monkeypatch.setenv("nnUNet_n_proc_DA", "two")
+        with pytest.raises(ValueError, match="nnUNet_n_proc_DA=two: expected a whole number"):
+            check(*TRAIN[1:])
 
     @pytest.mark.parametrize(("command", "variable"), [("nnUNetv2_predict", ""), ("nnUNetv2_train", "1")])
     def test_other_commands_are_left_alone(

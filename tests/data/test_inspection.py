@@ -141,6 +141,10 @@ def test_every_error_stands_on_its_own_line() -> None:
             {"dataset": {"a": {"images": ["a.mha"], "label": "b.mha"}}},
             "b.mha, which nnU-Net copies as a.nii.gz",
         ),
+        (
+            {"nnssl": {"seed": 1}},
+            "key nnssl: not read there; expected the key nnssl at the top of the plans file",
+        ),
         ({"dataset": {"../a": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, r"the case is named '\.\./a'"),
         ({"dataset": {"a_seg": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}, "the case is named a_seg"),
         ({"dataset": {"a": {"images": ["../../a"], "label": "b.nii.gz"}}}, r"\.\./\.\./a leaves nnUNet_raw"),
@@ -871,7 +875,11 @@ def test_damaged_statistics_are_measured_anew(tiny: Tiny, content: str) -> None:
         ({"nnssl": {"num_epoch": 3}}, "error", "num_epoch"),
         ({"nnssl": []}, "error", "key nnssl"),
         ({"nnssl": {"FixMatch": {"no_such": 1}}}, "error", "no_such"),
-        ({"nnssl": {"FixMach": {}}}, "warning", "Is FixMatch meant?"),
+        ({"nnssl": {"FixMach": {}}}, "error", "did you mean FixMatch?"),
+        ({"nnssl": {"MyMethod": {}}}, "warning", "key nnssl.MyMethod: no method of this library"),
+        ({"num_epochs": 1}, "error", 'key num_epochs: not read there; expected "nnssl": {"num_epochs": ...}'),
+        ({"fixmatch": {}}, "error", 'key fixmatch: not read there; expected "nnssl": {"FixMatch": ...}'),
+        ({"nnSSL": {}}, "error", "key nnSSL: not read there; expected the key nnssl at the top"),
         ({"configurations": []}, "error", "key configurations: is []"),
         ({"configurations": {"2d": None}}, "error", "key configurations.2d: is None"),
         ({"configurations": {"2d": {"inherits_from": "2d"}}}, "error", "configurations.2d.inherits_from: is"),
@@ -929,6 +937,22 @@ def test_a_name_in_the_plan_that_nnunet_does_not_have_is_told_by_its_key(
     (finding,) = inspect_plans(str(tiny.plans_file), {})
     assert finding.place == f"{tiny.plans_file}, key configurations.mine.{key}"
     assert message in str(finding)
+
+
+@pytest.mark.parametrize("key", ["nnssl", "num_epochs", "FixMatch"])
+def test_keys_of_the_section_in_a_configuration_are_errors(tiny: Tiny, key: str) -> None:
+    plan = json.loads(tiny.plans_file.read_text(encoding="utf-8"))
+    plan["configurations"]["3d_fullres"][key] = {}
+    tiny.plans_file.write_text(json.dumps(plan), encoding="utf-8")
+    (finding,) = inspect_plans(str(tiny.plans_file), {"FixMatch": FixMatchConfig})
+    assert finding.level == "error" and f"configurations.3d_fullres.{key}: not read there" in str(finding)
+
+
+def test_a_section_that_stands_twice_in_the_plan_is_an_error(tiny: Tiny) -> None:
+    text = tiny.plans_file.read_text(encoding="utf-8").rstrip()
+    tiny.plans_file.write_text(text.removesuffix("}") + ', "nnssl": {}, "nnssl": {}}', encoding="utf-8")
+    (finding,) = inspect_plans(str(tiny.plans_file), {})
+    assert finding.level == "error" and "key nnssl: stands twice" in str(finding)
 
 
 def test_a_copied_plan_that_kept_its_name_is_an_error_where_both_would_share_results(tiny: Tiny) -> None:

@@ -567,14 +567,20 @@ def test_many_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(pla
     )
 
 
-def test_without_any_unlabeled_case_the_run_is_refused(place: Place) -> None:
+def test_without_any_unlabeled_case_the_run_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(place.raw / "imagesUn")
     shutil.rmtree(
         place.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
     )  # else they serve without the raw scans
     (place.preprocessed / "splits_final.json").unlink()
     with pytest.raises(
-        RuntimeError, match=r"no unlabeled case.*imagesUn.*nnssl split.*nnUNetTrainerSupervised"
+        RuntimeError,
+        match=r"no unlabeled case.*/imagesUn does not exist.*nnssl split.*nnUNetTrainerSupervised",
+    ):
+        place.trainer().run_training()
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(
+        RuntimeError, match=r"nnUNet_raw is not set, and none is preprocessed in .*_unlabeled"
     ):
         place.trainer().run_training()
 
@@ -647,6 +653,20 @@ def test_a_wrong_key_in_the_plans_file_stops_before_anything_is_written(place: P
     with pytest.raises(
         ValueError, match='"nnssl" in the plans file nnUNetPlans of Dataset777_Tiny: unknown key'
     ):
+        place.trainer()
+    assert not place.results.exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_key_in_the_wrong_place_of_the_plans_file_stops_the_stock_command_too(
+    place: Place, inside: bool
+) -> None:
+    place.plan(**SHORT)
+    file = place.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    (plans["configurations"]["3d_fullres"] if inside else plans)["num_epochs"] = 1
+    file.write_text(json.dumps(plans), encoding="utf-8")
+    with pytest.raises(ValueError, match="num_epochs: not read there"):
         place.trainer()
     assert not place.results.exists()
 
