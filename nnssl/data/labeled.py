@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from glob import escape, glob
 from os.path import basename, getsize, isdir, isfile, join
 from typing import Any
 
@@ -12,7 +13,17 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.freshness import Case, Target, digest, judge, preprocessing_fingerprint, read_properties
+from nnssl.data.freshness import (
+    Case,
+    Target,
+    differ,
+    digest,
+    ground_truth,
+    judge,
+    preprocessing_fingerprint,
+    read_properties,
+    write_properties,
+)
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
 from nnssl.files import copy_file, remove_leftovers
@@ -162,9 +173,20 @@ def copy_ground_truth(
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():
-        destination = join(folder, case + dataset_json["file_ending"])
+        destination = ground_truth(preprocessed_dataset_folder, case, dataset_json)
         if not isfile(destination) or _seen(destination) != _seen(label):
+            if isfile(destination) and differ(destination, label):
+                _mark_stale(preprocessed_dataset_folder, case)
             copy_file(label, destination)
+
+
+def _mark_stale(preprocessed_dataset_folder: str, case: str) -> None:
+    """In other configurations, where nnU-Net itself preprocessed the case: only its copy of the label map,
+    about to be replaced, tells that it has changed."""
+    for marker in glob(join(escape(preprocessed_dataset_folder), "*", escape(case) + ".pkl")):
+        properties = read_properties(marker)
+        if properties is not None and "nnssl" not in properties:
+            write_properties({**properties, "nnssl": {"stale": "source changed"}}, marker)
 
 
 def _seen(path: str) -> tuple[int, int]:

@@ -143,6 +143,39 @@ def test_only_the_stale_case_of_nnunets_work_is_redone(tiny: Tiny, spoil: str) -
     assert stamps(tiny.labeled) == after
 
 
+def older_label(tiny: Tiny, case: str) -> Path:
+    """Another label map of the same case, with a time long before, as an archive brings it."""
+    label = tiny.raw / "labelsTr" / f"{case}.nii.gz"
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
+    write_image(label, np.roll(array, 3, 1))
+    os.utime(label, (1e9, 1e9))
+    return label
+
+
+def test_an_older_label_in_the_place_of_that_which_nnunet_preprocessed_is_noticed(tiny: Tiny) -> None:
+    by_nnunet(tiny, tiny.labeled)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    older_label(tiny, "lab_02")
+    before = stamps(tiny.labeled)
+    ensure(tiny)
+    assert redone(before, stamps(tiny.labeled)) == {"lab_02"}
+
+
+def test_an_older_label_is_noticed_in_every_configuration(tiny: Tiny) -> None:
+    by_nnunet(tiny, tiny.labeled)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    older_label(tiny, "lab_02")
+    os.utime(tiny.raw / "labelsTr" / "lab_03.nii.gz", (1e9, 1e9))  # another time, the same content
+    before = stamps(tiny.labeled)
+    # as after the preprocessing of another configuration
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    ensure(tiny)
+    assert redone(before, stamps(tiny.labeled)) == {"lab_02"}
+    after = stamps(tiny.labeled)
+    ensure(tiny)
+    assert stamps(tiny.labeled) == after
+
+
 def test_changed_label_and_changed_classes_are_noticed(tiny: Tiny) -> None:
     ensure(tiny)
     before = stamps(tiny.labeled)
