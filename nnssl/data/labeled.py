@@ -13,6 +13,8 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl.data.dataset_json import inspect_dataset_json
+from nnssl.data.findings import errors_of
 from nnssl.data.freshness import (
     Case,
     Target,
@@ -26,7 +28,7 @@ from nnssl.data.freshness import (
 )
 from nnssl.data.preprocess import Log, bring_up_to_date
 from nnssl.data.raw import training_files
-from nnssl.files import copy_file, remove_leftovers
+from nnssl.files import copy_file, read_json, remove_leftovers
 
 COMPARED = 1 << 30  # bytes, about a second
 OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
@@ -39,9 +41,23 @@ def labeled_cases(
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = join(nnUNet_preprocessed, plans_manager.dataset_name, identifier)
     fingerprint = preprocessing_fingerprint(plans_manager, configuration, dataset_json)
-    files = training_files(raw_dataset_folder, dataset_json)
+    files = training_files(raw_dataset_folder, _listing(raw_dataset_folder, dataset_json))
     cases = [Case(name, tuple(images), "imagesTr", label) for name, (images, label) in sorted(files.items())]
     return Target(folder, plans_manager, configuration, dataset_json, fingerprint), cases
+
+
+def _listing(raw_dataset_folder: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """With the key ``dataset`` as the raw dataset.json has it, if that is sound: the copy beside the plan may
+    list other cases."""
+    file = join(raw_dataset_folder, "dataset.json")
+    try:
+        content = read_json(file)
+    except (OSError, ValueError, RecursionError):
+        return dataset_json
+    if errors_of(inspect_dataset_json(file, content)):
+        return dataset_json
+    others = {key: value for key, value in dataset_json.items() if key != "dataset"}
+    return others | ({"dataset": content["dataset"]} if "dataset" in content else {})
 
 
 def removed_cases(target: Target, cases: list[Case]) -> list[str]:

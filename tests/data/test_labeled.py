@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -98,6 +99,30 @@ def test_edited_and_removed_cases_are_found_without_reading_what_was_not_touched
         "lab_04": "no longer in imagesTr",
     }
     assert outdated(["lab_00", "lab_05"]) == {}
+
+
+def test_the_raw_key_dataset_says_which_cases_there_are_whatever_its_copy_lists(tiny: Tiny) -> None:
+    ensure(tiny)
+
+    def entry(case: str) -> dict[str, Any]:
+        images = [f"imagesTr/{case}_000{channel}.nii.gz" for channel in (0, 1)]
+        return {"images": images, "label": f"labelsTr/{case}.nii.gz"}
+
+    def names(dataset_json: dict[str, Any]) -> list[str]:
+        plans_manager = PlansManager(str(tiny.plans_file))
+        return [
+            case.name for case in labeled_cases(plans_manager, "3d_fullres", dataset_json, str(tiny.raw))[1]
+        ]
+
+    copy = {**tiny.dataset_json, "dataset": {case: entry(case) for case in CASES[:4]}}
+    file = tiny.raw / "dataset.json"
+    file.write_text(json.dumps({**copy, "dataset": {case: entry(case) for case in CASES[1:]}}))
+    assert names(copy) == names(tiny.dataset_json) == CASES[1:]
+    file.write_text(json.dumps(tiny.dataset_json))
+    assert names(copy) == CASES
+    for damaged in ("{", "[]", json.dumps({**copy, "dataset": [1]})):
+        file.write_text(damaged)
+        assert names(copy) == CASES[:4]
 
 
 def test_second_call_writes_nothing(tiny: Tiny) -> None:
