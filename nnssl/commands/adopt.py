@@ -230,7 +230,7 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
         return []
     dataset_json = read_json(join(preprocessed, "dataset.json"))
     for file in sorted(os.listdir(preprocessed)):
-        content = read_json(join(preprocessed, file)) if file.endswith(".json") else None
+        content = read_json(join(preprocessed, file)) if file.endswith(".json") and file[0] != "." else None
         if not (isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()):
             continue
         if content.get("dataset_name") != basename(preprocessed):

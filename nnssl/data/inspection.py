@@ -30,6 +30,7 @@ from nnssl.data.findings import ERROR, WARNING, Finding, errors_of, listed
 from nnssl.data.formats import SourceError, inspect_file, is_utf8
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
+    HIDDEN_REMEDY,
     inspect_adoption,
     inspect_names,
     inspect_spacing_files,
@@ -37,7 +38,7 @@ from nnssl.data.names import (
     missing_spacing_files,
     unlabeled_files,
 )
-from nnssl.data.raw import num_channels, training_files
+from nnssl.data.raw import cases_in, num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.sizes import inherited, inspect_sizes
 from nnssl.files import read_json
@@ -134,8 +135,7 @@ def _labeled_names(
     findings, content = read_dataset_json(file)
     if errors_of(findings):
         return None
-    ending = content["file_ending"]
-    return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+    return cases_in(folder, content["file_ending"])
 
 
 def inspect_plans(
@@ -389,6 +389,9 @@ def inspect_preprocessed(folder: str) -> Iterator[Finding]:
     """Files among the preprocessed cases that are none, or that an older nnU-Net left: nnU-Net reads one kind
     only."""
     names = os.listdir(folder) if isdir(folder) else []
+    if hidden := sorted(n for n in names if n.startswith(".") and n.endswith(KINDS)):
+        found = f"{listed(hidden)}: hidden, but nnU-Net takes every file here for one of a case"
+        yield Finding(ERROR, folder, found, remedy=HIDDEN_REMEDY)
     if strays := sorted(n for n in names if not n.endswith(KINDS) and isfile(join(folder, n))):
         yield Finding(
             ERROR,

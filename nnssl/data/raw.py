@@ -72,11 +72,18 @@ def training_files(
     }
 
 
+def cases_in(folder: str, ending: str) -> list[str]:
+    """Sorted names of the cases with a file ``<case><ending>`` in `folder`; hidden files are no cases."""
+    names = [name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith(".")]
+    return sorted(name.removesuffix(ending) for name in names)
+
+
 def plans_in(preprocessed_dataset_folder: str) -> str:
     """Names of the plans of a dataset, for messages."""
     names = os.listdir(preprocessed_dataset_folder) if isdir(preprocessed_dataset_folder) else []
     return (
-        ", ".join(sorted(name[:-5] for name in names if "lans" in name and name.endswith(".json"))) or "none"
+        ", ".join(sorted(n[:-5] for n in names if "lans" in n and n.endswith(".json") and n[0] != "."))
+        or "none"
     )
 
 

@@ -84,7 +84,8 @@ def unlabeled_cases(
 
 def _preprocessed_scans(folder: str) -> list[str]:
     """Names of preprocessed cases that came from ``imagesUn`` or whose properties are damaged."""
-    markers = [name for name in os.listdir(folder) if name.endswith(".pkl")] if isdir(folder) else []
+    names = os.listdir(folder) if isdir(folder) else []
+    markers = [name for name in names if name.endswith(".pkl") and not name.startswith(".")]
     properties = {name.removesuffix(".pkl"): read_properties(join(folder, name)) for name in markers}
     return [
         case

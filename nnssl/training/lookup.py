@@ -155,4 +155,4 @@ def plans_of(preprocessed: str) -> list[str]:
     """Names of the plans in a dataset's preprocessed folder."""
     names = os.listdir(preprocessed) if isdir(preprocessed) else []
     files = [name for name in names if name.endswith(".json") and isfile(join(preprocessed, name))]
-    return sorted(name[:-5] for name in files if "lans" in name)
+    return sorted(name[:-5] for name in files if "lans" in name and not name.startswith("."))

@@ -27,7 +27,7 @@ from nnssl.data.inspection import (
     inspect_split,
     read_dataset_json,
 )
-from nnssl.data.labeled import ensure_labeled, undeclared_labels
+from nnssl.data.labeled import copy_ground_truth, ensure_labeled, undeclared_labels
 from nnssl.data.names import inspect_names
 from nnssl.data.scans import FILE, Usual, label_statistics
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
@@ -985,6 +985,25 @@ def test_arrays_of_an_older_nnunet_are_set_aside_and_never_mixed(tiny: Tiny) -> 
         *("lab_00.npy", "lab_00.npz", "lab_00.pkl", "lab_00_seg.npy")
     ]
     assert list(inspect_preprocessed(str(tiny.labeled))) == []
+
+
+def test_hidden_files_among_preprocessed_cases_are_named_and_no_cases(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tiny)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    for file in [file for file in tiny.preprocessed.rglob("*") if file.is_file()]:
+        file.with_name("._" + file.name).write_bytes(b"\0\5\26\7Mac OS X")
+    (error,) = lines(inspect_preprocessed(str(tiny.labeled)), "error")
+    assert "._lab_00.b2nd, ._lab_00.pkl, ._lab_00_seg.b2nd" in error and "find -name '._*' -delete" in error
+    monkeypatch.delenv("nnUNet_raw")
+    assert main(["split", "-d", "777", "--labeled", "2"]) == 0
+    assert "._" not in (tiny.preprocessed / "splits_final.json").read_text(encoding="utf-8")
+    assert files(tiny) == []
+    capsys.readouterr()
+    assert main(["check", "-d", "777", "-c", "3d_fullres"]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if "._" in line]
+    assert len(told) == 1 and str(tiny.labeled) in told[0]
 
 
 def test_a_training_inspects_scans_and_opens_no_label_map(tiny: Tiny) -> None:
