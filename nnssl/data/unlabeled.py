@@ -123,7 +123,7 @@ def set_removed_aside(
     }
     if removed := sorted(there - scans - set(hidden) - (training.keys() - from_scans)):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
-        aside = set_aside([basename(file) for file in files], target, "_removed")
+        aside = set_aside([basename(file) for file in files], target.folder, "_removed")
         log(
             f"Moved {len(removed)} preprocessed scans that are neither in imagesUn nor hidden by a split to "
             f"{aside}: {listed(removed)}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -284,6 +285,47 @@ def test_ground_truth_is_copied_where_it_is_newer(tiny: Tiny) -> None:
     copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
     assert {name for name, stamp in stamps(copies).items() if before[name] != stamp} == {"lab_03.nii.gz"}
     assert (copies / "lab_03.nii.gz").read_bytes() == label.read_bytes()
+
+
+def test_ground_truth_of_cases_taken_out_is_moved_aside_and_named(tiny: Tiny) -> None:
+    lines: list[str] = []
+    copies = tiny.preprocessed / "gt_segmentations"
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed), lines.append)
+    (copies / "notes.txt").touch()
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_05_000{channel}.nii.gz").unlink()
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed), lines.append)
+    assert sorted(file.name for file in copies.iterdir()) == [
+        *(f"{case}.nii.gz" for case in CASES[:5]),
+        "notes.txt",
+    ]
+    aside = tiny.preprocessed / "gt_segmentations_removed"
+    assert [file.name for file in aside.iterdir()] == ["lab_05.nii.gz"]
+    assert len(lines) == 1 and "lab_05" in lines[0] and str(aside) in lines[0]
+
+
+def test_a_preprocessed_folder_on_another_disk_is_filled_and_tidied(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, replace = tmp_path / "disk", os.replace
+    (disk / "cases").mkdir(parents=True)
+    tiny.labeled.symlink_to(disk / "cases")
+
+    def on_one_disk(source: Any, path: Any) -> None:
+        there = [Path(p).resolve().is_relative_to(disk) for p in (source, path)]
+        if there[0] != there[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        replace(source, path)
+
+    monkeypatch.setattr(os, "replace", on_one_disk)
+    ensure(tiny)
+    assert len(list((disk / "cases").iterdir())) == 18
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_05_000{channel}.nii.gz").unlink()
+    ensure(tiny)
+    assert len(list((disk / "cases").iterdir())) == 15
+    aside = tiny.labeled.with_name(tiny.labeled.name + "_removed")
+    assert sorted(p.name for p in aside.iterdir()) == ["lab_05.b2nd", "lab_05.pkl", "lab_05_seg.b2nd"]
 
 
 def test_ground_truth_is_copied_where_an_older_file_took_its_place(tiny: Tiny) -> None:
