@@ -89,8 +89,11 @@ def inspect_files(
     if isfile(plans_file):
         findings = list(inspect_plans(plans_file, sections or {}, basename(normpath(preprocessed))))
         yield from findings
-        if sound is not None and not planning and not errors_of(findings):
-            yield from inspect_plan_channels(plans_file, read_json(plans_file), sound)
+        if sound is not None and not errors_of(findings):
+            plans = read_json(plans_file)
+            yield from inspect_plan_reader(plans_file, plans, sound)
+            if not planning:
+                yield from inspect_plan_channels(plans_file, plans, sound)
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
@@ -214,6 +217,22 @@ def inspect_plan_channels(
                 f"{num_channels(dataset_json)} (channel_names in dataset.json)",
                 "Plan anew with `nnssl plan-and-preprocess --replan --clean`, or correct channel_names",
             )
+
+
+def inspect_plan_reader(
+    plans_file: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Everything is read with the reader of the plan: another one in dataset.json came too late."""
+    wanted = dataset_json.get("overwrite_image_reader_writer", "None")
+    if wanted not in ("None", plans["image_reader_writer"]):
+        yield Finding(
+            ERROR,
+            f"{plans_file}, key image_reader_writer",
+            f"is {plans['image_reader_writer']!r}, with which all images are read",
+            f"{wanted!r} (overwrite_image_reader_writer in dataset.json)",
+            "Plan anew with `nnssl plan-and-preprocess --replan --clean`, or take the change of dataset.json "
+            "back",
+        )
 
 
 def _is_permutation(value: Any) -> bool:

@@ -906,6 +906,25 @@ def test_an_edit_of_dataset_json_after_planning_is_an_error_until_it_is_taken_ov
         assert lines(files(tiny), "error") == []
 
 
+def test_another_reader_than_that_of_the_plan_is_an_error_unless_it_is_planned_anew(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overwrite(reader: str) -> list[str]:
+        content = {**tiny.dataset_json, "overwrite_image_reader_writer": reader}
+        (tiny.raw / "dataset.json").write_text(json.dumps(content))
+        return lines(files(tiny), "error")
+
+    assert overwrite("None") == overwrite("SimpleITKIO") == []
+    (error,) = overwrite("NibabelIO")
+    assert f"{tiny.plans_file}, key image_reader_writer: is 'SimpleITKIO'" in error
+    assert "expected 'NibabelIO' (overwrite_image_reader_writer in dataset.json)" in error
+    assert main(["plan-and-preprocess", "-d", "777", "--no_pp"]) == 1
+    assert "--replan --clean" in capsys.readouterr().err
+    assert main(["plan-and-preprocess", "-d", "777", "--no_pp", "--replan", "--clean", "-npfp", "1"]) == 0
+    assert tiny.dataset_json["overwrite_image_reader_writer"] == "NibabelIO"
+    assert lines(files(tiny), "error") == []
+
+
 CASES = [f"c{index}" for index in range(6)]
 GOOD = {"train": CASES[:4], "val": CASES[4:5], "unlabeled": CASES[5:]}
 
