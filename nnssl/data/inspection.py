@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from os.path import basename, dirname, isdir, isfile, join, lexists, normpath
+from os.path import basename, dirname, getsize, isdir, isfile, join, lexists, normpath
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -38,7 +38,7 @@ from nnssl.data.names import (
     missing_spacing_files,
     unlabeled_files,
 )
-from nnssl.data.raw import cases_in, num_channels, training_files
+from nnssl.data.raw import cases_in, channel_files, num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.sizes import inherited, inspect_sizes
 from nnssl.files import read_json
@@ -453,6 +453,7 @@ def inspect_contents(
         Scan(name, "imagesUn", tuple(files[channel] for channel in sorted(files)))
         for name, files in unlabeled.items()
     ]
+    scans += _perhaps_tested_on(raw, dataset_json["file_ending"], unlabeled)
     if with_labels:
         scans += [Scan(name, "labelsTr", (label,)) for name, (_, label) in training.items()]
     # what is missing, or named so that readers abort, the names have told
@@ -468,6 +469,17 @@ def inspect_contents(
     yield from inspect_scans(measured, schemes)
     if with_labels:
         yield from inspect_labels(measured, declared_labels(dataset_json))
+
+
+def _perhaps_tested_on(raw: str, ending: str, unlabeled: Mapping[str, Mapping[int, str]]) -> list[Scan]:
+    """Scans of imagesTs that may be in imagesUn under another name: sizes of their files occur there."""
+    sizes = {getsize(file) for files in unlabeled.values() for file in files.values()}
+    tests, _ = channel_files(join(raw, "imagesTs"), ending)
+    return [
+        Scan(name, "imagesTs", tuple(files[channel] for channel in sorted(files)))
+        for name, files in tests.items()
+        if name not in unlabeled and all(isfile(file) and getsize(file) in sizes for file in files.values())
+    ]
 
 
 def inspect_scans_of_training(

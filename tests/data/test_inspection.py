@@ -667,6 +667,28 @@ def test_a_scan_that_is_labeled_too_is_found_by_its_voxels(tiny: Tiny) -> None:
     assert "copy_0000.nii.gz: the same image as the labeled scan lab_03 (imagesTr)" in warning
 
 
+def test_a_scan_to_test_on_is_found_by_its_voxels_under_another_name(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tiny.raw / "imagesTs"
+    tests.mkdir()
+    for channel in (0, 1):
+        shutil.copy(
+            tiny.raw / "imagesUn" / f"scan_01_000{channel}.nii.gz", tests / f"t_1_000{channel}.nii.gz"
+        )
+        size = (tests / f"t_1_000{channel}.nii.gz").stat().st_size
+        (tests / f"t_2_000{channel}.nii.gz").write_bytes(bytes(size))  # not ours to judge
+        (tests / f"t_3_000{channel}.nii.gz").write_bytes(b"of another size")
+    (warning,) = contents(tiny)
+    scan = tiny.raw / "imagesUn" / "scan_01_0000.nii.gz"
+    assert str(warning).startswith(f"{scan}: the same image as t_1 in imagesTs. Remove it here")
+    kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
+    assert [key for key in kept if key.startswith("imagesTs")] == ["imagesTs/t_1"]
+    for file in tests.iterdir():
+        file.unlink()
+    assert contents(tiny) == []
+
+
 def test_unreadable_files_are_named(tiny: Tiny) -> None:
     file = tiny.raw / "imagesUn" / "scan_01_0000.nii.gz"
     file.write_bytes(file.read_bytes()[:500])
