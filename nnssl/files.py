@@ -131,6 +131,17 @@ def move(source: Path, path: Path) -> None:
     os.replace(source, path)
 
 
+def move_across(source: Path, path: Path) -> None:
+    """Move a file, from one disk to another if need be: there it is whole before it is gone here."""
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_file(source, path)
+        os.unlink(source)
+
+
 def write_text(text: str, path: Path) -> None:
     """In UTF-8, with line ends as they are."""
     write_bytes(text.encode(), path)

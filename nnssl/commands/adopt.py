@@ -235,7 +235,7 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
     if not isfile(join(preprocessed, "dataset.json")):
         return []
     dataset_json = read_json(join(preprocessed, "dataset.json"))
-    names = [file for file in os.listdir(preprocessed) if file.endswith(".json")]
+    names = [file for file in os.listdir(preprocessed) if file.endswith(".json") and file[0] != "."]
     contents = {file: read_json(join(preprocessed, file)) for file in sorted(names)}
     found_plans = {
         file: content

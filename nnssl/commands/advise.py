@@ -490,6 +490,7 @@ def mirroring(dataset_id: int, facts: Facts, plans_name: str) -> Iterator[str]:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnssl.commands.check import inspect_mirroring
+    from nnssl.data.raw import cases_in
     from nnssl.data.split import load_splits
 
     folder = join(nnUNet_preprocessed, facts.dataset)
@@ -500,8 +501,7 @@ def mirroring(dataset_id: int, facts: Facts, plans_name: str) -> Iterator[str]:
     if isfile(splits) and facts.fold != "all":
         cases = load_splits(splits)[int(facts.fold)]["train"]
     else:
-        files = os.listdir(cases_folder) if isdir(cases_folder) else []
-        cases = sorted(name.removesuffix(".pkl") for name in files if name.endswith(".pkl"))
+        cases = cases_in(cases_folder, ".pkl") if isdir(cases_folder) else []
     if cases:
         for finding in inspect_mirroring(plans, facts.configuration, cases_folder, cases, labels, "fold"):
             yield f"{finding.found.removeprefix('fold: ')}. {finding.remedy}"

@@ -33,7 +33,7 @@ from nnssl.data.inspection import (
     read_dataset_json,
 )
 from nnssl.data.names import unlabeled_files
-from nnssl.data.raw import num_channels, plans_in, training_files
+from nnssl.data.raw import cases_in, num_channels, plans_in, training_files
 from nnssl.data.split import absent_classes, hidden_cases, load_splits
 from nnssl.files import read_json
 from nnssl.training.lookup import dataset_name
@@ -310,11 +310,7 @@ def _configuration(
     from nnssl.data.labeled import labeled_cases, removed_cases
 
     yield from inspect_preprocessed(folder)
-    known = (
-        sorted(file.removesuffix(".pkl") for file in os.listdir(folder) if file.endswith(".pkl"))
-        if isdir(folder)
-        else []
-    )
+    known = cases_in(folder, ".pkl") if isdir(folder) else []
     if isdir(raw):
         target, every = labeled_cases(plans_manager, configuration, dataset_json, raw)
         cases = [case for case in every if all(isfile(source) for source in case.sources)]
@@ -332,7 +328,7 @@ def _configuration(
             )
         else:
             yield Finding(OK, configuration, f"{len(cases)} labeled cases preprocessed")
-        removed = removed_cases(target, every)
+        removed = [case for case in removed_cases(target, every) if not case.startswith(".")]
         if every and removed:
             yield Finding(
                 WARNING,

@@ -11,6 +11,10 @@ The properties (``.pkl``) of a case carry a record under the key ``nnssl`` (nnU-
     bytes        sizes of the two arrays on disk, which shows a truncated copy
     checksums    of the two arrays on disk; absent where nnU-Net itself had preprocessed the case
     declared     values to which the label map keeps; absent where nnU-Net itself had preprocessed the case
+
+Or one key alone, for a case that nnU-Net itself had preprocessed::
+
+    stale        why it has to be preprocessed again
 """
 
 from __future__ import annotations
@@ -166,11 +170,13 @@ def judge(
         return "incomplete", None
     record = properties.get("nnssl")
     if record is None:  # nnU-Net's own work: of an unknown plan, which it must at least not contradict
-        reason = _contradiction(case, target, properties) if case.label else "of unknown origin"
+        reason = _contradiction(case, target, properties, hash_of) if case.label else "of unknown origin"
         return reason, None if reason else {
             **properties,
             "nnssl": make_record(case, target, [getsize(data), getsize(segmentation)], False),
         }
+    if reason := record.get("stale"):
+        return reason, None
     if (
         record.get("format") != RECORD_FORMAT
         or record["fingerprint"] != target.fingerprint
@@ -195,11 +201,17 @@ def judge(
     return "", {**properties, "nnssl": {**record, "sources": sources}}
 
 
-def _contradiction(case: Case, target: Target, properties: dict[str, Any]) -> str:
-    """Whether files that nnU-Net wrote itself are older than their sources, unreadable, or of another size
-    than the plan gives."""
+def _contradiction(
+    case: Case, target: Target, properties: dict[str, Any], hash_of: Callable[[str], str]
+) -> str:
+    """Whether files that nnU-Net wrote itself are older than their sources, unreadable, of another label map
+    than its copy in ``gt_segmentations``, or of another size than the plan gives."""
     files = target.files(case.name)
     if min(os.path.getmtime(file) for file in files) < max(os.path.getmtime(file) for file in case.sources):
+        return "source changed"
+    truth = ground_truth(dirname(target.folder), case.name, target.dataset_json)
+    # a corrected label map may be older than all of this: archives keep times
+    if case.label and isfile(truth) and differ(truth, case.label, hash_of):
         return "source changed"
     if "class_locations" not in properties:
         return "incomplete"
@@ -217,6 +229,19 @@ def _contradiction(case: Case, target: Target, properties: dict[str, Any]) -> st
     if shapes != [(num_channels(target.dataset_json), *shape), (1, *shape)]:
         return "preprocessed with other settings"
     return ""
+
+
+def ground_truth(preprocessed_dataset_folder: str, case: str, dataset_json: Mapping[str, Any]) -> str:
+    """Where nnU-Net copies the label map of a case, for its validation."""
+    return join(preprocessed_dataset_folder, "gt_segmentations", case + dataset_json["file_ending"])
+
+
+def differ(copy: str, source: str, hash_of: Callable[[str], str] | None = None) -> bool:
+    """Whether a copy is of other content than its source; read only where times differ and sizes do not."""
+    hash_of, ours, theirs = hash_of or digest, os.stat(copy), os.stat(source)
+    if ours.st_size != theirs.st_size:
+        return True
+    return ours.st_mtime_ns != theirs.st_mtime_ns and hash_of(copy) != hash_of(source)
 
 
 def stamp(file: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from os.path import basename, dirname, isdir, isfile, join, lexists, normpath
+from os.path import basename, dirname, getsize, isdir, isfile, join, lexists, normpath
 from typing import Any
 
 import nnunetv2
@@ -34,6 +34,7 @@ from nnssl.data.formats import SourceError, inspect_file, is_utf8
 from nnssl.data.labeled import old_files
 from nnssl.data.names import (
     FOLDERS,
+    HIDDEN_REMEDY,
     inspect_access,
     inspect_adoption,
     inspect_names,
@@ -42,11 +43,11 @@ from nnssl.data.names import (
     missing_spacing_files,
     unlabeled_files,
 )
-from nnssl.data.raw import num_channels, training_files
+from nnssl.data.raw import cases_in, channel_files, num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.sizes import inherited, inspect_sizes
+from nnssl.datasets import dataset_number
 from nnssl.files import read_json
-from nnssl.training.lookup import dataset_number
 
 NNUNET_FOLDS = 5
 FOLD_KEYS = ("train", "val", "unlabeled")
@@ -97,8 +98,11 @@ def inspect_files(
     if isfile(plans_file):
         findings = list(inspect_plans(plans_file, sections or {}, basename(normpath(preprocessed))))
         yield from findings
-        if sound is not None and not planning and not errors_of(findings):
-            yield from inspect_plan_channels(plans_file, read_json(plans_file), sound)
+        if sound is not None and not errors_of(findings):
+            plans = read_json(plans_file)
+            yield from inspect_plan_reader(plans_file, plans, sound)
+            if not planning:
+                yield from inspect_plan_channels(plans_file, plans, sound)
     cases = _labeled_names(raw, preprocessed, plans_file, sound)
     if cases is not None and not isinstance(fold, str):
         yield from inspect_split(join(preprocessed, "splits_final.json"), cases, planning, fold)
@@ -149,8 +153,7 @@ def _labeled_names(
     findings, content = read_dataset_json(file)
     if errors_of(findings):
         return None
-    ending = content["file_ending"]
-    return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+    return cases_in(folder, content["file_ending"])
 
 
 def inspect_plans(
@@ -302,6 +305,22 @@ def _intensities(
     if isinstance(plans.get(key), dict) and (absent := sorted(wanted - plans[key].keys())):
         found, remedy = f"channel {', '.join(absent)} absent", _wrong_plan("", plans, key).remedy
         yield Finding(ERROR, f"{plans_file}, key {key}", found, "an entry for every channel", remedy)
+
+
+def inspect_plan_reader(
+    plans_file: str, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Everything is read with the reader of the plan: another one in dataset.json came too late."""
+    wanted = dataset_json.get("overwrite_image_reader_writer", "None")
+    if wanted not in ("None", plans["image_reader_writer"]):
+        yield Finding(
+            ERROR,
+            f"{plans_file}, key image_reader_writer",
+            f"is {plans['image_reader_writer']!r}, with which all images are read",
+            f"{wanted!r} (overwrite_image_reader_writer in dataset.json)",
+            "Plan anew with `nnssl plan-and-preprocess --replan --clean`, or take the change of dataset.json "
+            "back",
+        )
 
 
 def _is_permutation(value: Any) -> bool:
@@ -474,6 +493,9 @@ def inspect_preprocessed(folder: str) -> Iterator[Finding]:
     """Files among the preprocessed cases that are none, or that an older nnU-Net left: nnU-Net reads one kind
     only."""
     names = os.listdir(folder) if isdir(folder) else []
+    if hidden := sorted(n for n in names if n.startswith(".") and n.endswith(KINDS)):
+        found = f"{listed(hidden)}: hidden, but nnU-Net takes every file here for one of a case"
+        yield Finding(ERROR, folder, found, remedy=HIDDEN_REMEDY)
     if strays := sorted(n for n in names if not n.endswith(KINDS) and isfile(join(folder, n))):
         yield Finding(
             ERROR,
@@ -516,6 +538,7 @@ def inspect_contents(
         Scan(name, "imagesUn", tuple(files[channel] for channel in sorted(files)))
         for name, files in unlabeled.items()
     ]
+    scans += _perhaps_tested_on(raw, dataset_json["file_ending"], unlabeled)
     if with_labels:
         scans += [Scan(name, "labelsTr", (label,)) for name, (_, label) in training.items()]
     # what is missing, or named so that readers abort, the names have told
@@ -531,6 +554,17 @@ def inspect_contents(
     yield from inspect_scans(measured, schemes)
     if with_labels:
         yield from inspect_labels(measured, declared_labels(dataset_json))
+
+
+def _perhaps_tested_on(raw: str, ending: str, unlabeled: Mapping[str, Mapping[int, str]]) -> list[Scan]:
+    """Scans of imagesTs that may be in imagesUn under another name: sizes of their files occur there."""
+    sizes = {getsize(file) for files in unlabeled.values() for file in files.values()}
+    tests, _ = channel_files(join(raw, "imagesTs"), ending)
+    return [
+        Scan(name, "imagesTs", tuple(files[channel] for channel in sorted(files)))
+        for name, files in tests.items()
+        if name not in unlabeled and all(isfile(file) and getsize(file) in sizes for file in files.values())
+    ]
 
 
 def inspect_scans_of_training(

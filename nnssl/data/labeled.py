@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from glob import escape, glob
 from os.path import basename, getsize, isdir, isfile, join
 from typing import Any
 
@@ -12,10 +13,22 @@ import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.freshness import Case, Target, digest, judge, preprocessing_fingerprint, read_properties
+from nnssl.data.dataset_json import inspect_dataset_json
+from nnssl.data.findings import errors_of, listed
+from nnssl.data.freshness import (
+    Case,
+    Target,
+    differ,
+    digest,
+    ground_truth,
+    judge,
+    preprocessing_fingerprint,
+    read_properties,
+    write_properties,
+)
 from nnssl.data.preprocess import Log, bring_up_to_date
-from nnssl.data.raw import training_files
-from nnssl.files import copy_file, remove_leftovers
+from nnssl.data.raw import cases_in, training_files
+from nnssl.files import copy_file, move_across, read_json, remove_leftovers
 
 COMPARED = 1 << 30  # bytes, about a second
 OUTSIDE = -1  # nnU-Net's value outside of the body, in preprocessed label maps
@@ -28,9 +41,23 @@ def labeled_cases(
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = join(nnUNet_preprocessed, plans_manager.dataset_name, identifier)
     fingerprint = preprocessing_fingerprint(plans_manager, configuration, dataset_json)
-    files = training_files(raw_dataset_folder, dataset_json)
+    files = training_files(raw_dataset_folder, _listing(raw_dataset_folder, dataset_json))
     cases = [Case(name, tuple(images), "imagesTr", label) for name, (images, label) in sorted(files.items())]
     return Target(folder, plans_manager, configuration, dataset_json, fingerprint), cases
+
+
+def _listing(raw_dataset_folder: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """With the key ``dataset`` as the raw dataset.json has it, if that is sound: the copy beside the plan may
+    list other cases."""
+    file = join(raw_dataset_folder, "dataset.json")
+    try:
+        content = read_json(file)
+    except (OSError, ValueError, RecursionError):
+        return dataset_json
+    if errors_of(inspect_dataset_json(file, content)):
+        return dataset_json
+    others = {key: value for key, value in dataset_json.items() if key != "dataset"}
+    return others | ({"dataset": content["dataset"]} if "dataset" in content else {})
 
 
 def removed_cases(target: Target, cases: list[Case]) -> list[str]:
@@ -105,12 +132,12 @@ def undeclared_labels(dataset: Any, cases: Sequence[str], declared: Collection[i
     return found
 
 
-def set_aside(names: list[str], target: Target, suffix: str) -> str:
-    """Move files of the target's folder to `<folder><suffix>`: not deleted, the raw scans may be gone."""
-    aside = target.folder.rstrip("/\\") + suffix
+def set_aside(names: Sequence[str], folder: str, suffix: str) -> str:
+    """Move files of `folder` to `<folder><suffix>`: not deleted, the raw scans may be gone."""
+    aside = folder.rstrip("/\\") + suffix
     os.makedirs(aside, exist_ok=True)
     for name in names:
-        os.replace(join(target.folder, name), join(aside, name))
+        move_across(join(folder, name), join(aside, name))
     return aside
 
 
@@ -143,28 +170,47 @@ def ensure_labeled(
         )
     if removed := removed_cases(target, cases):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
-        aside = set_aside([basename(file) for file in files], target, "_removed")
+        aside = set_aside([basename(file) for file in files], target.folder, "_removed")
         shown = ", ".join(removed[:5]) + " ..." * (len(removed) > 5)
         log(f"Moved {len(removed)} preprocessed cases that are no longer in imagesTr to {aside}: {shown}")
     if old := old_files(target.folder):  # nnU-Net refuses a folder with both kinds
-        aside = set_aside(old, target, "_before_2.6")
+        aside = set_aside(old, target.folder, "_before_2.6")
         log(f"Moved {len(old)} files of an nnU-Net before 2.6 to {aside}.")
     if not bring_up_to_date(cases, target, num_processes, log, verbose, show_progress):
         log(f"All {len(cases)} labeled cases in {target.folder} are up to date.")
 
 
 def copy_ground_truth(
-    raw_dataset_folder: str, dataset_json: Mapping[str, Any], preprocessed_dataset_folder: str
+    raw_dataset_folder: str,
+    dataset_json: Mapping[str, Any],
+    preprocessed_dataset_folder: str,
+    log: Log = print,
 ) -> None:
-    """Labels into ``gt_segmentations``, where nnU-Net's validation looks for them, as its preprocessing
-    does."""
+    """Labels into ``gt_segmentations``, where nnU-Net's validation looks for them, as its preprocessing does;
+    those of cases that were taken out of the raw dataset to `gt_segmentations_removed`."""
     folder = join(preprocessed_dataset_folder, "gt_segmentations")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
-    for case, (_, label) in training_files(raw_dataset_folder, dataset_json).items():
-        destination = join(folder, case + dataset_json["file_ending"])
+    training, ending = training_files(raw_dataset_folder, dataset_json), dataset_json["file_ending"]
+    # without raw data they say which cases there are
+    if removed := [case for case in cases_in(folder, ending) if case not in training]:
+        aside = set_aside([case + ending for case in removed], folder, "_removed")
+        log(f"Moved {len(removed)} label maps of cases taken out of imagesTr to {aside}: {listed(removed)}")
+    for case, (_, label) in training.items():
+        destination = ground_truth(preprocessed_dataset_folder, case, dataset_json)
         if not isfile(destination) or _seen(destination) != _seen(label):
+            if isfile(destination) and differ(destination, label):
+                _mark_stale(preprocessed_dataset_folder, case)
             copy_file(label, destination)
+
+
+def _mark_stale(preprocessed_dataset_folder: str, case: str) -> None:
+    """In other configurations, where nnU-Net itself preprocessed the case: only its copy of the label map,
+    about to be replaced, tells that it has changed."""
+    for marker in glob(join(escape(preprocessed_dataset_folder), "*", escape(case) + ".pkl")):
+        properties = read_properties(marker)
+        if properties is not None and "nnssl" not in properties:
+            write_properties({**properties, "nnssl": {"stale": "source changed"}}, marker)
 
 
 def _seen(path: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 not there at all.
 
 nnU-Net's ``DefaultPreprocessor.run`` deletes its output folder and starts over. Here the same
-``run_case_save`` of the plan's preprocessor writes one case into a scratch folder beside the target; the
+``run_case_save`` of the plan's preprocessor writes one case into a scratch folder in the target; the
 finished files are then moved into place, the properties (``.pkl``) last: they mark a complete case.
 """
 
@@ -126,7 +126,7 @@ def bring_up_to_date(
     # folds started together share the work instead of all doing the same case
     random.Random(os.getpid()).shuffle(todo)
     os.makedirs(target.folder, exist_ok=True)
-    with scratch_folder(dirname(target.folder)) as scratch:
+    with scratch_folder(target.folder) as scratch:  # the folder may be a link to another disk
         results = unordered(_produce, [(case, target, scratch, verbose) for case in todo], workers)
         errors = [
             error

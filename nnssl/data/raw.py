@@ -19,7 +19,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.formats import SourceError, inspect_file, kind_of, nifti_problem, not_finite
-from nnssl.training.lookup import plans_of
+from nnssl.datasets import plans_of
 
 MOST_VOXELS = 2**31  # after resampling
 NO_DATA = 1e15  # magnitude that no scanner gives
@@ -71,6 +71,12 @@ def training_files(
         case: ([files[channel] for channel in sorted(files)], join(labels, case + ending))
         for case, files in cases.items()
     }
+
+
+def cases_in(folder: str, ending: str) -> list[str]:
+    """Sorted names of the cases with a file ``<case><ending>`` in `folder`; hidden files are no cases."""
+    names = [name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith(".")]
+    return sorted(name.removesuffix(ending) for name in names)
 
 
 def plans_in(preprocessed_dataset_folder: str) -> str:

@@ -56,7 +56,7 @@ class Scan:
     """Files of one case that give one image, or its label map (origin labelsTr)."""
 
     name: str
-    origin: str  # imagesTr | labelsTr | imagesUn
+    origin: str  # imagesTr | labelsTr | imagesUn | imagesTs, only to compare with imagesUn
     files: tuple[str, ...]
 
 
@@ -241,13 +241,14 @@ def inspect_scans(measured: Mapping[Scan, Statistics], schemes: Sequence[str] = 
     schemes  normalization schemes of the plan, one per channel, where there is one
     """
     for scan, statistics in measured.items():
-        if "error" in statistics:
+        if "error" in statistics and scan.origin != "imagesTs":
             found = printable(statistics["error"]).removeprefix(f"{printable(scan.files[0])}: ")
             yield Finding(ERROR, scan.files[0], found)
-    images = {s: v for s, v in measured.items() if s.origin != "labelsTr" and "error" not in v}
+    every = {s: v for s, v in measured.items() if s.origin != "labelsTr" and "error" not in v}
+    images = {s: v for s, v in every.items() if s.origin != "imagesTs"}
     yield from _constant(images)
     yield from _off_grid(images)
-    yield from _twice(images)
+    yield from _twice(every)
     labeled = [v for s, v in images.items() if s.origin == "imagesTr"]
     usual = Usual(labeled, schemes) if labeled else None
     for scan, statistics in images.items():
@@ -285,9 +286,15 @@ def _off_grid(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
 
 def _twice(images: Mapping[Scan, Statistics]) -> Iterator[Finding]:
     first: dict[str, Scan] = {}
-    for scan in sorted(images, key=lambda scan: scan.origin):  # labeled before unlabeled
+    for scan in sorted(images, key=lambda scan: scan.origin):  # labeled, tested, unlabeled
         other = first.setdefault(images[scan]["hash"], scan)
-        if other is scan:
+        if other is scan or scan.origin == "imagesTs":
+            continue
+        if other.origin == "imagesTs":
+            remedy = "Remove it here: a test on scans that were trained on flatters"
+            yield Finding(
+                WARNING, scan.files[0], f"the same image as {other.name} in imagesTs", remedy=remedy
+            )
             continue
         what = "labeled scan" if other.origin == "imagesTr" else "scan"
         yield Finding(

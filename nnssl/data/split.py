@@ -13,7 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnssl.data.freshness import read_properties
-from nnssl.data.raw import training_files
+from nnssl.data.raw import cases_in, training_files
 from nnssl.files import copy_file, read_json, write_json
 
 NNUNET_SEED, NNUNET_FOLDS = 12345, 5  # nnUNetTrainer.do_split
@@ -194,8 +194,7 @@ def training_cases(dataset_name: str) -> list[str]:
         raise ValueError(
             f"{dataset_name}: no cases in {raw_folder}, nor preprocessed ones in {dirname(folder)}."
         )
-    ending = read_json(dataset_json)["file_ending"]
-    return sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending))
+    return cases_in(folder, read_json(dataset_json)["file_ending"])
 
 
 def absent_classes(dataset: Any, cases: Sequence[str], label_manager: Any) -> list[int | tuple[int, ...]]:

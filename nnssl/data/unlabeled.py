@@ -84,7 +84,8 @@ def unlabeled_cases(
 
 def _preprocessed_scans(folder: str) -> list[str]:
     """Names of preprocessed cases that came from ``imagesUn`` or whose properties are damaged."""
-    markers = [name for name in os.listdir(folder) if name.endswith(".pkl")] if isdir(folder) else []
+    names = os.listdir(folder) if isdir(folder) else []
+    markers = [name for name in names if name.endswith(".pkl") and not name.startswith(".")]
     properties = {name.removesuffix(".pkl"): read_properties(join(folder, name)) for name in markers}
     return [
         case
@@ -122,7 +123,7 @@ def set_removed_aside(
     }
     if removed := sorted(there - scans - set(hidden) - (training.keys() - from_scans)):
         files = [file for name in removed for file in reversed(target.files(name)) if isfile(file)]
-        aside = set_aside([basename(file) for file in files], target, "_removed")
+        aside = set_aside([basename(file) for file in files], target.folder, "_removed")
         log(
             f"Moved {len(removed)} preprocessed scans that are neither in imagesUn nor hidden by a split to "
             f"{aside}: {listed(removed)}"

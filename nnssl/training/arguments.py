@@ -8,8 +8,9 @@ import os
 from os.path import isdir, isfile, join
 from typing import Any
 
+from nnssl.datasets import dataset_number, plans_of
 from nnssl.files import read_json
-from nnssl.training.lookup import check_trainer, dataset_name, dataset_number, meant, nnunet_folder, plans_of
+from nnssl.training.lookup import check_trainer, dataset_name, meant, nnunet_folder
 
 NNUNET_FOLDS = 5
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"

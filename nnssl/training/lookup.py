@@ -6,14 +6,13 @@ import ast
 import difflib
 import importlib.util
 import os
-import re
 import shlex
 from collections.abc import Iterable, Iterator
 from os.path import isdir, isfile, join
 
-from nnssl.files import read_json
+from nnssl.datasets import DATASET as DATASET
+from nnssl.datasets import dataset_number
 
-DATASET = re.compile(r"Dataset(\d{3,})(_.*)?")
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 PREFIX = "nnunettrainer"
 SHOWN = 20
@@ -120,12 +119,6 @@ def check_numbers() -> None:
             raise ValueError(f"{variable}={value}: expected a whole number, {least}. Correct or unset it.")
 
 
-def dataset_number(name: str) -> int | None:
-    """Of a dataset's name; None where it is none."""
-    match = DATASET.fullmatch(name)
-    return int(match[1]) if match else None
-
-
 def dataset_folders() -> dict[str, list[str]]:
     """{dataset: the variables below whose folders it is}."""
     found: dict[str, list[str]] = {}
@@ -160,19 +153,3 @@ def dataset_name(given: str | int) -> str:
 def _places() -> str:
     places = [f"{variable}={os.environ[variable]}" for variable in FOLDERS if os.environ.get(variable)]
     return ", ".join(places) or "nnUNet_raw or nnUNet_preprocessed"
-
-
-def plans_of(preprocessed: str) -> list[str]:
-    """Names of the plans in a dataset's preprocessed folder."""
-    names = os.listdir(preprocessed) if isdir(preprocessed) else []
-    files = [name for name in names if name.endswith(".json") and isfile(join(preprocessed, name))]
-    return sorted(name[:-5] for name in files if "lans" in name or _is_plan(join(preprocessed, name)))
-
-
-def _is_plan(file: str) -> bool:
-    """By its keys: a plan may have any name."""
-    try:
-        content = read_json(file)
-    except (ValueError, OSError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()

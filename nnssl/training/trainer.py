@@ -29,6 +29,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import resolve, sections_of_others
 from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
+from nnssl.data.freshness import Case, Target
 from nnssl.data.inspection import (
     inspect_preprocessed,
     inspect_scans_of_training,
@@ -38,7 +39,6 @@ from nnssl.data.inspection import (
 from nnssl.data.intact import damage_named, dataset_class
 from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
-from nnssl.data.raw import training_files
 from nnssl.data.split import absent_classes, hidden_cases, nnunet_split, unused_backup
 from nnssl.data.streams import (
     TwoStreams,
@@ -53,6 +53,7 @@ from nnssl.data.streams import (
 )
 from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
+from nnssl.datasets import dataset_number
 from nnssl.ema import copy_weights
 from nnssl.files import read_json, remove_leftovers, save_torch, write_json
 from nnssl.interruption import Terminated, interruptible
@@ -86,7 +87,6 @@ from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
 from nnssl.training.ignore_label import without_waiting
 from nnssl.training.lock import TrainingLock
-from nnssl.training.lookup import dataset_number
 from nnssl.training.memory_format import use_channels_last
 from nnssl.training.next_stage import (
     fingerprint_of,
@@ -452,8 +452,8 @@ class SemiTrainer(nnUNetTrainer):
     def _refuse_incomplete(self, known: list[str]) -> None:
         """Refuse what a preprocessing that ended too early left: its split would leave cases out for good."""
         raw = self._raw()
-        missing = sorted(training_files(raw, self.dataset_json).keys() - set(known)) if raw else []
-        if missing:
+        cases = self._cases_of(raw)[1] if raw else []
+        if missing := sorted({case.name for case in cases} - set(known)):
             raise RuntimeError(
                 f"{self.preprocessed_dataset_folder}: {len(missing)} of {len(known) + len(missing)} labeled "
                 f"cases in {raw} are not preprocessed ({listed(missing)}), and fold {self.fold} would leave "
@@ -464,6 +464,10 @@ class SemiTrainer(nnUNetTrainer):
         """The raw dataset; empty where it is not on this machine."""
         folder = os.path.join(nnUNet_raw, self.plans_manager.dataset_name) if nnUNet_raw.is_set() else ""
         return folder if os.path.isdir(folder) else ""
+
+    def _cases_of(self, raw: str) -> tuple[Target, list[Case]]:
+        """The labeled cases of the raw dataset, and where they are preprocessed."""
+        return labeled_cases(self.plans_manager, self.configuration_name, self.dataset_json, raw)
 
     def _preprocess_command(self) -> str:
         plans = self.plans_manager
@@ -501,7 +505,7 @@ class SemiTrainer(nnUNetTrainer):
         """Name labeled cases of this fold that were edited or taken away since they were preprocessed."""
         if not (raw := self._raw()):
             return
-        target, cases = labeled_cases(self.plans_manager, self.configuration_name, self.dataset_json, raw)
+        target, cases = self._cases_of(raw)
         train, val = self.do_split()
         if cases and (found := outdated_cases(target, cases, {*train, *val})):
             shown = listed([f"{case} ({reason})" for case, reason in found.items()])

@@ -28,7 +28,7 @@ from nnssl.data.inspection import (
     inspect_split,
     read_dataset_json,
 )
-from nnssl.data.labeled import ensure_labeled, undeclared_labels
+from nnssl.data.labeled import copy_ground_truth, ensure_labeled, undeclared_labels
 from nnssl.data.names import inspect_names
 from nnssl.data.scans import FILE, Usual, label_statistics
 from nnssl.data.unlabeled import ensure_unlabeled, find_unlabeled_images
@@ -732,6 +732,28 @@ def test_a_scan_that_is_labeled_too_is_found_by_its_voxels(tiny: Tiny) -> None:
     assert "copy_0000.nii.gz: the same image as the labeled scan lab_03 (imagesTr)" in warning
 
 
+def test_a_scan_to_test_on_is_found_by_its_voxels_under_another_name(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tiny.raw / "imagesTs"
+    tests.mkdir()
+    for channel in (0, 1):
+        shutil.copy(
+            tiny.raw / "imagesUn" / f"scan_01_000{channel}.nii.gz", tests / f"t_1_000{channel}.nii.gz"
+        )
+        size = (tests / f"t_1_000{channel}.nii.gz").stat().st_size
+        (tests / f"t_2_000{channel}.nii.gz").write_bytes(bytes(size))  # not ours to judge
+        (tests / f"t_3_000{channel}.nii.gz").write_bytes(b"of another size")
+    (warning,) = contents(tiny)
+    scan = tiny.raw / "imagesUn" / "scan_01_0000.nii.gz"
+    assert str(warning).startswith(f"{scan}: the same image as t_1 in imagesTs. Remove it here")
+    kept = json.loads((tiny.preprocessed / FILE).read_text(encoding="utf-8"))["cases"]
+    assert [key for key in kept if key.startswith("imagesTs")] == ["imagesTs/t_1"]
+    for file in tests.iterdir():
+        file.unlink()
+    assert contents(tiny) == []
+
+
 def test_unreadable_files_are_named(tiny: Tiny) -> None:
     file = tiny.raw / "imagesUn" / "scan_01_0000.nii.gz"
     file.write_bytes(file.read_bytes()[:500])
@@ -1028,6 +1050,25 @@ def test_an_edit_of_dataset_json_after_planning_is_an_error_until_it_is_taken_ov
         assert lines(files(tiny), "error") == []
 
 
+def test_another_reader_than_that_of_the_plan_is_an_error_unless_it_is_planned_anew(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overwrite(reader: str) -> list[str]:
+        content = {**tiny.dataset_json, "overwrite_image_reader_writer": reader}
+        (tiny.raw / "dataset.json").write_text(json.dumps(content))
+        return lines(files(tiny), "error")
+
+    assert overwrite("None") == overwrite("SimpleITKIO") == []
+    (error,) = overwrite("NibabelIO")
+    assert f"{tiny.plans_file}, key image_reader_writer: is 'SimpleITKIO'" in error
+    assert "expected 'NibabelIO' (overwrite_image_reader_writer in dataset.json)" in error
+    assert main(["plan-and-preprocess", "-d", "777", "--no_pp"]) == 1
+    assert "--replan --clean" in capsys.readouterr().err
+    assert main(["plan-and-preprocess", "-d", "777", "--no_pp", "--replan", "--clean", "-npfp", "1"]) == 0
+    assert tiny.dataset_json["overwrite_image_reader_writer"] == "NibabelIO"
+    assert lines(files(tiny), "error") == []
+
+
 CASES = [f"c{index}" for index in range(6)]
 GOOD = {"train": CASES[:4], "val": CASES[4:5], "unlabeled": CASES[5:]}
 
@@ -1107,6 +1148,25 @@ def test_arrays_of_an_older_nnunet_are_set_aside_and_never_mixed(tiny: Tiny) -> 
         *("lab_00.npy", "lab_00.npz", "lab_00.pkl", "lab_00_seg.npy")
     ]
     assert list(inspect_preprocessed(str(tiny.labeled))) == []
+
+
+def test_hidden_files_among_preprocessed_cases_are_named_and_no_cases(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tiny)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    for file in [file for file in tiny.preprocessed.rglob("*") if file.is_file()]:
+        file.with_name("._" + file.name).write_bytes(b"\0\5\26\7Mac OS X")
+    (error,) = lines(inspect_preprocessed(str(tiny.labeled)), "error")
+    assert "._lab_00.b2nd, ._lab_00.pkl, ._lab_00_seg.b2nd" in error and "find -name '._*' -delete" in error
+    monkeypatch.delenv("nnUNet_raw")
+    assert main(["split", "-d", "777", "--labeled", "2"]) == 0
+    assert "._" not in (tiny.preprocessed / "splits_final.json").read_text(encoding="utf-8")
+    assert files(tiny) == []
+    capsys.readouterr()
+    assert main(["check", "-d", "777", "-c", "3d_fullres"]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if "._" in line]
+    assert len(told) == 1 and str(tiny.labeled) in told[0]
 
 
 def test_a_training_inspects_scans_and_opens_no_label_map(tiny: Tiny) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import json
 import os
 import pickle
 from pathlib import Path
@@ -100,6 +102,30 @@ def test_edited_and_removed_cases_are_found_without_reading_what_was_not_touched
     assert outdated(["lab_00", "lab_05"]) == {}
 
 
+def test_the_raw_key_dataset_says_which_cases_there_are_whatever_its_copy_lists(tiny: Tiny) -> None:
+    ensure(tiny)
+
+    def entry(case: str) -> dict[str, Any]:
+        images = [f"imagesTr/{case}_000{channel}.nii.gz" for channel in (0, 1)]
+        return {"images": images, "label": f"labelsTr/{case}.nii.gz"}
+
+    def names(dataset_json: dict[str, Any]) -> list[str]:
+        plans_manager = PlansManager(str(tiny.plans_file))
+        return [
+            case.name for case in labeled_cases(plans_manager, "3d_fullres", dataset_json, str(tiny.raw))[1]
+        ]
+
+    copy = {**tiny.dataset_json, "dataset": {case: entry(case) for case in CASES[:4]}}
+    file = tiny.raw / "dataset.json"
+    file.write_text(json.dumps({**copy, "dataset": {case: entry(case) for case in CASES[1:]}}))
+    assert names(copy) == names(tiny.dataset_json) == CASES[1:]
+    file.write_text(json.dumps(tiny.dataset_json))
+    assert names(copy) == CASES
+    for damaged in ("{", "[]", json.dumps({**copy, "dataset": [1]})):
+        file.write_text(damaged)
+        assert names(copy) == CASES[:4]
+
+
 def test_second_call_writes_nothing(tiny: Tiny) -> None:
     ensure(tiny)
     before = stamps(tiny.labeled)
@@ -139,6 +165,39 @@ def test_only_the_stale_case_of_nnunets_work_is_redone(tiny: Tiny, spoil: str) -
     ensure(tiny)
     after = stamps(tiny.labeled)
     assert redone(before, after) == {"lab_02"}
+    ensure(tiny)
+    assert stamps(tiny.labeled) == after
+
+
+def older_label(tiny: Tiny, case: str) -> Path:
+    """Another label map of the same case, with a time long before, as an archive brings it."""
+    label = tiny.raw / "labelsTr" / f"{case}.nii.gz"
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
+    write_image(label, np.roll(array, 3, 1))
+    os.utime(label, (1e9, 1e9))
+    return label
+
+
+def test_an_older_label_in_the_place_of_that_which_nnunet_preprocessed_is_noticed(tiny: Tiny) -> None:
+    by_nnunet(tiny, tiny.labeled)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    older_label(tiny, "lab_02")
+    before = stamps(tiny.labeled)
+    ensure(tiny)
+    assert redone(before, stamps(tiny.labeled)) == {"lab_02"}
+
+
+def test_an_older_label_is_noticed_in_every_configuration(tiny: Tiny) -> None:
+    by_nnunet(tiny, tiny.labeled)
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    older_label(tiny, "lab_02")
+    os.utime(tiny.raw / "labelsTr" / "lab_03.nii.gz", (1e9, 1e9))  # another time, the same content
+    before = stamps(tiny.labeled)
+    # as after the preprocessing of another configuration
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
+    ensure(tiny)
+    assert redone(before, stamps(tiny.labeled)) == {"lab_02"}
+    after = stamps(tiny.labeled)
     ensure(tiny)
     assert stamps(tiny.labeled) == after
 
@@ -226,6 +285,47 @@ def test_ground_truth_is_copied_where_it_is_newer(tiny: Tiny) -> None:
     copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed))
     assert {name for name, stamp in stamps(copies).items() if before[name] != stamp} == {"lab_03.nii.gz"}
     assert (copies / "lab_03.nii.gz").read_bytes() == label.read_bytes()
+
+
+def test_ground_truth_of_cases_taken_out_is_moved_aside_and_named(tiny: Tiny) -> None:
+    lines: list[str] = []
+    copies = tiny.preprocessed / "gt_segmentations"
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed), lines.append)
+    (copies / "notes.txt").touch()
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_05_000{channel}.nii.gz").unlink()
+    copy_ground_truth(str(tiny.raw), tiny.dataset_json, str(tiny.preprocessed), lines.append)
+    assert sorted(file.name for file in copies.iterdir()) == [
+        *(f"{case}.nii.gz" for case in CASES[:5]),
+        "notes.txt",
+    ]
+    aside = tiny.preprocessed / "gt_segmentations_removed"
+    assert [file.name for file in aside.iterdir()] == ["lab_05.nii.gz"]
+    assert len(lines) == 1 and "lab_05" in lines[0] and str(aside) in lines[0]
+
+
+def test_a_preprocessed_folder_on_another_disk_is_filled_and_tidied(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, replace = tmp_path / "disk", os.replace
+    (disk / "cases").mkdir(parents=True)
+    tiny.labeled.symlink_to(disk / "cases")
+
+    def on_one_disk(source: Any, path: Any) -> None:
+        there = [Path(p).resolve().is_relative_to(disk) for p in (source, path)]
+        if there[0] != there[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        replace(source, path)
+
+    monkeypatch.setattr(os, "replace", on_one_disk)
+    ensure(tiny)
+    assert len(list((disk / "cases").iterdir())) == 18
+    for channel in (0, 1):
+        (tiny.raw / "imagesTr" / f"lab_05_000{channel}.nii.gz").unlink()
+    ensure(tiny)
+    assert len(list((disk / "cases").iterdir())) == 15
+    aside = tiny.labeled.with_name(tiny.labeled.name + "_removed")
+    assert sorted(p.name for p in aside.iterdir()) == ["lab_05.b2nd", "lab_05.pkl", "lab_05_seg.b2nd"]
 
 
 def test_ground_truth_is_copied_where_an_older_file_took_its_place(tiny: Tiny) -> None:
