@@ -111,7 +111,8 @@ def check_data(args: argparse.Namespace, dataset: str, plans: dict[str, Any], ra
     preprocessed = join(os.environ["nnUNet_preprocessed"], dataset)
     configuration = PlansManager(plans).get_configuration(args.configuration)
     folder = join(preprocessed, configuration.data_identifier)
-    if not isdir(folder) or not os.listdir(folder):
+    # what a killed preprocessing left is hidden
+    if not isdir(folder) or all(name.startswith(".") for name in os.listdir(folder)):
         command = _preprocess(args, dataset)
         raise ValueError(f"{args.configuration} is not preprocessed: nothing in {folder}. Run {command}")
     splits_file = join(preprocessed, "splits_final.json")

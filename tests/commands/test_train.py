@@ -293,3 +293,10 @@ def test_validation_alone_is_of_the_trained_network(
     train._train(parser.parse_args(arguments))
     ran = ["validate"] if val else ["source's weights", "train", "validate"]
     assert done == ["own weights", *ran]
+
+
+def test_what_a_killed_preprocessing_left_is_not_taken_for_cases(
+    trains: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trains.preprocessed / "nnUNetPlans_2d" / ".nnssl-00000000-1-0123abcd").mkdir(parents=True)
+    assert "2d is not preprocessed: nothing in " in told(capsys, changed(2, "2d"))
