@@ -22,7 +22,8 @@ m_j        z, then z of earlier patches of other cases; the 36 images seen last
 Differs from the paper:
 - One learning rate schedule over the whole run: nnU-Net has one.
 - Bottlenecks are pooled by mean and maximum: instance norm nearly fixes the mean of a feature map.
-- ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan.
+- ClassMix in half of the samples only: otherwise, with few classes, no sample looks like a scan. Of an odd
+  number of classes it pastes the larger half.
 - z itself is a row, which the student has to tell from the others, and L_g compares embeddings around the
   mean of the bank: otherwise it falls to 0 as all embeddings become the same.
 - Crops are the cells of a regular grid, pooled to 8 x 8 or 4 x 4 x 4 logits each: as many in any plan.
