@@ -159,15 +159,14 @@ def sections_of_others(overrides: Mapping[str, Any], known_methods: set[str]) ->
     """Sections of an unknown name, which a method of the user's own may have. One close to a known name is a
     mistake, unless it contains that name (`MyFixMatch`)."""
     known = {name.lower(): name for name in (*known_methods, *constraints(GeneralConfig))}
-    unknown = [
-        key for key, value in overrides.items() if key not in known.values() and isinstance(value, dict)
-    ]
-    near = {key: difflib.get_close_matches(key.lower(), known, 1, 0.75) for key in unknown}
-    return [
-        key
-        for key in unknown
-        if not near[key] or (near[key][0] in key.lower() and near[key][0] != key.lower())
-    ]
+    found = []
+    for key, value in overrides.items():
+        if isinstance(value, dict) and key not in known.values():
+            small = key.lower()
+            near = difflib.get_close_matches(small, known, 1, 0.75)
+            if not near or (near[0] in small and near[0] != small):
+                found.append(key)
+    return found
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, also: list[str] | None = None) -> T:

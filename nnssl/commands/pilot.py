@@ -101,21 +101,16 @@ def contents(
 ) -> list[list[Any]]:
     """What is in the cases: of labeled ones as they are preprocessed, of unlabeled ones as a training would
     preprocess them."""
-    plans, dataset_json = (
-        PlansManager(join(folder, f"{plans_name}.json")),
-        read_json(join(folder, "dataset.json")),
-    )
+    plans = PlansManager(join(folder, f"{plans_name}.json"))
+    dataset_json = read_json(join(folder, "dataset.json"))
     labeled = join(folder, plans.get_configuration(configuration).data_identifier)
     *with_labels, others = cases
     hidden = [name for name in others if isfile(join(labeled, f"{name}.pkl"))]
     target, scans = unlabeled_cases(plans, configuration, dataset_json, hidden)
-    known = replace(target, folder=labeled)
+    known = [Case(name, (), "imagesTr") for names in with_labels for name in sorted(names)]
+    of_labeled = replace(target, folder=labeled)
     return [
-        *(
-            content_of(Case(n, (), "imagesTr"), known.files(n))
-            for names in with_labels
-            for n in sorted(names)
-        ),
+        *(content_of(case, of_labeled.files(case.name)) for case in known),
         *(content_of(scan, target.files(scan.name)) for scan in scans),
     ]
 

@@ -251,17 +251,12 @@ def prepare_unlabeled(
             prepare()
         dist.barrier(group)
     if not cases:
-        folder = (
-            os.path.join(nnUNet_raw, plans_manager.dataset_name, "imagesUn") if nnUNet_raw.is_set() else ""
-        )
-        looked_at = (
-            f"no scan in {folder}"
-            if os.path.isdir(folder)
-            else f"{folder} does not exist"
-            if folder
-            else f"nnUNet_raw is not set, and none is preprocessed in "
-            f"{target_of(plans_manager, configuration, dataset_json).folder}"
-        )
+        if nnUNet_raw.is_set():
+            folder = os.path.join(nnUNet_raw, plans_manager.dataset_name, "imagesUn")
+            looked_at = f"no scan in {folder}" if os.path.isdir(folder) else f"{folder} does not exist"
+        else:
+            folder = target_of(plans_manager, configuration, dataset_json).folder
+            looked_at = f"nnUNet_raw is not set, and none is preprocessed in {folder}"
         raise RuntimeError(
             f"no unlabeled case for {plans_manager.dataset_name}: {looked_at}. Put scans into its folder "
             "imagesUn in nnUNet_raw (named like imagesTr), or hide labels with `nnssl split`; without "

@@ -63,7 +63,7 @@ def check_names(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if not isfile(join(preprocessed, "dataset.json")):
         command = _preprocess(args, dataset)
         raise ValueError(f"{join(preprocessed, 'dataset.json')} does not exist. Run {command}")
-    read_json(join(preprocessed, "dataset.json"))
+    read_json(join(preprocessed, "dataset.json"))  # for the error that names it
     plans = read_json(plans_file)
     configurations = plans.get("configurations") if isinstance(plans, dict) else None
     if not isinstance(configurations, dict):
@@ -150,7 +150,10 @@ def check_fold(fold: str, splits_file: str) -> None:
     check_fold_name(fold)
     if fold == "all":
         return
-    folds = len(read_json(splits_file)) if isfile(splits_file) else NNUNET_FOLDS
+    splits = read_json(splits_file) if isfile(splits_file) else [None] * NNUNET_FOLDS
+    if not isinstance(splits, list) or not splits:
+        return  # the inspection of the split tells it
+    folds = len(splits)
     if int(fold) >= folds:
         which, choice = (f"0 to {folds - 1}", "one of these") if folds > 1 else ("0 alone", "fold 0")
         source = splits_file if isfile(splits_file) else "nnU-Net's own split"

@@ -45,8 +45,8 @@ def check_command() -> None:
         return
     folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset_name(args.dataset_name_or_id))
     plans_file = os.path.join(folder, args.p + ".json")
-    findings = list(inspect_duplicate_keys(plans_file))
-    raise_errors([*findings, *inspect_plans_name(plans_file, read_json(plans_file).get("plans_name"))])
+    name = read_json(plans_file).get("plans_name")
+    raise_errors([*inspect_duplicate_keys(plans_file), *inspect_plans_name(plans_file, name)])
     check_fold(args.fold, os.path.join(folder, "splits_final.json"))
 
 

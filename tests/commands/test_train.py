@@ -248,6 +248,8 @@ class TestStockCommand:
         folds = [{"train": ["lab_00"], "val": ["lab_01"]}] * 8
         (trains.preprocessed / "splits_final.json").write_text(json.dumps(folds))
         check(*changed(3, "7")[1:])
+        (trains.preprocessed / "splits_final.json").write_text("3")  # what the trainer tells
+        check(*TRAIN[1:])
         monkeypatch.setenv("nnUNet_n_proc_DA", "two")
         with pytest.raises(ValueError, match="nnUNet_n_proc_DA=two: expected a whole number"):
             check(*TRAIN[1:])
