@@ -25,7 +25,7 @@ from nnssl.training.cost import Ledger, Rehearsal, _readable
 
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "cuda.md"
 PACKAGE = Path(nnssl.__file__).parent
-TINY = SMALL_3D | {"patch": [8, 16, 16], "features": [4, 6], "strides": [[1, 1, 1], [2, 2, 2]]}
+TINY = SMALL_3D | {"patch": [8, 16, 16], "features": [4, 6, 6], "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
 SMALL_BANKS = {"DiffCL": {"hfm_max_tokens": 512}}
 # numbers drawn on the CPU, whatever the device: test_cuda.py would find others
 DRAWN_ON_THE_HOST = (
