@@ -456,6 +456,7 @@ def test_a_training_moves_to_two_ranks_and_back_with_its_banks(place: Place, nam
         "DiffCL": SMALL,
         "CAML": {"embedding": 8, "rows": 16, "queries": 64},
         "FilterMatch": {"filter_every": 1.0},  # no choice among the scans in so short a training
+        "Semi": {"threshold": 0.9, "adaptive_thresholds": True},  # what its buffers are for
     }
     place.plan(**{**SHORT, "num_epochs": 3, **small})
     trainer = f"nnUNetTrainer{name}"
