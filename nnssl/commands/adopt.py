@@ -8,7 +8,6 @@ is killed.
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import shutil
 import tempfile
@@ -36,7 +35,7 @@ from nnssl.data.raw import num_channels, training_files
 from nnssl.data.scans import OFF_GRID, Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, Fold, load_splits
 from nnssl.data.unlabeled import find_unlabeled_images
-from nnssl.files import copy_file, move, read_json, write_json
+from nnssl.files import copy_file, move_across, read_json, write_json
 from nnssl.training.lock import trainings_of
 
 Operations = list[list[str]]  # [move, from, to], [copy, from, to] or [remove, path]
@@ -379,10 +378,4 @@ def _move(source: str, destination: str) -> None:
             os.symlink(pointed, destination)
         os.unlink(source)
         return
-    try:
-        move(source, destination)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy_file(source, destination)
-        os.unlink(source)
+    move_across(source, destination)
