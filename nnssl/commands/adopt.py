@@ -66,7 +66,7 @@ def adopt(
     name = str(convert_id_to_dataset_name(dataset_id))
     # absolute, because the journal may be read from another working directory
     raw, preprocessed = (os.path.abspath(join(folder, name)) for folder in (nnUNet_raw, nnUNet_preprocessed))
-    if isdir(preprocessed) and os.path.samefile(raw, preprocessed):
+    if isdir(raw) and isdir(preprocessed) and os.path.samefile(raw, preprocessed):
         raise ValueError(
             f"nnUNet_raw and nnUNet_preprocessed are the same folder, {dirname(raw)}. Set them to two."
         )

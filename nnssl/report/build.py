@@ -41,7 +41,7 @@ WORST, BEST = 2, 1  # cases shown
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str]) -> Path:
     """report.html, report_cases.csv and report_*.png in `output`; those of an earlier report are replaced.
 
-    ValueError, and nothing is replaced, where a file of that name is none of ours.
+    ValueError where a file of such a name is none of ours; it is kept.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def is_ours(path: Path) -> bool:
 
 def foreign(path: Path) -> ValueError:
     return ValueError(
-        f"{path} is there and was not written by an earlier report: nothing is replaced. Move it away, "
+        f"{path} is there and was not written by an earlier report, so it is kept. Move it away, "
         "or choose another folder with -o"
     )
 
@@ -116,7 +116,7 @@ class Report:
     def free(self, name: str) -> Path:
         """Where a picture goes; ValueError where somebody else's is."""
         path = self.folder / name
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not is_ours(path):
             raise foreign(path)
         return path
 

@@ -449,3 +449,24 @@ def test_the_journal_is_read_from_any_working_directory(
     monkeypatch.chdir(tmp_path)
     assert adopt(folder) == 0
     assert (tiny.raw / "labelsTr" / f"scan_00{ENDING}").is_file()
+
+
+def test_without_the_raw_dataset_it_is_named(
+    preprocessed: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrected(preprocessed, tmp_path / "corrected", ["scan_00"])
+    preprocessed.raw.rename(preprocessed.raw.with_name("elsewhere"))
+    assert adopt(folder) == 1
+    said = capsys.readouterr().err
+    assert str(preprocessed.raw) in said and "not foreseen" not in said
+
+
+def test_one_folder_for_two_variables_is_refused_before_anything_is_changed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrected(tiny, tmp_path / "corrected", ["scan_00"])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tiny.raw.parent))
+    before = tree(tmp_path)
+    assert adopt(folder) == 1
+    assert "nnUNet_raw and nnUNet_preprocessed are the same folder" in capsys.readouterr().err
+    assert tree(tmp_path) == before
