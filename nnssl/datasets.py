@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from os.path import isdir, isfile, join
+from typing import Any
 
 from nnssl.files import read_json
 
@@ -34,4 +35,9 @@ def _is_plan(file: str) -> bool:
         content = read_json(file)
     except (ValueError, OSError, RecursionError):
         return False
+    return is_plan(content)
+
+
+def is_plan(content: Any) -> bool:
+    """Whether the content of a JSON file is a plan of nnU-Net."""
     return isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()

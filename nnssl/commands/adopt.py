@@ -35,6 +35,7 @@ from nnssl.data.raw import num_channels, training_files
 from nnssl.data.scans import OFF_GRID, Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, Fold, load_splits
 from nnssl.data.unlabeled import find_unlabeled_images
+from nnssl.datasets import is_plan
 from nnssl.files import copy_file, move_across, read_json, write_json
 from nnssl.training.lock import trainings_of
 
@@ -236,11 +237,7 @@ def _targets(raw: str, preprocessed: str) -> list[Target]:
     dataset_json = read_json(join(preprocessed, "dataset.json"))
     names = [file for file in os.listdir(preprocessed) if file.endswith(".json") and file[0] != "."]
     contents = {file: read_json(join(preprocessed, file)) for file in sorted(names)}
-    found_plans = {
-        file: content
-        for file, content in contents.items()
-        if isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys()
-    }
+    found_plans = {file: content for file, content in contents.items() if is_plan(content)}
     # a copy of a plan ("nnUNetPlans-old.json") keeps its name inside; the one called so comes first
     for file in sorted(found_plans, key=lambda file: file != f"{found_plans[file]['plans_name']}.json"):
         content = found_plans[file]
