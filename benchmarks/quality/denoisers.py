@@ -156,7 +156,7 @@ def main() -> None:
     )
     print({name: round(s / (args.epochs * args.iterations), 4) for name, s in method.seconds.items()})
     seed_everything(0)
-    hidden, patch = trainer._hidden()[:: args.every], list(trainer.configuration_manager.patch_size)
+    hidden, patch = trainer.fold_data.hidden()[:: args.every], list(trainer.configuration_manager.patch_size)
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hidden)
     scores: dict[str, list[float]] = {}
     for i in range(0, len(hidden), 4):

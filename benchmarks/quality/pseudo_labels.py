@@ -61,7 +61,7 @@ def main() -> None:
     )
     trainer.load_checkpoint(os.path.join(trainer.output_folder, args.checkpoint))
     method, patch = trainer.method, list(trainer.configuration_manager.patch_size)
-    hidden = trainer._hidden()[:: args.every]
+    hidden = trainer.fold_data.hidden()[:: args.every]
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hidden)
     scores: dict[str, list[float]] = {}
 

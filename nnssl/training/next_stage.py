@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import basename, dirname, isfile, join
+from os.path import basename, dirname, isdir, isfile, join
 from typing import Any
 
 import blosc2
@@ -30,10 +30,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
+from nnssl.data.findings import listed
 from nnssl.data.freshness import read_properties
 from nnssl.data.parallel import unordered
 from nnssl.data.streams import UnlabeledDataset, open_array
-from nnssl.files import replacing
+from nnssl.files import read_json, replacing
 
 UNLABELED = "predicted_next_stage_unlabeled"
 KEY = "nnssl"  # of a prediction's metadata
@@ -189,3 +190,65 @@ def unusable_predictions(
         elif unlabeled and (_stored(previous, case) or {}).get("scan") != _scan(_preprocessed(folder, case)):
             found[case] = "of another scan"
     return found
+
+
+def refuse_missing_next(configuration: str, folders: Mapping[str, str]) -> None:
+    """nnU-Net's validation predicts for the next stages: refuse one that is not preprocessed.
+
+    folders  {next stage: its folder of labeled cases}
+    """
+    for stage, folder in folders.items():
+        if not isdir(folder):
+            raise RuntimeError(
+                f"{configuration} predicts the scans for {stage}, whose preprocessed data are expected in "
+                f"{folder}, which does not exist. Run `nnssl plan-and-preprocess` with -c {stage}"
+            )
+
+
+def refuse_unpredicted(
+    cases: Sequence[str], folder: str, previous: str, stage: str, fold: int | str, splits_file: str
+) -> None:
+    """nnU-Net's loader reads what the previous stage predicted: refuse labeled cases without.
+
+    folder, previous  as of `unusable_predictions`
+    stage             name of the previous stage
+    """
+    if bad := unusable_predictions(cases, folder, previous):
+        shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
+        raise RuntimeError(
+            f"{len(bad)} labeled cases without a usable prediction by {stage} in {previous}: {shown}. "
+            f"{_folds_that_predict(list(bad), fold, splits_file)}"
+        )
+
+
+def _folds_that_predict(cases: Sequence[str], fold: int | str, splits_file: str) -> str:
+    """Which trainings of the previous stage have these cases in their validation."""
+    splits = [] if fold == "all" else read_json(splits_file)
+    folds = {case: [i for i, split in enumerate(splits) if case in split["val"]] for case in cases}
+    if alone := [case for case, found in folds.items() if fold != "all" and not found]:
+        return (
+            f"No fold of {splits_file} has {listed(alone, 8)} in its validation, and a cascade learns from "
+            "predictions of networks that did not train on the case. Make folds that cover all cases "
+            "(`nnssl split` without --val), or train both stages in fold all"
+        )
+    needed = sorted({str(found[0]) for found in folds.values() if found}) or ["all"]
+    return f"Train it with the same trainer and plan first, fold {', '.join(needed)}"
+
+
+def previous_of_unlabeled(
+    cases: Sequence[str], folder: str, labeled_previous: str, stage: str, fold: int | str
+) -> str:
+    """Folder of the previous stage's segmentations of all unlabeled cases; RuntimeError where one is missing.
+
+    folder            preprocessed unlabeled cases
+    labeled_previous  nnU-Net's folder of the same for labeled cases
+    """
+    previous = folder_of_previous_stage(labeled_previous, fold)
+    if bad := unusable_predictions(cases, folder, previous, unlabeled=True):
+        shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
+        raise RuntimeError(
+            f"{len(bad)} unlabeled cases without a usable prediction by {stage} in {previous}: {shown}. "
+            f"Train {stage} with the same trainer, plan and fold first; if it is trained, run its training "
+            "command again with --val"
+        )
+    return previous

@@ -9,37 +9,30 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.paths import nnUNet_raw
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnssl.batch import SemiBatch
 from nnssl.config import resolve, sections_of_others
-from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
-from nnssl.data.findings import WARNING, listed, raise_errors
-from nnssl.data.freshness import Case, Target
+from nnssl.data.dataset_json import inspect_dataset_json
+from nnssl.data.findings import listed, raise_errors
 from nnssl.data.inspection import (
     inspect_preprocessed,
-    inspect_scans_of_training,
-    inspect_split,
     misplaced_keys,
 )
 from nnssl.data.intact import damage_named, dataset_class
-from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.mirroring import allowed_axes, offsets_of, worst
-from nnssl.data.split import absent_classes, hidden_cases, nnunet_split, unused_backup
+from nnssl.data.split import unused_backup
 from nnssl.data.streams import (
     TwoStreams,
     UnlabeledDataset,
@@ -53,9 +46,8 @@ from nnssl.data.streams import (
 )
 from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases, unlabeled_folder
-from nnssl.datasets import dataset_number
 from nnssl.ema import copy_weights
-from nnssl.files import read_json, remove_leftovers, save_torch, write_json
+from nnssl.files import remove_leftovers, save_torch
 from nnssl.interruption import Terminated, interruptible
 from nnssl.labels import LabelSpace
 from nnssl.method import Planned, SemiMethod, weighted_sum
@@ -82,6 +74,8 @@ from nnssl.training.checkpoint import (
     versions,
 )
 from nnssl.training.console import FirstSteps, epoch_line, start_block
+from nnssl.training.continuity import changed_keys, of_the_function, refuse_other_plan, refuse_trained_on
+from nnssl.training.fold import FoldData
 from nnssl.training.gradient_checkpointing import recompute
 from nnssl.training.gradients import is_measured, term_gradients
 from nnssl.training.history import History, whole_plot
@@ -91,23 +85,21 @@ from nnssl.training.memory_format import use_channels_last
 from nnssl.training.next_stage import (
     fingerprint_of,
     folder_for_unlabeled,
-    folder_of_previous_stage,
     predict_unlabeled,
-    unusable_predictions,
+    previous_of_unlabeled,
+    refuse_missing_next,
+    refuse_unpredicted,
 )
 from nnssl.training.optimizer_step import OptimizationStep, reached
 from nnssl.training.pictures import Pictures
 from nnssl.training.pretrained import load_pretrained
 from nnssl.training.randomness import restore_rng, rng_state, seed_everything
 from nnssl.training.record import facts, peak_memory, write_record
-from nnssl.training.task import Trainable, geometry, preprocessed_cases
+from nnssl.training.task import Trainable, geometry
 from nnssl.training.tensorboard import TensorBoardLogger
 from nnssl.training.tensorboard import enabled as tensorboard_enabled
 
 CUDA = torch.device("cuda")
-# of a plan's configuration, what prediction does not depend on
-OF_THE_TRAINING = ("batch_size", "batch_dice", "data_identifier", "median_image_size_in_voxels")
-OF_THE_INTENSITIES = ("foreground_intensity_properties_per_channel", "transpose_forward")
 PREDICTED_FROM = 3000  # steps of a run: memory is predicted in the time of about 30 steps of a small network
 
 watch()
@@ -141,6 +133,8 @@ class SemiTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self._place_rank(device)
+        base, say = self.preprocessed_dataset_folder_base, self.print_to_log_file
+        self.fold_data = FoldData(self.plans_manager, configuration, dataset_json, fold, base, say)
         refuse_blocked(self.output_folder)
         remove_leftovers(self.output_folder)
         for key in (
@@ -367,7 +361,7 @@ class SemiTrainer(nnUNetTrainer):
         """Names of the labeled and unlabeled training cases."""
         labeled = self.do_split()[0]
         unlabeled = unlabeled_cases(
-            self.plans_manager, self.configuration_name, self.dataset_json, self._hidden()
+            self.plans_manager, self.configuration_name, self.dataset_json, self.fold_data.hidden()
         )[1]
         return labeled, [case.name for case in unlabeled]
 
@@ -438,91 +432,20 @@ class SemiTrainer(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, refused where it is wrong or would train on hidden labels."""
-        known = preprocessed_cases(self.preprocessed_dataset_folder)
         if self.fold != "all":
-            raise_errors(inspect_split(self._splits_file, known, only=int(self.fold)))
-            if not os.path.isfile(self._splits_file):
-                self._refuse_incomplete(known)  # on every rank
-                if self.local_rank == 0:
-                    write_json(nnunet_split(known), self._splits_file)  # nnU-Net would write it in place
-        self._hidden()
+            self.fold_data.ensure_split(write=self.local_rank == 0)
+        self.fold_data.hidden()
         with self._in_the_log_alone():
             return super().do_split()
-
-    def _refuse_incomplete(self, known: list[str]) -> None:
-        """Refuse what a preprocessing that ended too early left: its split would leave cases out for good."""
-        raw = self._raw()
-        cases = self._cases_of(raw)[1] if raw else []
-        if missing := sorted({case.name for case in cases} - set(known)):
-            raise RuntimeError(
-                f"{self.preprocessed_dataset_folder}: {len(missing)} of {len(known) + len(missing)} labeled "
-                f"cases in {raw} are not preprocessed ({listed(missing)}), and fold {self.fold} would leave "
-                f"them out. Run `{self._preprocess_command()}`, or take them out of imagesTr and labelsTr"
-            )
-
-    def _raw(self) -> str:
-        """The raw dataset; empty where it is not on this machine."""
-        folder = os.path.join(nnUNet_raw, self.plans_manager.dataset_name) if nnUNet_raw.is_set() else ""
-        return folder if os.path.isdir(folder) else ""
-
-    def _cases_of(self, raw: str) -> tuple[Target, list[Case]]:
-        """The labeled cases of the raw dataset, and where they are preprocessed."""
-        return labeled_cases(self.plans_manager, self.configuration_name, self.dataset_json, raw)
-
-    def _preprocess_command(self) -> str:
-        plans = self.plans_manager
-        number, chosen = dataset_number(plans.dataset_name), self.configuration_name
-        return f"nnssl plan-and-preprocess -d {number} -c {chosen} -p {plans.plans_name}"
-
-    def _hidden(self) -> list[str]:
-        """Cases whose labels this fold hides (key `unlabeled` of the splits file)."""
-        known = set(preprocessed_cases(self.preprocessed_dataset_folder))
-        return hidden_cases(self._splits_file, self.fold, known)
-
-    @property
-    def _splits_file(self) -> str:
-        return os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
-
-    def _inspect_scans(self) -> None:
-        """Warn of odd scans by name, refuse wrong ones."""
-        if not nnUNet_raw.is_set():
-            return
-        findings = list(
-            inspect_scans_of_training(
-                os.path.join(nnUNet_raw, self.plans_manager.dataset_name),
-                self.preprocessed_dataset_folder_base,
-                self.dataset_json,
-                self.plans_manager.plans,
-                self.configuration_name,
-            )
-        )
-        for finding in findings:
-            if finding.level == WARNING:
-                self.print_to_log_file(f"WARNING: {finding}")
-        raise_errors(findings)
-
-    def _warn_of_outdated(self) -> None:
-        """Name labeled cases of this fold that were edited or taken away since they were preprocessed."""
-        if not (raw := self._raw()):
-            return
-        target, cases = self._cases_of(raw)
-        train, val = self.do_split()
-        if cases and (found := outdated_cases(target, cases, {*train, *val})):
-            shown = listed([f"{case} ({reason})" for case, reason in found.items()])
-            self.print_to_log_file(
-                f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as preprocessed, but "
-                f"{raw} has them otherwise now: {shown}. Run "
-                f"`{self._preprocess_command()}` first to use them as they are there"
-            )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one paired with the unlabeled stream."""
         self._refuse_missing_stages()
         if self.fold == "all" and self._resumed is None:  # a run goes on with the cases that it had
-            self._refuse_incomplete(preprocessed_cases(self.preprocessed_dataset_folder))
-        on_first_rank(self._warn_of_outdated)
+            self.fold_data.refuse_incomplete()
+        on_first_rank(lambda: self.fold_data.warn_of_outdated(self._labeled_cases()))
         if self.method_class.needs_unlabeled:
-            on_first_rank(self._inspect_scans)
+            on_first_rank(self.fold_data.inspect_scans)
             unlabeled = self._prepare_unlabeled(self.configuration_name)
             previous = self._previous_of_unlabeled(unlabeled)
             self._unlabeled = unlabeled
@@ -553,6 +476,11 @@ class SemiTrainer(nnUNetTrainer):
         )
         return TwoStreams(train, stream), val
 
+    def _labeled_cases(self) -> list[str]:
+        """Those of training and validation."""
+        train, val = self.do_split()
+        return sorted({*train, *val})
+
     def _cases_now(self) -> Cases:
         """What the split and the folders give this fold."""
         train, val = self.do_split()
@@ -563,13 +491,8 @@ class SemiTrainer(nnUNetTrainer):
         }
 
     def _refuse_trained_on(self, used: Cases, network: str) -> None:
-        """Refuse to validate on cases whose labels `network` was trained on."""
-        if seen := trained_on(used, self._cases_now()["val"]):
-            raise RuntimeError(
-                f"{self._splits_file}, fold {self.fold}, key val: {listed(seen)}, whose labels {network} was "
-                "trained on; expected unseen cases. Restore the split of that training (`nnssl split` keeps "
-                "the one before as splits_final.json.bak), or start a new training"
-            )
+        fold = f"{self.fold_data.splits_file}, fold {self.fold}"
+        refuse_trained_on(used, self._cases_now()["val"], network, fold)
 
     def _compare_cases(self, used: Cases, checkpoint: str) -> None:
         """Refuse as above; warn of every other change by name."""
@@ -577,40 +500,6 @@ class SemiTrainer(nnUNetTrainer):
         for change in changed_cases(used, self._cases_now()):
             self.print_to_log_file(
                 f"WARNING: the cases of fold {self.fold} are others than those of {checkpoint}: {change}"
-            )
-
-    def _compare_configuration(self, checkpoint: Mapping[str, Any], name: str) -> None:
-        """Warn of every key that is not what the checkpoint was written with; refuse those that would change
-        the function of its weights."""
-        method = self.method.name
-        then, now = (
-            checkpoint["nnssl"].get("config", {}),
-            {"general": self.general, "method": self.method_config},
-        )
-        changed = []
-        for part, config in now.items():
-            before = then.get(part, {})
-            prefix = "nnssl" if part == "general" else f"nnssl.{method}"
-            for key, value in dataclasses.asdict(config).items():
-                if key in before and before[key] != value:
-                    changed.append(f"{prefix}.{key} {value} (there {before[key]})")
-                    if part == "method" and key in self.method_class.network_keys:
-                        raise RuntimeError(
-                            f"{name} was trained with {prefix}.{key} {before[key]}, the plans file has "
-                            f"{value}: the weights would be another function. Restore the key"
-                        )
-        plans = checkpoint["init_args"]["plans"]
-        if self.configuration_name in plans["configurations"]:
-            before = PlansManager(plans).get_configuration(self.configuration_name).configuration
-            current = self.configuration_manager.configuration
-            changed += [
-                f"{key} {current[key]} (there {value})"
-                for key, value in before.items()
-                if key in current and current[key] != value
-            ]
-        if changed:
-            self.print_to_log_file(
-                f"WARNING: the plans file has changed since {name} was written: {'; '.join(changed)}"
             )
 
     def _warn_without_neighbour(self, samples: int) -> None:
@@ -631,15 +520,12 @@ class SemiTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         on_first_rank(self._refuse_other_plan)
-        fingerprint = os.path.join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
-        if not os.path.isfile(fingerprint):
-            raise FileNotFoundError(
-                f"{fingerprint} does not exist: nnU-Net copies it beside the model. Copy the preprocessed "
-                f"dataset whole, or run `{self._preprocess_command()}`"
-            )
+        self.fold_data.refuse_without_fingerprint()
         super().on_train_start()
-        self._check_classes()
-        if absent := self._without_truth():
+        train, val = self.do_split()
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(train))
+        self.fold_data.check_classes(dataset, train, val, self.label_manager)
+        if absent := self.fold_data.without_truth(val):
             self.print_to_log_file(f"WARNING: the final validation would fail: {absent}")
         if self.local_rank == 0:
             self._begin_record()
@@ -652,44 +538,13 @@ class SemiTrainer(nnUNetTrainer):
             self._resumed = None
 
     def _refuse_other_plan(self) -> None:
-        """nnU-Net writes the plan beside the model, for all folds: those trained before would be predicted by
-        a plan that is not theirs."""
-        file = os.path.join(self.output_folder_base, "plans.json")
-        folds = sorted(
-            path.name
-            for path in Path(self.output_folder_base).glob("fold_*")
-            if path != Path(self.output_folder) and checkpoints_in(str(path))
-        )
-        if not folds or not os.path.isfile(file):
-            return
-        then, now = (self._of_the_function(plans) for plans in (read_json(file), self.plans_manager.plans))
-        if changed := [key for key in now if then.get(key) != now[key]]:
-            raise RuntimeError(
-                f"{file} is the plan of {listed(folds)}, too, and this training would write another over it, "
-                f"by which they would be predicted wrongly: {listed(changed)} changed. Restore the plan, "
-                "give this one another plans_name (-p), or move these folds away"
-            )
+        def then(plans: dict) -> dict[str, Any]:
+            config = dataclasses.asdict(self._configs(plans)[1])
+            keys = {key: config[key] for key in self.method_class.network_keys}
+            return of_the_function(plans, self.configuration_name) | keys
 
-    def _of_the_function(self, plans: dict) -> dict[str, Any]:
-        """What of a plan a trained network's prediction depends on."""
-        configuration = PlansManager(plans).get_configuration(self.configuration_name).configuration
-        found = {key: value for key, value in configuration.items() if key not in OF_THE_TRAINING}
-        found |= {key: plans.get(key) for key in OF_THE_INTENSITIES}
-        config = dataclasses.asdict(self._configs(plans)[1])
-        return found | {key: config[key] for key in self.method_class.network_keys}
-
-    def _without_truth(self) -> str:
-        """Which labels the final validation compares with are not there; empty where all are."""
-        folder = os.path.join(self.preprocessed_dataset_folder_base, "gt_segmentations")
-        ending = self.dataset_json["file_ending"]
-        cases = self.do_split()[1]
-        absent = [case for case in cases if not os.path.isfile(os.path.join(folder, case + ending))]
-        if not absent:
-            return ""
-        return (
-            f"{folder} lacks the labels of {listed(absent)}. Copy them there from labelsTr, or run "
-            f"`{self._preprocess_command()}`"
-        )
+        now = then(self.plans_manager.plans)
+        refuse_other_plan(self.output_folder_base, self.output_folder, then, now)
 
     def _begin_record(self) -> None:
         """What `nnssl report` reads, from here on after every epoch."""
@@ -711,25 +566,6 @@ class SemiTrainer(nnUNetTrainer):
             self.print_to_log_file("pseudo_label_pictures: none are taken in a cascade")
             return
         self._pictures = Pictures(self, self.general.pseudo_label_pictures)
-
-    def _check_classes(self) -> None:
-        cases, val = self.do_split()
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(cases))
-        declared = declared_labels(self.dataset_json)
-        if odd := undeclared_labels(dataset, sorted({*cases, *val}), declared):
-            shown = listed([f"{case} ({', '.join(map(str, values))})" for case, values in odd.items()])
-            raise RuntimeError(
-                f"label maps with values that dataset.json does not declare: {shown}; expected "
-                f"{sorted(declared)}. Correct the label maps or dataset.json, and preprocess anew"
-            )
-        absent = absent_classes(dataset, list(cases), self.label_manager)
-        if absent:
-            raise RuntimeError(
-                f"no labeled training case of fold {self.fold} contains {absent}: the network could never "
-                "learn it. "
-                "Add a labeled case with it to this fold (labeled: "
-                f"{', '.join(sorted(cases)[:8])}{' ...' if len(cases) > 8 else ''})"
-            )
 
     # the run
 
@@ -991,7 +827,7 @@ class SemiTrainer(nnUNetTrainer):
             try:
                 if (used := self._used) is not None:
                     on_first_rank(lambda: self._refuse_trained_on(used, "this network"))
-                if absent := self._without_truth():
+                if absent := self.fold_data.without_truth(self.do_split()[1]):
                     raise FileNotFoundError(f"{absent}; then validate with --val")
                 with precision, damage_named(self._cases_read):
                     super().perform_actual_validation(save_probabilities)
@@ -1007,59 +843,31 @@ class SemiTrainer(nnUNetTrainer):
     # cascades
 
     def _refuse_missing_stages(self) -> None:
-        """Refuse a stage whose neighbour is not there: nnU-Net's validation predicts for the next one, and
-        its loader reads what the previous one predicted."""
-        for stage in self.configuration_manager.next_stage_names or []:
-            folder = self._preprocessed_for(stage)
-            if not os.path.isdir(folder):
-                raise RuntimeError(
-                    f"{self.configuration_name} predicts the scans for {stage}, whose preprocessed data are "
-                    f"expected in {folder}, which does not exist. Run `nnssl plan-and-preprocess` with "
-                    f"-c {stage}"
-                )
-        if not self.is_cascaded:
-            return
-        train, val = self.do_split()
-        cases = sorted({*train, *val})
-        bad = unusable_predictions(
-            cases, self.preprocessed_dataset_folder, self.folder_with_segs_from_previous_stage
+        stages = self.configuration_manager.next_stage_names or []
+        refuse_missing_next(
+            self.configuration_name, {stage: self.fold_data.folder_of(stage) for stage in stages}
         )
-        if bad:
-            shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
-            raise RuntimeError(
-                f"{len(bad)} labeled cases without a usable prediction by "
-                f"{self.configuration_manager.previous_stage_name} in "
-                f"{self.folder_with_segs_from_previous_stage}: {shown}. {self._folds_that_predict(list(bad))}"
+        if self.is_cascaded:
+            refuse_unpredicted(
+                self._labeled_cases(),
+                self.preprocessed_dataset_folder,
+                self.folder_with_segs_from_previous_stage,
+                self.configuration_manager.previous_stage_name,
+                self.fold,
+                self.fold_data.splits_file,
             )
-
-    def _folds_that_predict(self, cases: list[str]) -> str:
-        """Which trainings of the previous stage have these cases in their validation."""
-        splits = [] if self.fold == "all" else read_json(self._splits_file)
-        folds = {case: [i for i, fold in enumerate(splits) if case in fold["val"]] for case in cases}
-        if alone := [case for case, found in folds.items() if self.fold != "all" and not found]:
-            return (
-                f"No fold of {self._splits_file} has {listed(alone, 8)} in its validation, and a cascade "
-                "learns from predictions of networks that did not train on the case. Make folds that cover "
-                "all cases (`nnssl split` without --val), or train both stages in fold all"
-            )
-        needed = sorted({str(found[0]) for found in folds.values() if found}) or ["all"]
-        return f"Train it with the same trainer and plan first, fold {', '.join(needed)}"
 
     def _previous_of_unlabeled(self, cases: list[str]) -> str | None:
         """Folder of the previous stage's segmentations of all unlabeled cases; None outside a cascade."""
         if not self.is_cascaded:
             return None
-        previous = folder_of_previous_stage(self.folder_with_segs_from_previous_stage, self.fold)
-        folder = unlabeled_folder(self.preprocessed_dataset_folder)
-        if bad := unusable_predictions(cases, folder, previous, unlabeled=True):
-            shown = listed([f"{case} ({reason})" for case, reason in bad.items()], 8)
-            stage = self.configuration_manager.previous_stage_name
-            raise RuntimeError(
-                f"{len(bad)} unlabeled cases without a usable prediction by {stage} in {previous}: {shown}. "
-                f"Train {stage} with the same trainer, plan and fold first; if it is trained, run its "
-                "training command again with --val"
-            )
-        return previous
+        return previous_of_unlabeled(
+            cases,
+            unlabeled_folder(self.preprocessed_dataset_folder),
+            self.folder_with_segs_from_previous_stage,
+            self.configuration_manager.previous_stage_name,
+            self.fold,
+        )
 
     def _predict_unlabeled(self, next_configuration: str) -> None:
         """Predict the unlabeled scans for the next stage of a cascade, every rank its share."""
@@ -1090,7 +898,7 @@ class SemiTrainer(nnUNetTrainer):
                     cases,
                     self._previous_of_unlabeled(cases),
                 ),
-                unlabeled_folder(self._preprocessed_for(next_configuration)),
+                unlabeled_folder(self.fold_data.folder_of(next_configuration)),
                 folder_for_unlabeled(self.output_folder, next_configuration),
             )
         finally:
@@ -1101,17 +909,12 @@ class SemiTrainer(nnUNetTrainer):
             f"{len(cases[rank::size]) - number} were up to date"
         )
 
-    def _preprocessed_for(self, configuration: str) -> str:
-        """Folder of the labeled cases as another configuration has them."""
-        identifier = self.plans_manager.get_configuration(configuration).data_identifier
-        return os.path.join(self.preprocessed_dataset_folder_base, identifier)
-
     def _prepare_unlabeled(self, configuration: str) -> list[str]:
         return prepare_unlabeled(
             self.plans_manager,
             configuration,
             self.dataset_json,
-            self._hidden(),
+            self.fold_data.hidden(),
             log=self.print_to_log_file,
         )
 
@@ -1191,7 +994,19 @@ class SemiTrainer(nnUNetTrainer):
             self.print_to_log_file(f"{name} does not name its cases: the split is not compared with them")
         else:
             on_first_rank(lambda: self._compare_cases(used, name))
-        self._compare_configuration(checkpoint, name)
+        changed = changed_keys(
+            checkpoint,
+            name,
+            self.general,
+            self.method_config,
+            self.method.name,
+            self.method_class.network_keys,
+            (self.configuration_name, self.configuration_manager.configuration),
+        )
+        if changed:
+            self.print_to_log_file(
+                f"WARNING: the plans file has changed since {name} was written: {'; '.join(changed)}"
+            )
         self._used = used
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
