@@ -29,7 +29,7 @@ from nnssl.batch import SemiBatch
 from nnssl.config import resolve, sections_of_others
 from nnssl.data.dataset_json import declared_labels, inspect_dataset_json
 from nnssl.data.findings import WARNING, listed, raise_errors
-from nnssl.data.freshness import Case, Target
+from nnssl.data.freshness import OTHER_SETTINGS, Case, Target
 from nnssl.data.inspection import (
     inspect_preprocessed,
     inspect_scans_of_training,
@@ -503,12 +503,21 @@ class SemiTrainer(nnUNetTrainer):
         raise_errors(findings)
 
     def _warn_of_outdated(self) -> None:
-        """Name labeled cases of this fold that were edited or taken away since they were preprocessed."""
+        """Name labeled cases of this fold that were edited or taken away since they were preprocessed; refuse
+        those of another plan, beside which the unlabeled scans would have another voxel size."""
         if not (raw := self._raw()):
             return
         target, cases = self._cases_of(raw)
         train, val = self.do_split()
-        if cases and (found := outdated_cases(target, cases, {*train, *val})):
+        found = outdated_cases(target, cases, {*train, *val}) if cases else {}
+        if others := [case for case, reason in found.items() if reason == OTHER_SETTINGS]:
+            raise RuntimeError(
+                f"{target.folder}: {listed(others)} preprocessed with other settings (spacing, "
+                f"normalization, resampling, labels) than {self.plans_manager.plans_name} and dataset.json "
+                f"have now. Run `{self._preprocess_command()}`, or restore the plan. A plan of other "
+                "settings than those beside it needs a data_identifier of its own, or overwrites their data"
+            )
+        if found:
             shown = listed([f"{case} ({reason})" for case, reason in found.items()])
             self.print_to_log_file(
                 f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as preprocessed, but "
