@@ -45,6 +45,7 @@ class Facts:
     dimension: int
     epochs: int
     steps_per_epoch: int
+    previous_stage: str = ""  # of a cascade
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
         len(plans.get_configuration(chosen).patch_size),
         general.num_epochs,
         general.num_iterations_per_epoch,
+        plans.get_configuration(chosen).previous_stage_name or "",
     )
 
 
@@ -411,13 +413,14 @@ def _next(dataset_id: int, facts: Facts, advice: Advice, plans_name: str) -> Ite
     start = finished_network(facts, plans_name)
     if start:
         pilot += f" --share 0.2 -pretrained_weights {shlex.quote(start)}"
+    train = f"nnssl train {dataset_id} {facts.configuration} {facts.fold}{plan} -tr {advice.trainer}"
+    comparable = facts.fold != "all" and not facts.previous_stage  # a pilot refuses the others
     if advice.method != SUPERVISED:
-        yield f"Next: {pilot}"
+        yield f"Next: {pilot if comparable else train}"
         return
     if not start:
-        train = f"nnssl train {dataset_id} {facts.configuration} {facts.fold}{plan}"
-        yield f"Next: {train} -tr nnUNetTrainer{SUPERVISED}"
-    if facts.unlabeled:
+        yield f"Next: {train}"
+    if facts.unlabeled and comparable:
         yield f"To see what unlabeled scans do on your data: {pilot} -tr nnUNetTrainerSemi"
 
 

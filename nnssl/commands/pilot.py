@@ -71,6 +71,11 @@ def pilot(
                 f"of `nnssl trainers` (nnUNetTrainer{SUPERVISED} is stock nnU-Net's training)."
             )
     facts = facts_of(dataset_id, configuration, fold, plans_name)
+    if before := facts.previous_stage:
+        raise ValueError(
+            f"-c {facts.configuration}: it starts from {before}, which nobody has trained by the plan that a "
+            f"pilot makes for itself. Compare trainers on -c {before} or 3d_fullres."
+        )
     chosen = trainer or choose(facts, measured()).trainer
     baseline = f"nnUNetTrainer{SUPERVISED}"
     if chosen == baseline:

@@ -36,7 +36,7 @@ from nnssl.data.freshness import Case, digest, stamp
 from nnssl.data.inspection import read_dataset_json
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
 from nnssl.data.unlabeled import find_unlabeled_images
-from nnssl.files import move, read_object, scratch_folder, write_json, write_text
+from nnssl.files import move, one_at_a_time, read_object, scratch_folder, write_json, write_text
 from nnssl.training.checkpoint import read_checkpoint
 
 STATE, TABLE, FORMAT = "pseudo_labels.json", "quality.csv", 1
@@ -119,6 +119,7 @@ def pseudo_label(
     if todo:
         predictor = _load(list(stages), list(stages[folder]), checkpoint_name, device)
         problems = _predict_all(todo, predictor, state)
+        state.refresh()
     path = state.write_table({case.name for case in cases})
     if todo and problems:
         raise ValueError(
@@ -168,6 +169,10 @@ def _predict_all(cases: Sequence[Case], predictor: PassPredictor, state: _State)
         for case in cases:
             bar.set_postfix_str(case.name)
             before = bar.n
+            state.refresh()
+            if state.holds(case):  # by another process that was started with the same command
+                bar.update(predictor.num_passes)
+                continue
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints
                     state.add(case, *_predict(case, predictor, bar.update), predictor)
@@ -360,16 +365,21 @@ class _State:
     def __init__(self, folder: str, model: dict[str, Any]) -> None:
         self.folder, self.file = folder, join(folder, STATE)
         self.content: dict[str, Any] = {"format": FORMAT, **model, "cases": {}}
-        if isfile(self.file):
-            found = read_object(self.file)
-            if {k: v for k, v in found.items() if k != "cases"} != {"format": FORMAT, **model}:
-                raise ValueError(
-                    f"{folder} holds pseudo-labels of another model or of other checkpoints "
-                    f"({found.get('model')}). Choose another folder with -o."
-                )
-            self.content = found
-        elif isdir(folder) and os.listdir(folder):
+        if not isfile(self.file) and isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} is not empty and holds no {STATE}. Choose a new folder with -o.")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up what stands in the file: another process may be at work here, too."""
+        if not isfile(self.file):
+            return
+        found = read_object(self.file)
+        if {**found, "cases": {}} != {**self.content, "cases": {}}:
+            raise ValueError(
+                f"{self.folder} holds pseudo-labels of another model or of other checkpoints "
+                f"({found.get('model')}). Choose another folder with -o."
+            )
+        self.content = found
 
     def path(self, part: str, case: str, ending: str) -> str:
         return join(self.folder, part, case + ending)
@@ -415,6 +425,10 @@ class _State:
                 scratch = stack.enter_context(scratch_folder(join(self.folder, part)))
                 writer.write_seg(array, join(scratch, case.name + ending), properties)
                 made += [(join(scratch, name), join(self.folder, part, name)) for name in os.listdir(scratch)]
+            stack.enter_context(one_at_a_time(self.folder))
+            self.refresh()
+            if self.holds(case):  # the other one was faster, and its record tells its files
+                return
             if self.is_somebody_elses(case.name, ending):
                 raise SourceError(f"{join(self.folder, files[0])} came to be there meanwhile and is kept")
             for _, target in made:  # of an earlier scan: left there it would look edited if this ends here
@@ -425,7 +439,7 @@ class _State:
             write_json(self.content, self.file, indent=1)
             for source, target in sorted(made):  # TIFF comes with a second file
                 move(source, target)
-        self.write_table(set(self.content["cases"]))
+            self.write_table(set(self.content["cases"]))
 
     def is_somebody_elses(self, case: str, ending: str) -> bool:
         """Whether there is a segmentation that was not written here."""

@@ -40,6 +40,7 @@ from nnssl.data.raw import num_channels
 from nnssl.files import write_bytes
 
 RECORD_FORMAT = 1
+OTHER_SETTINGS = "preprocessed with other settings"
 CHECKSUM = re.compile(rb"crc32:([0-9a-f]{8})\Z")  # ends a .pkl that we wrote
 
 
@@ -182,7 +183,7 @@ def judge(
         or record["fingerprint"] != target.fingerprint
         or record["origin"] != case.origin
     ):
-        return "preprocessed with other settings", None
+        return OTHER_SETTINGS, None
     if record["bytes"] != [getsize(data), getsize(segmentation)]:
         return "incomplete", None
     if not case.images:
@@ -227,7 +228,7 @@ def _contradiction(
         for n in compute_new_shape(properties["shape_after_cropping_and_before_resampling"], spacing, wanted)
     )
     if shapes != [(num_channels(target.dataset_json), *shape), (1, *shape)]:
-        return "preprocessed with other settings"
+        return OTHER_SETTINGS
     return ""
 
 

@@ -17,6 +17,7 @@ from nnssl.files import read_object, torch_damage
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 RECORD = "training.json"
+ALL = "fold_all"  # trained on every case, and nnU-Net validates it on the same
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[s
     """The folds of models, or the folds themselves; ValueError naming what is not there, or two datasets."""
     chosen: dict[Path, list[Path]] = {}
     copies: dict[Path, list[str]] = {}
+    apart: list[Path] = []  # models whose fold all stays out of the others
     for given in folders:
         folder = Path(os.path.abspath(given))
         if folder.name.startswith("fold_") and folder.is_dir():
@@ -207,6 +209,9 @@ def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[s
             there = wanted
         else:
             copies[folder] = sorted(p.name for p in folder.glob("fold_*") if not is_fold(p))
+            if len(there) > 1 and folder / ALL in there:
+                there.remove(folder / ALL)
+                apart.append(folder)
         chosen.setdefault(folder, []).extend(there)
     names = model_names(list(chosen))
     runs = [Run(names[model], fold) for model, found in chosen.items() for fold in dict.fromkeys(found)]
@@ -219,6 +224,11 @@ def runs_in_folders(folders: Iterable[str | os.PathLike[str]], folds: Sequence[s
         if left_out:
             run = next(run for run in runs if run.folder.parent == model)
             run.note(f"{model}: not read, expected fold_0 and so on or fold_all: {', '.join(left_out)}")
+    for model in apart:
+        run = next(run for run in runs if run.folder.parent == model)
+        run.note(f"{model / ALL}: not read beside other folds, whose validation it trained on (-f all)")
+    for run in (run for run in runs if run.folder.name == ALL):
+        run.note(f"{run.model}, fold all: the cases of its validation were trained on, its scores flatter")
     first = runs[0]
     for run in runs:
         if run.dataset != first.dataset:

@@ -10,7 +10,7 @@ from nnunetv2.paths import nnUNet_raw
 
 from nnssl.data.dataset_json import declared_labels
 from nnssl.data.findings import WARNING, listed, raise_errors
-from nnssl.data.freshness import Case, Target
+from nnssl.data.freshness import OTHER_SETTINGS, Case, Target
 from nnssl.data.inspection import inspect_scans_of_training, inspect_split
 from nnssl.data.labeled import labeled_cases, outdated_cases, undeclared_labels
 from nnssl.data.split import absent_classes, hidden_cases, nnunet_split
@@ -106,11 +106,20 @@ class FoldData:
         raise_errors(findings)
 
     def warn_of_outdated(self, used: Collection[str]) -> None:
-        """Name the cases of those used that were edited or taken away since they were preprocessed."""
+        """Name the cases of those used that were edited or taken away since they were preprocessed; refuse
+        those of another plan, beside which the unlabeled scans would have another voxel size."""
         if not (raw := self.raw):
             return
         target, cases = self._cases_of(raw)
-        if cases and (found := outdated_cases(target, cases, set(used))):
+        found = outdated_cases(target, cases, set(used)) if cases else {}
+        if others := [case for case, reason in found.items() if reason == OTHER_SETTINGS]:
+            raise RuntimeError(
+                f"{target.folder}: {listed(others)} preprocessed with other settings (spacing, "
+                f"normalization, resampling, labels) than {self.plans_manager.plans_name} and dataset.json "
+                f"have now. Run `{self.command}`, or restore the plan. A plan of other settings than those "
+                "beside it needs a data_identifier of its own, or overwrites their data"
+            )
+        if found:
             shown = listed([f"{case} ({reason})" for case, reason in found.items()])
             self.say(
                 f"WARNING: {len(found)} labeled cases of fold {self.fold} are used as preprocessed, but "

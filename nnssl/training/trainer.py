@@ -57,6 +57,7 @@ from nnssl.training.arguments import check_device
 from nnssl.training.bfloat16_check import refuse_wrong_bfloat16
 from nnssl.training.boundary import check_command, watch
 from nnssl.training.checkpoint import (
+    NAMES,
     Cases,
     by_name,
     changed_cases,
@@ -611,20 +612,29 @@ class SemiTrainer(nnUNetTrainer):
     def _set_earlier_aside(self) -> None:
         """All at once, so that --c never finds those of two trainings, and not before it would find ours.
         With them goes a validation of weights that this process has trained on from."""
-        before, self._loud = self._loud, True  # nnU-Net saves where its own lines go into the log alone
         for name in self._earlier:
-            path = os.path.join(self.output_folder, name)
-            if os.path.isfile(path):
-                kept = unused_backup(path)
-                os.replace(path, kept)
-                self.print_to_log_file(f"{name} of the earlier training is now {os.path.basename(kept)}")
-        validation = os.path.join(self.output_folder, "validation")
-        if self._fresh and os.path.isdir(validation):
-            kept = unused_backup(validation)
-            os.replace(validation, kept)
-            self.print_to_log_file(f"validation, of other weights, is now {os.path.basename(kept)}")
+            if os.path.isfile(os.path.join(self.output_folder, name)):
+                self._set_aside(name, " of the earlier training")
+        if self._fresh and os.path.isdir(os.path.join(self.output_folder, "validation")):
+            self._set_aside("validation", ", of other weights,")
         self._fresh = False
-        self._earlier, self._loud = [], before
+        self._earlier = []
+
+    def _set_final_aside(self, written: str) -> None:
+        """Of a finished training that goes on for more epochs: --c would prefer it to what is newer."""
+        final = NAMES[0]
+        there = os.path.isfile(os.path.join(self.output_folder, final))
+        if there and os.path.basename(written) != final:
+            self._set_aside(final, ", of fewer epochs,")
+            self._epochs_in.pop(final, None)
+
+    def _set_aside(self, name: str, what: str) -> None:
+        path = os.path.join(self.output_folder, name)
+        kept = unused_backup(path)
+        os.replace(path, kept)
+        before, self._loud = self._loud, True  # nnU-Net saves where its own lines go into the log alone
+        self.print_to_log_file(f"{name}{what} is now {os.path.basename(kept)}")
+        self._loud = before
 
     def _say_stopped(self, stop: BaseException, line: str) -> None:
         if self._bar is not None:
@@ -934,6 +944,7 @@ class SemiTrainer(nnUNetTrainer):
             self._set_earlier_aside()
             save_torch(checkpoint, filename)
             self._epochs_in[os.path.basename(filename)] = self.current_epoch + 1
+            self._set_final_aside(filename)
 
     def _checkpoint(self) -> dict[str, Any]:
         """nnU-Net's keys, and under `nnssl` everything beside them that an exact continuation needs.

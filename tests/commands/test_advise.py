@@ -162,6 +162,10 @@ def test_the_command_after_the_advice_can_be_carried_out(
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     facts = replace(FACTS, unlabeled=unlabeled)
     assert list(advise._next(777, facts, Advice(method, (), ()), "other")) == lines
+    train = f"Next: nnssl train 777 3d_fullres {{}} -p other -tr nnUNetTrainer{method}"
+    for fold, stage in (("all", ""), ("0", "3d_lowres")):  # of which a pilot is refused, too
+        facts = replace(facts, fold=fold, previous_stage=stage)
+        assert list(advise._next(777, facts, Advice(method, (), ()), "other")) == [train.format(fold)]
 
 
 @pytest.mark.slow
@@ -273,6 +277,12 @@ def test_what_a_pilot_cannot_do_is_refused(place: Place, capsys: pytest.CaptureF
     ):
         assert main(["pilot", "-d", "777", *options]) == 1
         assert said in capsys.readouterr().err
+    plans = json.loads((place.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans["configurations"]["3d_cascade_fullres"] = cascade
+    (place.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert main(["pilot", "-d", "777", "-c", "3d_cascade_fullres"]) == 1
+    assert "-c 3d_cascade_fullres: it starts from 3d_lowres, which" in capsys.readouterr().err
     assert not list(Path(place.preprocessed).glob("*pilot*"))
 
 

@@ -188,6 +188,34 @@ def test_what_somebody_drew_before_the_scan_was_predicted_stays(
         assert (segmentations / f"{case}{ENDING}").read_bytes() == content
 
 
+def test_two_processes_with_the_same_command_share_the_work(
+    drawn: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(drawn)
+    output, predict = tmp_path / "out", pseudo_label._predict
+    cases = ["scan_00", "scan_01", "scan_02"]
+    predicted: list[str] = []
+    files: dict[str, bytes] = {}
+
+    def another(case: Any, *rest: Any) -> Any:
+        if predicted:
+            raise KeyboardInterrupt
+        predicted.append(case.name)
+        found = predict(case, *rest)
+        monkeypatch.setattr(pseudo_label, "_predict", predict)
+        assert run(output, "0") == 0  # the other one, faster
+        files.update({path.name: path.read_bytes() for path in (output / "segmentations").iterdir()})
+        monkeypatch.setattr(pseudo_label, "_predict", another)
+        return found
+
+    monkeypatch.setattr(pseudo_label, "_predict", another)
+    assert run(output, "0") == 0
+    assert predicted == ["scan_00"] and sorted(row["case"] for row in table(output)) == cases
+    assert {path.name: path.read_bytes() for path in (output / "segmentations").iterdir()} == files
+    assert run(output, "0") == 0 and "Not predicted" not in capsys.readouterr().out
+    assert unedited(str(output / "segmentations"), cases) == cases
+
+
 def test_other_models_and_foreign_folders_are_refused(
     drawn: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

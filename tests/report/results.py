@@ -54,10 +54,12 @@ class Results:
     def image(self, case: str) -> Path:
         return self.folder / "raw" / DATASET / "imagesTr" / f"{case}_0000.nii.gz"
 
-    def fold(self, trainer: str, fold: int = 0) -> Path:
+    def fold(self, trainer: str, fold: int | str = 0) -> Path:
         return self.folder / "results" / DATASET / f"{trainer}__nnUNetPlans__3d_fullres" / f"fold_{fold}"
 
-    def begin(self, trainer: str, terms: tuple[str, ...] = ("supervised", "pseudo"), fold: int = 0) -> Path:
+    def begin(
+        self, trainer: str, terms: tuple[str, ...] = ("supervised", "pseudo"), fold: int | str = 0
+    ) -> Path:
         """A training of `EPOCHS` epochs that is not at its end: record and losses."""
         folder = self.fold(trainer, fold)
         folder.mkdir(parents=True)

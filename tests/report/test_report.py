@@ -243,6 +243,18 @@ def test_folds_are_pooled_and_drawn_apart(results: Results) -> None:
     assert "Semi, fold 1" in page.text
 
 
+def test_fold_all_is_read_alone_and_said_to_flatter(results: Results, capsys: pytest.CaptureFixture) -> None:
+    results.finish(results.begin(SEMI), 1, CASES[:2])
+    results.finish(results.begin(SEMI, fold="all"), 2)
+    model = results.fold(SEMI).parent
+    page = report(results, model)
+    assert len(page.tables["resources"]) == 2 and len(page.tables["cases"]) == 1 + 2 * 2
+    assert f"WARNING: {model / 'fold_all'}: not read beside other folds" in capsys.readouterr().out
+    page = report(results, model, "-f", "all")
+    assert len(page.tables["cases"]) == 1 + len(CASES) * 2
+    assert "Semi, fold all: the cases of its validation were trained on, its scores flatter" in page.text
+
+
 def test_without_the_labels_the_page_says_so(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     results.finish(results.begin(SEMI), 1)
     for name in ("raw", "preprocessed"):

@@ -34,7 +34,7 @@ from nnssl.training.checkpoint import how_to_resume
 from nnssl.training.lock import NAME, own_process, started
 from nnssl.training.trainer import SemiTrainer
 from tests.building import put
-from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses
+from tests.place import SHORT, SMALL, Place, dies_in_epoch, losses, run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +172,28 @@ def test_a_forgotten_c_loses_no_checkpoint(place: Place, capsys: pytest.CaptureF
     assert [content["current_epoch"] for content in found] == [2, 2, 1]
     first = [content["nnssl"]["history"][0]["lr"] for content in found]
     assert first == pytest.approx([0.01, 0.02, 0.03])
+
+
+def test_a_finished_training_that_goes_on_resumes_where_it_was_stopped(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(run(place.trainer(TRAINER)).output_folder)
+    final = (folder / "checkpoint_final.pth").read_bytes()
+    place.plan(**{**SHORT, "num_epochs": 5})
+    longer = place.trainer(TRAINER, resume=True)
+    maybe_load_checkpoint(longer, True, False)
+    longer.on_epoch_start = dies_in_epoch(longer, 4)
+    with pytest.raises(KeyboardInterrupt):
+        longer.run_training()
+    said = capsys.readouterr()
+    assert "checkpoint_final.pth, of fewer epochs, is now checkpoint_final.pth.bak" in said.out
+    assert "rerun with --c to resume at epoch 4 (checkpoint_latest.pth)" in said.err
+    assert (folder / "checkpoint_final.pth.bak").read_bytes() == final
+    resumed = place.trainer(TRAINER, resume=True)
+    maybe_load_checkpoint(resumed, True, False)
+    assert resumed.current_epoch == 4
+    run(resumed)
+    assert torch.load(folder / "checkpoint_final.pth", weights_only=False)["current_epoch"] == 5
 
 
 @pytest.mark.nightly

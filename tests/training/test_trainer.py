@@ -25,6 +25,7 @@ from nnssl.training.randomness import seed_everything
 from nnssl.training.trainer import SemiTrainer
 from tests.building import put
 from tests.place import MEAN_TEACHER, SHORT, SMALL, Place, dies_in_epoch, losses, run, trained
+from tests.raw_dataset import content
 from tests.teacher_method import AveragingTrainer
 
 pytestmark = pytest.mark.slow
@@ -623,6 +624,23 @@ def test_a_label_edited_after_preprocessing_is_named_at_the_start(place: Place) 
     assert (
         "lab_01 (source changed). Run `nnssl plan-and-preprocess -d 777 -c 3d_fullres -p nnUNetPlans`" in log
     )
+
+
+def test_data_of_another_plan_are_refused_before_any_scan_is_preprocessed_anew(place: Place) -> None:
+    folder = place.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
+    before = content(folder)
+    place.plan("coarse", **SHORT)
+    file = place.preprocessed / "coarse.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    plans["configurations"]["3d_fullres"]["spacing"] = [3.0, 1.5, 1.5]
+    file.write_text(json.dumps(plans))
+    expected = (
+        r"_3d_fullres: lab_00, .* preprocessed with other settings .* than coarse and dataset\.json "
+        r"have now\. Run `nnssl plan-and-preprocess -d 777 -c 3d_fullres -p coarse`, .* data_identifier of "
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        place.trainer("nnUNetTrainerFixMatch", "coarse").run_training()
+    assert content(folder) == before
 
 
 def test_fold_all_stays_normal_with_imagesun_only(place: Place) -> None:
