@@ -27,13 +27,12 @@ from nnssl.data.freshness import Case, content_of, digest
 from nnssl.data.parallel import usable_cores
 from nnssl.data.unlabeled import unlabeled_cases
 from nnssl.files import read_json, write_json
+from nnssl.metrics import CONFIDENCE, interval
 from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
 from nnssl.report.scores import FEWEST
 from nnssl.training.lookup import check_trainer
 from nnssl.training.trainer import SemiTrainer
-
-RESAMPLES, CONFIDENCE = 10_000, 95
 
 
 def pilot(
@@ -232,12 +231,3 @@ def comparison(found: Mapping[str, Mapping[str, Mapping[str, float]]], share: fl
 def _percent(values: np.ndarray) -> str:
     finite = values[np.isfinite(values)]
     return f"{100 * finite.mean():.1f}" if finite.size else "-"
-
-
-def interval(difference: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Bootstrap percentile interval of a mean over the cases, seeded."""
-    values = np.asarray(difference, dtype=float)
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
-    return float(low), float(high)
