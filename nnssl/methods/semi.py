@@ -169,7 +169,7 @@ class Semi(TeacherMethod):
             disagreement = (
                 gap.amax(1, keepdim=True) if self.labels.has_regions else gap.sum(1, keepdim=True) / 2
             )
-        certain = self.certainty(p)
+        certain = self.labels.confidence(p)
         labels = self.labels.harden(p)
         member = self.labels.classes(labels)
         if self.config.adaptive_thresholds:
@@ -185,15 +185,9 @@ class Semi(TeacherMethod):
         self.count_accepted(labels, weight)
         return PseudoLabels(labels, weight)
 
-    def certainty(self, p: Tensor) -> Tensor:
-        """c (U, 1, S) of probabilities (U, K, S)."""
-        if self.labels.has_regions:
-            return torch.maximum(p, 1 - p).amin(1, keepdim=True)
-        return p.amax(1, keepdim=True)
-
     def accepted(self, p: Tensor, t: float) -> Tensor:
         member = self.labels.classes(self.labels.harden(p))
-        return (self.certainty(p) >= self.thresholds(member)).float()
+        return (self.labels.confidence(p) >= self.thresholds(member)).float()
 
     def random_mirroring(self, dim: int) -> Orientation | None:
         """F: one of the allowed mirrorings that change something, or None where there is none."""
