@@ -76,7 +76,7 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig(Config):
-    weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (UniMatch)
+    weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (ours)
     # eta: share of L_cl's gradient that reaches the features of f (ours; at 0.1 it moves f as much as L_sup)
     weight_contrast: Share = 0.01
     # whether f learns from the mean of p_f and p_g; otherwise from p_g alone (ours)
