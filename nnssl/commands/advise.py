@@ -121,9 +121,7 @@ def _comparable(
     open_ = []
     chosen = [suite for suite in suites if suite["dimension"] == facts.dimension]
     if not chosen:
-        open_.append(
-            f"nothing was measured in {facts.dimension}D; the tables are of {3 - facts.dimension % 2}D"
-        )
+        open_.append(f"nothing was measured in {facts.dimension}D; the tables are of {5 - facts.dimension}D")
         chosen = list(suites)
     nearest = [(suite, min(_budgets(suite), key=lambda n: _distance(n, facts.labeled))) for suite in chosen]
     near = [(suite, n) for suite, n in nearest if _distance(n, facts.labeled) <= math.log(NEAR) + 1e-9]
