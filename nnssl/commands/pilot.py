@@ -21,10 +21,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
-from nnssl.commands.pseudo_label import classes_of
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.freshness import Case, content_of, digest
 from nnssl.data.parallel import usable_cores
+from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases
 from nnssl.files import read_json, write_json
 from nnssl.metrics import CONFIDENCE, interval
@@ -177,9 +177,9 @@ def dice_of(folder: str, dataset_json: Mapping[str, Any]) -> dict[str, dict[str,
     found = {}
     for case in summary["metric_per_case"]:
         metrics = case["metrics"]
-        keys = {name: str(value) for name, value in classes_of(dataset_json).items()}
-        found[os.path.basename(case["prediction_file"])] = {  # a region of one label has a key as a tuple
-            name: float(metrics[key if key in metrics else f"({key},)"]["Dice"]) for name, key in keys.items()
+        found[os.path.basename(case["prediction_file"])] = {  # keyed by a region's tuple or a class's value
+            name: float(metrics[key if (key := str(values)) in metrics else str(values[0])]["Dice"])
+            for name, values in structures(dataset_json).items()
         }
     return found
 
