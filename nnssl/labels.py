@@ -39,6 +39,13 @@ class LabelSpace:
         best = scores.max(1, keepdim=True).indices  # on CPU ten times as fast as argmax along this dimension
         return torch.zeros_like(scores, dtype=torch.float32).scatter_(1, best, 1.0)
 
+    def confidence(self, probabilities: Tensor) -> Tensor:
+        """(B, 1, S) from (B, K, S): that of the most probable class; of regions that of the least certain
+        one, max(p, 1 - p)."""
+        if self.has_regions:
+            return torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
+        return probabilities.amax(1, keepdim=True)
+
     def encode(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """Channels (B, K, S) in {0, 1} float32 and the mask (B, 1, S) of voxels that carry a label (None: all
         of them).
@@ -72,6 +79,11 @@ class LabelSpace:
         if self.has_regions:
             member = torch.cat([~member.any(0, keepdim=True), member])
         return member
+
+    def class_probabilities(self, probabilities: Tensor) -> Tensor:
+        """(K', B, S) from (B, K, S), in the order of `classes`; of the complement min_k (1 - p_k)."""
+        p = probabilities.movedim(1, 0)
+        return torch.cat([1 - p.amax(0, keepdim=True), p]) if self.has_regions else p
 
     @property
     def num_classes(self) -> int:

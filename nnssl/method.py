@@ -27,8 +27,7 @@ class Planned:
     """What nnU-Net planned, as far as a method may need it.
 
     build_network    (input channels, output channels, divisor of all features = 1) -> a fresh network of the
-                     planned architecture, same
-                     deep supervision
+                     planned architecture, same deep supervision
     input_channels   C of an image, with those of a cascade's previous stage
     labels           how logits are read
     patch_size       voxels per axis
@@ -134,7 +133,7 @@ class SemiMethod(nn.Module):
         pretrained weights."""
 
     def is_unlabeled(self, term: str) -> bool:
-        """Whether a term teaches the student from unlabeled scans: then the key `agreement` weighs it."""
+        """Whether a term is learned from unlabeled scans: then the key `agreement` weighs it."""
         return not term.startswith("supervised")
 
     def before_step(self, t: float) -> None:

@@ -77,6 +77,16 @@ def test_every_picture_of_a_page_exists() -> None:
     assert not [f"{page.name}: {path}" for page, path in local if not (page.parent / path).is_file()]
 
 
+def test_tests_and_files_that_pages_name_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PROSE)
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    files = set(re.findall(r"`((?:benchmarks|docs|nnssl|tests)/[\w/.]+)`", text))
+    assert len(tests) > 20 and len(files) > 10
+    assert not [name for name in tests if f"def {name}(" not in code]
+    assert not [file for file in files if not (ROOT / file).exists()]
+
+
 def test_every_committed_picture_is_shown_by_a_page_or_by_the_table_beside_it() -> None:
     """The strips in `panels` are what `report` makes the overlays of."""
     shown = "".join(page.read_text(encoding="utf-8") for page in PROSE)

@@ -54,6 +54,21 @@ def test_every_voxel_belongs_to_a_class_also_with_regions() -> None:
     assert member.any(0).all() and member[:, 0].flatten().tolist() == [False, True, True]
 
 
+def test_confidence_is_that_of_the_called_class_and_of_the_least_certain_region() -> None:
+    p = torch.tensor([[0.2, 0.7], [0.8, 0.3]]).view(2, 2, 1, 1)  # samples of two channels
+    assert LabelSpace(2).confidence(p).flatten().tolist() == pytest.approx([0.7, 0.8])
+    regions = LabelSpace(2, has_regions=True)
+    assert regions.confidence(p).flatten().tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_the_complement_is_as_probable_as_the_most_probable_region_is_not() -> None:
+    p = torch.tensor([[0.2, 0.7], [0.8, 0.3]]).view(2, 2, 1, 1)
+    assert torch.equal(LabelSpace(2).class_probabilities(p), p.movedim(1, 0))
+    shares = LabelSpace(2, has_regions=True).class_probabilities(p)
+    assert torch.equal(shares[1:], p.movedim(1, 0))
+    assert shares[0].flatten().tolist() == pytest.approx([0.3, 0.2])
+
+
 def test_encode_refuses_what_is_no_label_map() -> None:
     with pytest.raises(ValueError, match=r"\(B, 1, \.\.\.\)"):
         LabelSpace(3).encode(torch.zeros(2, 3, 4, 4))

@@ -3,6 +3,8 @@ tree."""
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -148,6 +150,28 @@ def test_sdist_holds_tests_and_licence_and_builds_the_same_wheel(source: Path, t
         with zipfile.ZipFile(build(start, "wheel", folder)) as archive:
             wheels.append({n: archive.read(n) for n in archive.namelist() if not n.endswith("RECORD")})
     assert wheels[0] == wheels[1]
+
+
+def test_every_package_that_nnssl_imports_is_a_declared_dependency() -> None:
+    """What another dependency happens to bring along may be gone with its next release."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    assert block
+    declared = {plain(name) for name in re.findall(r'^ +"([\w-]+)', block[1], re.MULTILINE)}
+    distributions, imported = importlib.metadata.packages_distributions(), set()
+    for file in [f for package in ("nnssl", "nnssl_trainers") for f in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"nnssl", "nnssl_trainers"}
+    assert {"torch", "tifffile"} <= foreign
+    assert not [name for name in foreign if not declared & set(map(plain, distributions.get(name, [name])))]
+
+
+def plain(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

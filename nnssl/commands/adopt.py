@@ -18,7 +18,6 @@ from os.path import basename, dirname, exists, isdir, isfile, islink, join, lexi
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from nnssl.data.names import ADOPTION, JOURNAL, inspect_labeled_names, inspect_u
 from nnssl.data.preprocess import bring_up_to_date
 from nnssl.data.raw import num_channels, training_files
 from nnssl.data.scans import OFF_GRID, Scan, inspect_labels, inspect_scans, measure
-from nnssl.data.split import NNUNET_FOLDS, NNUNET_SEED, Fold, load_splits
+from nnssl.data.split import NNUNET_FOLDS, Fold, load_splits, nnunet_split, unused_backup
 from nnssl.data.unlabeled import find_unlabeled_images
 from nnssl.datasets import is_plan
 from nnssl.files import copy_file, move_across, read_json, write_json
@@ -218,7 +217,7 @@ def _new_splits(
         found[file] = ([_joined(fold, new) for fold in load_splits(file)], "extended")
     if not found and isdir(preprocessed) and len(known) >= NNUNET_FOLDS:
         # nnU-Net's own, of the old cases: left alone it would draw new folds, and validate on new cases
-        folds = generate_crossval_split(list(known), seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)
+        folds = nnunet_split(known)
         plain = [{key: [str(case) for case in fold[key]] for key in ("train", "val")} for fold in folds]
         found[files[1]] = ([_joined(fold, new) for fold in plain], "made as nnU-Net would have before")
     return found
@@ -320,7 +319,7 @@ def _prepare(
         file = join(folder, "splits_final.json")
         if file in splits:
             if isfile(file):
-                begin.append(["copy", file, _free_name(file)])
+                begin.append(["copy", file, unused_backup(file)])
             end.append(_rewrite(splits[file][0], file, aside_folder))
     write_json(begin + end, join(staging[0], JOURNAL), indent=1)
 
@@ -329,14 +328,6 @@ def _rewrite(content: Any, file: str, folder: str) -> list[str]:
     os.makedirs(folder, exist_ok=True)
     write_json(content, join(folder, basename(file)))
     return ["move", join(folder, basename(file)), file]
-
-
-def _free_name(file: str) -> str:
-    number, name = 0, f"{file}.bak"
-    while lexists(name):
-        number += 1
-        name = f"{file}.bak{number}"
-    return name
 
 
 def _carry_out(staging: tuple[str, str]) -> None:

@@ -122,9 +122,7 @@ def _comparable(
     open_ = []
     chosen = [suite for suite in suites if suite["dimension"] == facts.dimension]
     if not chosen:
-        open_.append(
-            f"nothing was measured in {facts.dimension}D; the tables are of {3 - facts.dimension % 2}D"
-        )
+        open_.append(f"nothing was measured in {facts.dimension}D; the tables are of {5 - facts.dimension}D")
         chosen = list(suites)
     nearest = [(suite, min(_budgets(suite), key=lambda n: _distance(n, facts.labeled))) for suite in chosen]
     near = [(suite, n) for suite, n in nearest if _distance(n, facts.labeled) <= math.log(NEAR) + 1e-9]
@@ -178,10 +176,10 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnssl.commands.pseudo_label import classes_of
     from nnssl.config import resolve
     from nnssl.data.inspection import inspect_plans, read_dataset_json
     from nnssl.data.raw import plans_in
+    from nnssl.data.structures import structures
     from nnssl.methods import method_classes
 
     name = str(convert_id_to_dataset_name(dataset_id))
@@ -215,7 +213,7 @@ def facts_of(dataset_id: int, configuration: str | None, fold: str, plans_name: 
         fold,
         len(labeled),
         len(unlabeled),
-        len(classes_of(dataset_json)),
+        len(structures(dataset_json)),
         len(plans.get_configuration(chosen).patch_size),
         general.num_epochs,
         general.num_iterations_per_epoch,

@@ -21,19 +21,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.commands.advise import SUPERVISED, cases_of, choose, facts_of, measured
 from nnssl.commands.launch import launcher
-from nnssl.commands.pseudo_label import classes_of
 from nnssl.commands.trainers import list_trainers, trainers_folder
 from nnssl.data.freshness import Case, content_of, digest
 from nnssl.data.parallel import usable_cores
+from nnssl.data.structures import structures
 from nnssl.data.unlabeled import unlabeled_cases
 from nnssl.files import read_json, write_json
+from nnssl.metrics import CONFIDENCE, interval
 from nnssl.report.build import write_report
 from nnssl.report.runs import runs_in_folders
 from nnssl.report.scores import FEWEST
 from nnssl.training.lookup import check_trainer
 from nnssl.training.trainer import SemiTrainer
-
-RESAMPLES, CONFIDENCE = 10_000, 95
 
 
 def pilot(
@@ -183,9 +182,9 @@ def dice_of(folder: str, dataset_json: Mapping[str, Any]) -> dict[str, dict[str,
     found = {}
     for case in summary["metric_per_case"]:
         metrics = case["metrics"]
-        keys = {name: str(value) for name, value in classes_of(dataset_json).items()}
-        found[os.path.basename(case["prediction_file"])] = {  # a region of one label has a key as a tuple
-            name: float(metrics[key if key in metrics else f"({key},)"]["Dice"]) for name, key in keys.items()
+        found[os.path.basename(case["prediction_file"])] = {  # keyed by a region's tuple or a class's value
+            name: float(metrics[key if (key := str(values)) in metrics else str(values[0])]["Dice"])
+            for name, values in structures(dataset_json).items()
         }
     return found
 
@@ -237,12 +236,3 @@ def comparison(found: Mapping[str, Mapping[str, Mapping[str, float]]], share: fl
 def _percent(values: np.ndarray) -> str:
     finite = values[np.isfinite(values)]
     return f"{100 * finite.mean():.1f}" if finite.size else "-"
-
-
-def interval(difference: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Bootstrap percentile interval of a mean over the cases, seeded."""
-    values = np.asarray(difference, dtype=float)
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
-    return float(low), float(high)

@@ -35,13 +35,13 @@ from nnssl.data.findings import listed, raise_errors
 from nnssl.data.freshness import Case, digest, stamp
 from nnssl.data.inspection import read_dataset_json
 from nnssl.data.raw import CheckedPlans, SourceError, num_channels
+from nnssl.data.structures import mask_of, structures
 from nnssl.data.unlabeled import find_unlabeled_images
 from nnssl.files import move, one_at_a_time, read_object, scratch_folder, write_json, write_text
 from nnssl.training.checkpoint import read_checkpoint
 
 STATE, TABLE, FORMAT = "pseudo_labels.json", "quality.csv", 1
 SEGMENTATIONS, CONFIDENCE = "segmentations", "confidence"
-Classes = dict[str, int | tuple[int, ...]]
 
 
 class PassPredictor(nnUNetPredictor):
@@ -194,7 +194,7 @@ def _predict(
     mean = _average(
         predictor, data, done, lambda x: segmented.append(_packed(labels.convert_logits_to_segmentation(x)))
     )
-    classes, spacing = classes_of(predictor.dataset_json), properties["spacing"]
+    classes, spacing = structures(predictor.dataset_json), properties["spacing"]
     probabilities = labels.apply_inference_nonlin(mean).numpy()
     final = np.asarray(labels.convert_logits_to_segmentation(mean))
     row = quality(
@@ -283,23 +283,11 @@ def _packed(segmentation: Any) -> Any:
 # expected quality
 
 
-def classes_of(dataset_json: Mapping[str, Any]) -> Classes:
-    """Foreground classes or regions in the order of the network's outputs: {name: label value(s)}."""
-    found: Classes = {}
-    for name, value in dataset_json["labels"].items():
-        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        if name != "ignore" and set(values) != {0}:
-            found[name] = values if len(values) > 1 else int(values[0])
-    if all(isinstance(value, int) for value in found.values()):
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-    return found
-
-
 def quality(
     final: np.ndarray,
     passes: Iterator[np.ndarray],
     probabilities: np.ndarray,
-    classes: Classes,
+    classes: Mapping[str, tuple[int, ...]],
     with_background: bool,
 ) -> dict[str, Any]:
     """How good a segmentation can be expected to be, without knowing the truth.
@@ -315,13 +303,13 @@ def quality(
         probabilities: (heads, D, H, W) of the averaged passes; `with_background`: the first head is none of
             the classes.
     """
-    masks = {name: _mask(final, value) for name, value in classes.items()}
+    masks = {name: mask_of(final, values) for name, values in classes.items()}
     scores: dict[str, list[float]] = {name: [] for name in classes}
     number = 0
     for segmentation in passes:
         number += 1
-        for name, value in classes.items():
-            score = dice(_mask(segmentation, value), masks[name])
+        for name, values in classes.items():
+            score = dice(mask_of(segmentation, values), masks[name])
             if score is not None:
                 scores[name].append(score)
     soft = []
@@ -338,14 +326,12 @@ def quality(
     }
 
 
-def _mask(segmentation: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
-    return np.isin(segmentation, value) if isinstance(value, tuple) else segmentation == value
-
-
-def _volumes(segmentation: np.ndarray, spacing: Sequence[float], classes: Classes) -> dict[str, float | None]:
+def _volumes(
+    segmentation: np.ndarray, spacing: Sequence[float], classes: Mapping[str, tuple[int, ...]]
+) -> dict[str, float | None]:
     """In ml; None for what is found in a single slice whose thickness nnU-Net's reader made up."""
     made_up = len(segmentation) == 1 and spacing[0] > 998 * max(spacing[1:])
-    voxels = {name: int(_mask(segmentation, value).sum()) for name, value in classes.items()}
+    voxels = {name: int(mask_of(segmentation, values).sum()) for name, values in classes.items()}
     millilitres = float(np.prod(spacing)) / 1000
     return {n: None if number and made_up else round(number * millilitres, 3) for n, number in voxels.items()}
 

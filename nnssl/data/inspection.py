@@ -46,10 +46,10 @@ from nnssl.data.names import (
 from nnssl.data.raw import cases_in, channel_files, num_channels, training_files
 from nnssl.data.scans import Scan, inspect_labels, inspect_scans, measure
 from nnssl.data.sizes import inherited, inspect_sizes
+from nnssl.data.split import NNUNET_FOLDS
 from nnssl.datasets import dataset_number
 from nnssl.files import read_json
 
-NNUNET_FOLDS = 5
 FOLD_KEYS = ("train", "val", "unlabeled")
 KEYS_OF_LABELS = ("labels", "regions_class_order")
 KEYS_OF_PLAN = ("channel_names", "modality", "file_ending")  # a plan is made for them

@@ -56,7 +56,7 @@ def spatial_transforms(
 
 
 def strong_intensity_transforms(dummy_2d: bool) -> BasicTransform:
-    """nnU-Net's intensity transforms, stronger: two to three times as often, over wider ranges."""
+    """nnU-Net's intensity transforms, stronger: 1.7 to 3.3 times as often, over wider ranges."""
     contrast = BGContrast((0.5, 1.5))
     gamma = {"synchronize_channels": False, "p_per_channel": 1, "p_retain_stats": 1}
     steps: list[tuple[BasicTransform, float]] = [

@@ -124,8 +124,4 @@ def cross_entropy_dices(compared: Sequence[Compared], labels: LabelSpace) -> lis
 def confidence_mask(probabilities: Tensor, threshold: float, labels: LabelSpace) -> Tensor:
     """(B, 1, S) float32: 1 where the prediction is certain: max_k p_k >= threshold; for regions every max(p,
     1 - p) >= threshold."""
-    if labels.has_regions:
-        certain = torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
-    else:
-        certain = probabilities.amax(1, keepdim=True)
-    return (certain >= threshold).float()
+    return (labels.confidence(probabilities) >= threshold).float()

@@ -325,11 +325,9 @@ class ACTION(TeacherMethod):
         c, size = self.config, logits.shape[2:]
         with torch.no_grad():
             member = self.labels.classes(onehot) & counted[:, 0]
-            probabilities = self.probabilities(logits).movedim(1, 0)
             if self.labels.has_regions:
                 member &= member.flip(0).cumsum(0).flip(0) == 1  # of overlapping regions the last one
-                probabilities = torch.cat([1 - probabilities.amax(0, keepdim=True), probabilities])
-            hard = probabilities < c.threshold_hard
+            hard = self.labels.class_probabilities(self.probabilities(logits)) < c.threshold_hard
 
         features = [scale_gradient(f, c.weight_anatomical) for f in features]
 

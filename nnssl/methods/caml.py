@@ -228,14 +228,12 @@ class CAML(SemiMethod):
 
     def correlation_term(self, features_v: Tensor, features_a: Tensor, p_v: Tensor, agreed: Tensor) -> Tensor:
         """L_o. features: (U, F, S); p_v: (U, K, S), detached; agreed: (K', U, S)."""
-        certainty = p_v.movedim(1, 0)
-        if self.labels.has_regions:
-            certainty = torch.cat([1 - certainty.amax(0, keepdim=True), certainty])
-        limit = min(self.config.queries, math.ceil(self.config.query_share * certainty[0].numel()))
+        limit = min(self.config.queries, math.ceil(self.config.query_share * agreed[0].numel()))
         by_class = self.config.correlation == "classes"
         if by_class:
             index, query_valid = sample_members(agreed.flatten(1), limit)
         else:
+            certainty = self.labels.class_probabilities(p_v)
             index, query_valid = top_members(certainty.flatten(1), agreed.flatten(1), limit)
         q_v, q_a = (
             head(gather_voxels(f, index))

@@ -76,7 +76,7 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class DiffCLConfig(Config):
-    weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (UniMatch)
+    weight_pseudo: NonNegative = 0.5  # mu: largest weight of L_p, of both networks (ours)
     # eta: share of L_cl's gradient that reaches the features of f (ours; at 0.1 it moves f as much as L_sup)
     weight_contrast: Share = 0.01
     # whether f learns from the mean of p_f and p_g; otherwise from p_g alone (ours)
@@ -91,7 +91,7 @@ class DiffCLConfig(Config):
     # (tau_0 + 1) / T: 1: sampling starts from pure noise, as published; below: from p_f with as much noise
     sampling_start: PositiveShare = 1.0
     label_scale: PositiveShare = 0.1  # b: scale of x_0 (input scaling of Chen, arXiv 2301.10972; value ours)
-    # k: tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
+    # k: exponent of tau = T u^(1/k), u uniform; above 1, high noise is drawn more often (ours)
     noise_power: Annotated[float, Range(0.1, 100)] = 1.0
     # share of a step's labeled and unlabeled patches that g learns from: its cost; 0: no diffusion (ours)
     denoiser_share: Share = 0.5

@@ -15,6 +15,7 @@ Differs from the papers:
 - Dice beside CE, as nnU-Net trains.
 - CE is averaged over the certain voxels; in both papers over all.
 - A ramp, because networks trained from scratch are soon certain of wrong labels.
+- Half of FixMatch's weight: UniMatch's of its two strong views together.
 - One strong view and no feature perturbation: those are UniMatch's additions to FixMatch.
 """
 
@@ -37,7 +38,8 @@ from nnssl.schedules import gaussian_ramp
 
 @dataclass(frozen=True)
 class FixMatchConfig(Config):
-    weight_pseudo: NonNegative = 0.5  # lambda_max: largest weight of L_u (UniMatch)
+    # lambda_max: largest weight of L_u (UniMatch's two strong views together; FixMatch: 1)
+    weight_pseudo: NonNegative = 0.5
     threshold: Share = 0.9  # T: confidence above which a pseudo-label counts (ours; both papers: 0.95)
     cutmix_probability: Share = 0.5  # probability of a CutMix box in a sample (UniMatch)
     ramp_fraction: Share = 0.4  # share of the training over which lambda rises (ours, as in CAML)

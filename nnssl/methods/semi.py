@@ -8,8 +8,8 @@ student learns it at every scale, in another orientation, mixed with other patch
            a weighted mean: w says which voxels count more, not how much L_u does
 
 f        student, the planned network; deployed
-f_ema    teacher: average of f over the last 1 % of all steps, bias-corrected; eval mode, no gradient; may be
-         deployed instead ("deploy": "teacher")
+f_ema    teacher: average of f over the last 1 % of all steps, at most 1,000, bias-corrected; eval mode, no
+         gradient; may be deployed instead ("deploy": "teacher")
 x_w, x_s weak and strong view of the same unlabeled patch
 R        a draw per unlabeled sample: quarter turns in planes of equal spacing and size, and mirrorings, both
          of allowed axes only; x_s, y and w are moved alike
@@ -56,7 +56,7 @@ class SemiConfig(Config):
     ramp_fraction: Share = 0.4  # share of the training over which lambda rises; 0: no ramp (CAML's share)
     # share of all steps that teacher and class confidences average over; 0: the student itself (ours)
     teacher_share: Share = 0.01
-    max_decay: Share = 0.999  # decay of the teacher in long runs (ours)
+    max_decay: Share = 0.999  # largest decay, in runs of more than 100,000 steps (ours)
     mirrored_pass: bool = False  # whether pseudo-labels are the mean of a plain and a mirrored pass (ours)
     # whether a voxel weighs its confidence (times the passes' agreement); else 1 above the threshold (ours)
     soft_weights: bool = True
@@ -169,7 +169,7 @@ class Semi(TeacherMethod):
             disagreement = (
                 gap.amax(1, keepdim=True) if self.labels.has_regions else gap.sum(1, keepdim=True) / 2
             )
-        certain = self.certainty(p)
+        certain = self.labels.confidence(p)
         labels = self.labels.harden(p)
         member = self.labels.classes(labels)
         if self.config.adaptive_thresholds:
@@ -185,15 +185,9 @@ class Semi(TeacherMethod):
         self.count_accepted(labels, weight)
         return PseudoLabels(labels, weight)
 
-    def certainty(self, p: Tensor) -> Tensor:
-        """c (U, 1, S) of probabilities (U, K, S)."""
-        if self.labels.has_regions:
-            return torch.maximum(p, 1 - p).amin(1, keepdim=True)
-        return p.amax(1, keepdim=True)
-
     def accepted(self, p: Tensor, t: float) -> Tensor:
         member = self.labels.classes(self.labels.harden(p))
-        return (self.certainty(p) >= self.thresholds(member)).float()
+        return (self.labels.confidence(p) >= self.thresholds(member)).float()
 
     def random_mirroring(self, dim: int) -> Orientation | None:
         """F: one of the allowed mirrorings that change something, or None where there is none."""

@@ -24,7 +24,8 @@ class OptimizationStep:
     Args:
         optimizer: over all networks and heads.
         networks: parameters of every network and head; each is clipped to nnU-Net's norm on its own, so that
-            a large gradient in one does not shrink the others' steps. None: one norm over all.
+            a large gradient in one does not shrink the others' steps. What else the optimizer moves has one
+            norm together.
         scaler: nnU-Net's GradScaler, None on other devices than CUDA.
         amp: float16 (on CUDA only, as nnU-Net), bfloat16 (on CPU too: one with matrix units trains twice as
             fast) or float32.
@@ -45,7 +46,9 @@ class OptimizationStep:
         self.scaler = scaler if amp == "float16" else None
         self.amp, self.device, self.patience = amp, device, patience
         everything = [p for group in optimizer.param_groups for p in group["params"]]
-        chosen = [[p for p in network if p.requires_grad] for network in networks or [everything]]
+        chosen = [[p for p in network if p.requires_grad] for network in networks or []]
+        of_networks = {id(p) for network in chosen for p in network}
+        chosen.append([p for p in everything if id(p) not in of_networks])
         self.networks = [network for network in chosen if network]
         self.skipped = self.skipped_in_a_row = 0
         self.values: list[float] = []

@@ -137,7 +137,8 @@ class Pictures:
             p = self._probabilities(self.trainer.network, image)
             accepted = self.trainer.method.accepted(p, progress)
             content[f"label_{i}"] = self._cut(self._labels(p))
-            content[f"confidence_{i}"] = self._cut(to_byte(self._confidence(p)[0, 0].cpu().numpy()))
+            confidence = self.trainer.method.labels.confidence(p)[0, 0].cpu().numpy()
+            content[f"confidence_{i}"] = self._cut(to_byte(confidence))
             if accepted is not None:
                 content[f"accepted_{i}"] = self._cut((accepted[0, 0] > 0).cpu().numpy())
         if self.labeled:
@@ -155,11 +156,6 @@ class Pictures:
 
     def _labels(self, p: Tensor) -> np.ndarray:
         return np.asarray(self.trainer.label_manager.convert_probabilities_to_segmentation(p[0].cpu()))
-
-    def _confidence(self, p: Tensor) -> Tensor:
-        if self.trainer.label_manager.has_regions:
-            return torch.maximum(p, 1 - p).amin(1, keepdim=True)
-        return p.amax(1, keepdim=True)
 
     def _dice(self, network: Any) -> np.ndarray:
         """Of every structure, pooled over the validation views; NaN where it is in none."""

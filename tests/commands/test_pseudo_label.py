@@ -18,7 +18,8 @@ from skimage import io
 
 from nnssl.commands import pseudo_label
 from nnssl.commands.cli import main
-from nnssl.commands.pseudo_label import PassPredictor, classes_of, dice, quality, unedited
+from nnssl.commands.pseudo_label import PassPredictor, dice, quality, unedited
+from nnssl.data.structures import structures
 from tests.place import ARCHITECTURE, MEAN_TEACHER, Place, trained
 from tests.raw_dataset import plans
 
@@ -327,14 +328,14 @@ def test_pictures_in_two_dimensions(drawn: Place, tmp_path: Path) -> None:
 def test_a_thickness_that_the_reader_made_up_gives_no_volume(
     shape: tuple[int, ...], spacing: tuple[float, ...], volume: float | None
 ) -> None:
-    found = pseudo_label._volumes(np.ones(shape, np.uint8), spacing, {"a": 1, "b": (2, 3)})
+    found = pseudo_label._volumes(np.ones(shape, np.uint8), spacing, {"a": (1,), "b": (2, 3)})
     assert found == {"a": volume, "b": 0}
 
 
 def test_the_measures_are_what_they_say() -> None:
     final = np.array([[1, 1, 2, 0]])
-    classes = classes_of({"labels": {"background": 0, "b": 2, "a": 1, "absent": 3, "ignore": 4}})
-    assert classes == {"a": 1, "b": 2, "absent": 3}
+    classes = structures({"labels": {"background": 0, "b": 2, "a": 1, "absent": 3, "ignore": 4}})
+    assert classes == {"a": (1,), "b": (2,), "absent": (3,)}
     probabilities = np.array([[[0, 0, 0, 1.0]], [[1, 0.5, 0, 0]], [[0, 0.5, 1, 0]], [[0, 0, 0, 0.0]]])
     row = quality(final, iter([final, np.array([[1, 0, 2, 2]])]), probabilities, classes, True)
     a, b = (1 + 2 / 3) / 2, (1 + 2 / 3) / 2
@@ -345,8 +346,8 @@ def test_the_measures_are_what_they_say() -> None:
     assert (nothing["agreement"], nothing["confidence"]) == (0.0, 0.0)
     assert dice(np.zeros(2, bool), np.zeros(2, bool)) is None
     assert dice(np.array([True, False]), np.array([False, False])) == 0
-    regions = classes_of({"labels": {"background": 0, "core": 2, "whole": [1, 2]}})
-    assert regions == {"core": 2, "whole": (1, 2)}
+    regions = structures({"labels": {"background": 0, "core": 2, "whole": [1, 2]}})
+    assert regions == {"core": (2,), "whole": (1, 2)}
 
 
 def test_the_summary_says_where_nothing_was_found(tmp_path: Path) -> None:

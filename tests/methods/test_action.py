@@ -258,6 +258,44 @@ def test_a_voxel_of_nested_regions_counts_for_the_last(monkeypatch: pytest.Monke
     assert ignored.any() and all(k.any() for k in member)
 
 
+def test_unlabeled_voxels_below_the_threshold_have_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = method(config=replace(SMALL, threshold_contrast=0.7, threshold_pseudo=0.97, classmix_probability=0.0))
+    sure = torch.rand(2, 12, 16) > 0.5
+    p = torch.where(sure, 0.8, 0.6)
+    put(m, labels=_Fixed(m.labels, torch.stack([p, 1 - p], 1)))
+    seen: list[torch.Tensor] = []
+
+    def contrast(embed: object, member: torch.Tensor, hard: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(member)
+        return torch.zeros(())
+
+    monkeypatch.setattr("nnssl.methods.action.anatomical_contrast", contrast)
+    m(TASK_2D.batch(), 0.6)
+    labeled, unlabeled = seen[0].view(2, 4, 12, 16).split(2, 1)
+    assert labeled.any(0).all() and torch.equal(unlabeled, torch.stack([sure, torch.zeros_like(sure)]))
+
+
+def test_patches_are_compared_with_rows_of_other_cases_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, batch = method(), TASK_2D.batch()
+    seen: list[torch.Tensor] = []
+    m(batch, 0.1)
+    m.after_step(batch, 0.1)  # a row of u_0 and one of u_1
+
+    def distillation(
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        bank: torch.Tensor,
+        valid: torch.Tensor,
+        *options: object,
+    ) -> torch.Tensor:
+        seen.append(valid)
+        return student.sum()
+
+    monkeypatch.setattr("nnssl.methods.action.bank_distillation", distillation)
+    m(batch, 0.1)
+    assert seen[0][:, :2].tolist() == [[False, True], [True, False]] and not seen[0][:, 2:].any()
+
+
 def test_maps_are_pooled_by_mean_and_maximum() -> None:
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(pool(x), torch.cat([x.flatten(2).mean(2), x.amax((2, 3))], 1))

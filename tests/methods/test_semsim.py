@@ -63,8 +63,9 @@ def test_images_and_predictions_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -
     m, batch = method(config=STILL), Task().batch()
     boxes(monkeypatch, False, False)
     without = values(m, batch)
-    boxes(monkeypatch, True, True)
-    assert values(m, batch) == pytest.approx(without, rel=1e-4)
+    for full in ((True, True), (True, False), (False, True)):  # each view's box is its own
+        boxes(monkeypatch, *full)
+        assert values(m, batch) == pytest.approx(without, rel=1e-4)
     swapped = with_unlabeled(batch, weak=batch.weak.roll(1, 0))
     assert values(m, swapped) != pytest.approx(
         without, rel=1e-4

@@ -59,6 +59,23 @@ def test_noise_and_dropout_each_disturb_the_passes(config: UAMTConfig) -> None:
         assert not torch.equal(m.uncertainty(batch.weak), m.uncertainty(batch.weak))
 
 
+def test_noise_is_cut_off_at_twice_its_deviation() -> None:
+    m = method(config=UAMTConfig(noise=0.1, passes=8))
+    disturbed, seen = m.disturbed, list[torch.Tensor]()
+
+    def noted(network: torch.nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
+        seen.append(x)
+        return disturbed(network, x, p)
+
+    put(m, disturbed=noted)
+    weak = torch.zeros(2, 1, *Task().patch_size)
+    with torch.no_grad():
+        m.uncertainty(weak)
+    drawn = torch.stack(seen)
+    assert len(seen) == 8 and drawn.abs().max().item() == pytest.approx(0.2)
+    assert drawn.std().item() == pytest.approx(0.1 * 0.959, rel=0.02)  # of a normal cut off there, ends kept
+
+
 def test_only_certain_voxels_count() -> None:
     m, batch = method(), Task().batch()
     low = torch.ones(2, 1, *Task().patch_size)

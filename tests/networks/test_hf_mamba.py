@@ -150,6 +150,14 @@ def test_the_attention_depends_on_high_frequencies_only_and_not_on_their_scale()
     torch.testing.assert_close(hfm(3 * x) / (3 * x), factor, rtol=1e-3, atol=1e-3)
 
 
+def test_however_wide_the_gate_opens_features_are_doubled_at_most() -> None:
+    torch.manual_seed(0)
+    hfm, x = HighFrequencyMamba(8, (1.0, 1.0)), torch.randn(1, 8, 8, 12)
+    nn.init.constant_(hfm.gate, 100.0)
+    factor = hfm(x) / x
+    assert factor.min() >= -1e-5 and factor.max() <= 2 + 1e-5 and factor.max() - factor.min() > 1.9
+
+
 def test_a_voxel_reaches_far_along_every_axis_and_the_whole_grid() -> None:
     """Root mean square of the gradient over 24 initialisations, relative to the neighbours'."""
     grid, squares = (12, 20, 24), []

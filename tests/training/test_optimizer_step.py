@@ -75,6 +75,17 @@ def test_every_network_is_clipped_on_its_own() -> None:
     assert before[1] - wild.weight.item() == pytest.approx(12, rel=1e-4)
 
 
+def test_a_parameter_outside_of_all_networks_is_clipped_and_watched_too() -> None:
+    layer, scale = nn.Linear(1, 1, bias=False), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*layer.parameters(), scale], 1.0)
+    step = OptimizationStep(optimizer, None, "float32", torch.device("cpu"), 3, [layer.parameters()])
+    assert step.take(layer(torch.ones(1, 1)).sum() + 1e4 * scale.sum())
+    assert scale.item() == pytest.approx(-12, rel=1e-4)
+    optimizer.zero_grad()
+    assert not step.take(layer(torch.ones(1, 1)).sum() + (0 * scale).sqrt().sum())  # its gradient is NaN
+    assert scale.item() == pytest.approx(-12, rel=1e-4)
+
+
 @pytest.mark.parametrize("amp", ["float16", "bfloat16"])
 def test_the_host_waits_once_for_all_that_it_wants_to_know(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(3, 2)
