@@ -620,11 +620,11 @@ class SemiTrainer(nnUNetTrainer):
         self._fresh = False
         self._earlier = []
 
-    def _set_final_aside(self, written: str) -> None:
+    def _set_final_aside(self) -> None:
         """Of a finished training that goes on for more epochs: --c would prefer it to what is newer."""
-        final = NAMES[0]
+        final, now = NAMES[0], self.current_epoch + 1
         there = os.path.isfile(os.path.join(self.output_folder, final))
-        if there and os.path.basename(written) != final:
+        if there and self._epochs_in.get(final, now) < now:
             self._set_aside(final, ", of fewer epochs,")
             self._epochs_in.pop(final, None)
 
@@ -944,7 +944,7 @@ class SemiTrainer(nnUNetTrainer):
             self._set_earlier_aside()
             save_torch(checkpoint, filename)
             self._epochs_in[os.path.basename(filename)] = self.current_epoch + 1
-            self._set_final_aside(filename)
+            self._set_final_aside()
 
     def _checkpoint(self) -> dict[str, Any]:
         """nnU-Net's keys, and under `nnssl` everything beside them that an exact continuation needs.
